@@ -1,0 +1,1 @@
+"""AutoLite: compress Hugging Face transformers for a device by searching."""

@@ -1,0 +1,31 @@
+"""What a runtime is: it emits a student as files and loads files as something that runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from autolite.measure import Runner
+from autolite.techniques.base import Student
+
+
+class Runtime(Protocol):
+    """One file, one registry line. Instances are stateless."""
+
+    name: str
+    formats: frozenset[str]  # number formats that it can run
+
+    @property
+    def version(self) -> str:
+        """Version of the installed runtime."""
+        ...
+
+    def emit(self, student: Student, folder: Path) -> list[Path]:
+        """Write the artifact into `folder` and return its files, the one to load first. Deterministic: equal
+        students give equal bytes. The graph takes int64 `input_ids` and `attention_mask` [batch, tokens] (and
+        `token_type_ids` where the model has token types) and returns float32 `logits`."""
+        ...
+
+    def load(self, file: Path, threads: int = 1) -> Runner:
+        """Load an artifact. Raises ModelError if it is missing, truncated or not loadable."""
+        ...

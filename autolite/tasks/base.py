@@ -1,0 +1,120 @@
+"""What a task is: data in, a loss for training, a metric for judging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Split:
+    """Tokenised examples: one int64 array of ids (and token types, for pairs) each, and the labels, int64 [n].
+
+    Language modelling has no labels of its own: `labels` is empty there and the ids are the targets.
+    """
+
+    name: str
+    input_ids: Sequence[np.ndarray]
+    token_type_ids: Sequence[np.ndarray] | None
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Split:
+        """Return the examples at `indices`, in that order."""
+        return Split(
+            self.name,
+            [self.input_ids[i] for i in indices],
+            None if self.token_type_ids is None else [self.token_type_ids[i] for i in indices],
+            self.labels[np.asarray(indices)] if len(self.labels) else self.labels,
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded batch: `inputs` maps the model's input names to int64 arrays [batch, tokens]; `indices` says which
+    examples of the split it holds; `labels` int64 [batch], or [batch, tokens] with -100 where nothing is asked."""
+
+    inputs: dict[str, np.ndarray]
+    labels: np.ndarray
+    indices: np.ndarray
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Where the data is and how to read it; None means found by convention."""
+
+    source: str | None  # a file, a folder, a hub name, or None for the embedded demo
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    max_length: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The four splits of DESIGN: train (training, calibration), search, selection (both cut from validation), test."""
+
+    train: Split
+    search: Split
+    selection: Split
+    test: Split
+    fingerprint: str  # SHA-256 over every split's content
+    labels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())  # what was found or cut, for the user: "test: cut 10 % of train"
+
+    @property
+    def p90_tokens(self) -> int:
+        """The 90th percentile of the training examples' lengths in tokens: the default workload."""
+        return int(np.percentile([len(ids) for ids in self.train.input_ids], 90))
+
+
+class Task(Protocol):
+    """A task: one file, one registry line. Instances are stateless."""
+
+    name: str
+    auto_class: str  # "AutoModelForSequenceClassification"
+    metric: str  # "accuracy", "perplexity"
+    direction: Literal["maximize", "minimize"]
+
+    def load(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, config: Any) -> TaskData:
+        """Read, check and tokenise the data. Raises DataError naming the file, column, row or label."""
+        ...
+
+    def batches(self, split: Split, size: int, pad_id: int) -> Iterator[Batch]:
+        """Yield padded batches, sorted by length so that little is padded; the same ones every time."""
+        ...
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the mean hard loss (scalar) of `logits` [batch, classes] or [batch, tokens, vocab]."""
+        ...
+
+    def soft_targets(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the rows [m, classes] of `logits` that distillation compares (language models: non-padding ones)."""
+        ...
+
+    def score_examples(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return float64 [batch, 2] per example (a, b), such that the metric is `summary(sum a / sum b)`."""
+        ...
+
+    def summary(self, ratio: float) -> float:
+        """Turn the ratio of sums into the metric: the identity for accuracy, exp for perplexity."""
+        ...
+
+    def kept(self, ratio: float, teacher_ratio: float) -> float:
+        """Fraction of the teacher's quality kept, from the two ratios: candidate / teacher, or for perplexity
+        1 - (rise of the mean loss in nats)."""
+        ...
+
+    def pipeline_outputs(self, logits: np.ndarray, config: Mapping[str, Any]) -> Any:
+        """Turn one example's logits into what the transformers pipeline of this name returns."""
+        ...

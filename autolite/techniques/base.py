@@ -1,0 +1,69 @@
+"""What a technique is, what it works on (Student) and what it may use (Context)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from autolite.architecture import ModelShape
+from autolite.plan import Config
+from autolite.tasks.base import Split, Task
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from autolite.formats import Encoded
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model on its way: a transformers model whose modules have `shape`'s sizes, in float32.
+
+    `encoded` holds the matrices that a number format has replaced, by parameter name (the key in
+    `model.state_dict()`); the module keeps the float32 master. The teacher is a Student too.
+    """
+
+    model: PreTrainedModel
+    shape: ModelShape
+    encoded: Mapping[str, Encoded] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a technique may use besides the student. `memory` keeps what is computed once and reused by every
+    trial of this process (the teacher's outputs, importances), by a name of the technique's own; `cache` is a folder
+    that keeps such things across processes (it belongs to one teacher and one data set)."""
+
+    teacher: Student
+    task: Task
+    train: Split
+    pad_id: int
+    seed: int = 0
+    device: str = "cpu"
+    memory: dict[str, Any] = field(default_factory=dict)
+    cache: Path | None = None
+    progress: Callable[[int, int], None] = lambda done, total: None
+
+
+class Technique(Protocol):
+    """One file, one registry line. Instances are stateless.
+
+    `numeric` techniques change number formats only: a student made without them serves all their settings.
+    `effort` names the integer field of the config that says how much training is done (None: no training).
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[Config]]
+    numeric: ClassVar[bool]
+    effort: ClassVar[str | None]
+
+    def shape(self, shape: ModelShape, config: Config) -> ModelShape:
+        """Return the shape after this step, without weights. Raises PlanError where it cannot be applied."""
+        ...
+
+    def apply(self, student: Student, config: Config, context: Context) -> Student:
+        """Return the compressed student; the one given and the teacher stay untouched."""
+        ...
