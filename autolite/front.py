@@ -1,0 +1,310 @@
+"""Front: the candidates nothing beats, as data. Reads and writes `front.json`; needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from autolite.errors import InputError, NoCandidateError, RunError
+from autolite.measure import Measurement
+from autolite.plan import Plan
+from autolite.store import storage_errors
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """A task's primary metric on one split, with its 95 % bootstrap interval."""
+
+    metric: str
+    direction: Literal["maximize", "minimize"]
+    value: float
+    low: float
+    high: float
+    split: str
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """What the user asked for; None means no limit. `max_drop` 0.01 keeps 99 % of the teacher's quality (for
+    perplexity: a loss at most 0.01 nats above the teacher's); `strict` asks it of the interval's lower bound."""
+
+    max_drop: float | None = None
+    min_quality: float | None = None
+    max_latency_ms: float | None = None
+    max_size_bytes: float | None = None
+    max_memory_bytes: float | None = None
+    strict: bool = False
+
+    def violations(self, candidate: Candidate) -> dict[str, float]:
+        """Return by how much each constraint is violated, relative to its limit; empty if all hold."""
+        kept = candidate.kept.low if self.strict else candidate.kept.value
+        found: dict[str, float] = {}
+        if self.max_drop is not None and kept < 1 - self.max_drop - 1e-9:
+            found["max_drop"] = 1 - self.max_drop - kept
+        quality = candidate.quality
+        if self.min_quality is not None:
+            gap = self.min_quality - quality.value
+            gap = gap if quality.direction == "maximize" else -gap
+            if gap > 1e-9:
+                found["min_quality"] = gap / max(abs(self.min_quality), 1e-9)
+        limits = (
+            ("max_latency", self.max_latency_ms, candidate.latency_ms.value),
+            ("max_size", self.max_size_bytes, candidate.size_bytes.value),
+            ("max_memory", self.max_memory_bytes, candidate.memory_bytes.value),
+        )
+        for name, limit, value in limits:
+            if limit is not None and value > limit:
+                found[name] = value / limit - 1
+        return found
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One compressed model, confirmed: its folder, what was done to it, and what it is worth."""
+
+    id: str
+    path: str
+    plan: Plan
+    quality: Quality
+    test: Quality | None
+    kept: Interval
+    latency_ms: Measurement
+    faster: Measurement
+    size_bytes: Measurement
+    memory_bytes: Measurement
+    energy_mj: Measurement
+    ttft_ms: Measurement | None = None
+    tokens_per_second: Measurement | None = None
+    artifacts: tuple[dict[str, Any], ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    stage: str = "confirm"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the candidate as it stands in `front.json`."""
+        data: dict[str, Any] = {"id": self.id, "path": self.path}
+        data |= {"plan": self.plan.to_json(), "plan_digest": self.plan.digest}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("id", "path", "plan"):
+                data[field.name] = asdict(value) if hasattr(value, "__dataclass_fields__") else value
+        return {**data, "artifacts": list(self.artifacts), "seeds": list(self.seeds)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Candidate:
+        """Rebuild a candidate from `to_json`'s form."""
+        measured = ("latency_ms", "faster", "size_bytes", "memory_bytes", "energy_mj", "ttft_ms", "tokens_per_second")
+        return cls(
+            id=data["id"],
+            path=data["path"],
+            plan=Plan.from_json(data["plan"]),
+            quality=Quality(**data["quality"]),
+            test=Quality(**data["test"]) if data["test"] else None,
+            kept=Interval(**data["kept"]),
+            artifacts=tuple(data["artifacts"]),
+            seeds=tuple(data["seeds"]),
+            stage=data["stage"],
+            **{name: Measurement(**data[name]) if data[name] else None for name in measured},
+        )
+
+    def describe(self) -> str:
+        """Return what was done to the model in a few words, for tables."""
+        words = []
+        for step in self.plan.steps:
+            given = step.config.model_dump(exclude_defaults=True)
+            if given:
+                text = " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in given.items())
+                words.append(f"{step.technique}({text})")
+        return " + ".join(words) or "unchanged"
+
+
+@dataclass(frozen=True)
+class Front:
+    """A whole search result: the front, the nearest misses, the teacher and what it was all compared with."""
+
+    model: dict[str, Any]
+    task: str
+    target: dict[str, Any]
+    workload: dict[str, Any]
+    baseline: dict[str, Any]
+    teacher: dict[str, Any]
+    confidence: dict[str, Any]
+    constraints: Constraints
+    candidates: tuple[Candidate, ...]
+    nearest_misses: tuple[dict[str, Any], ...]
+    budget: dict[str, Any]
+    versions: dict[str, str]
+    complete: bool
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return iter(self.candidates)
+
+    def __len__(self) -> int:
+        return len(self.candidates)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the front in the form of `front.json` (docs/front.schema.json)."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["constraints"] = asdict(self.constraints)
+        data["candidates"] = [c.to_json() for c in self.candidates]
+        data["nearest_misses"] = list(self.nearest_misses)
+        return {"schema": SCHEMA, **data}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Front:
+        """Rebuild a front from `to_json`'s form."""
+        if data.get("schema") != SCHEMA:
+            raise RunError(f"front.json has schema {data.get('schema')!r}, but this version reads {SCHEMA}")
+        plain = {f.name: data[f.name] for f in fields(cls)}
+        plain["constraints"] = Constraints(**data["constraints"])
+        plain["candidates"] = tuple(Candidate.from_json(c) for c in data["candidates"])
+        plain["nearest_misses"] = tuple(data["nearest_misses"])
+        return cls(**plain)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a candidate."""
+        import pandas as pd
+
+        rows = [
+            {
+                "id": c.id,
+                "plan": c.describe(),
+                c.quality.metric: c.quality.value,
+                "test": c.test.value if c.test else None,
+                "kept": c.kept.value,
+                "latency_ms": c.latency_ms.value,
+                "faster": c.faster.value,
+                "size_bytes": int(c.size_bytes.value),
+                "smaller": self.baseline["size_bytes"]["value"] / c.size_bytes.value,
+                "source": c.latency_ms.source,
+            }
+            for c in self.candidates
+        ]
+        return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `autolite.search` returns: a run's folder and its front."""
+
+    path: Path
+
+    @cached_property
+    def front(self) -> Front:
+        """The front, read from `front.json`.
+
+        Raises:
+            RunError: if the run has none yet, or it cannot be read.
+        """
+        return read_front(self.path)
+
+    def pick(
+        self,
+        max_drop: float | None = None,
+        *,
+        max_latency_ms: float | None = None,
+        max_size_bytes: float | None = None,
+        by: Literal["latency", "size"] = "latency",
+    ) -> PickedCandidate:
+        """Return the fastest (or smallest) candidate that meets the limits.
+
+        Args:
+            max_drop: fraction of the teacher's quality that may be lost; the run's own constraints if no limit is
+                given at all.
+            max_latency_ms: limit in milliseconds.
+            max_size_bytes: limit in bytes.
+            by: what to minimise among those that are left.
+
+        Raises:
+            NoCandidateError: if none meets them; the message names the nearest.
+        """
+        limits = Constraints(max_drop, None, max_latency_ms, max_size_bytes)
+        if limits == Constraints():
+            limits = self.front.constraints
+        if not self.front.candidates:
+            raise NoCandidateError(f"the front of {self.path} is empty: see its nearest_misses")
+        good = [c for c in self.front if not limits.violations(c)]
+        if not good:
+            nearest = min(self.front, key=lambda c: sum(limits.violations(c).values()))
+            missed = ", ".join(limits.violations(nearest))
+            raise NoCandidateError(
+                f"no candidate of {self.path} meets {missed}: the nearest, {nearest.id}, keeps {nearest.kept.value:.1%} "
+                f"at {nearest.latency_ms.value:.3g} ms and {int(nearest.size_bytes.value):,} bytes; relax the limit "
+                "or search with a larger --budget"
+            )
+        if by == "size":
+            best = min(good, key=lambda c: (c.size_bytes.value, c.latency_ms.value))
+        else:
+            best = min(good, key=lambda c: (c.latency_ms.value, c.size_bytes.value))
+        return PickedCandidate(best, self.path / best.path)
+
+
+@dataclass(frozen=True)
+class PickedCandidate:
+    """A candidate and where its folder is."""
+
+    candidate: Candidate
+    folder: Path
+
+    def export(self, out: str | Path) -> Path:
+        """Copy the candidate's folder to `out` and return it.
+
+        Raises:
+            InputError: if `out` exists and is not an empty folder.
+            RunError: if the candidate's folder is not there any more.
+        """
+        target = Path(out)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise InputError(f"{target} exists and is not an empty folder: choose another, or remove it first")
+        if not self.folder.is_dir():
+            raise RunError(f"the candidate's folder {self.folder} is gone: run the search again to make it anew")
+        with storage_errors(str(target)):
+            shutil.copytree(self.folder, target, dirs_exist_ok=True)
+        return target
+
+
+def read_front(run: Path) -> Front:
+    """Read `front.json` of a run folder.
+
+    Raises:
+        RunError: if there is no such run, it has no front yet, or the file cannot be read.
+    """
+    file = run / "front.json"
+    if not run.is_dir():
+        raise RunError(f"no such run: {run} (a run is the folder that 'autolite search' names when it ends)")
+    if not file.is_file():
+        raise RunError(f"{run} has no front.json: the search has not ended; type the same search command to go on")
+    try:
+        return Front.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise RunError(f"{file} cannot be read ({error!r}): type the same search command to write it anew") from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON so that `path` is either the old file or the whole new one, even after `kill -9`."""
+    part = path.with_name(path.name + ".part")
+    with storage_errors(str(path)):
+        with part.open("w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)

@@ -1,0 +1,239 @@
+"""A search space: YAML -> Optuna distributions -> Plan.
+
+A space lists the techniques in the order they are applied; each setting is a value (fixed), a list (one of these) or a
+range (`low`, `high`, and `step` or `log`). `stage` names the fidelity from which a setting is searched; before it,
+`default` holds. Parameters are called "technique.setting" in the study.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from autolite import registry
+from autolite.errors import PlanError, SpaceError, unknown
+from autolite.plan import Plan, make_step
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+STAGES = ("screen", "recover", "confirm")
+Stage = Literal["screen", "recover", "confirm"]
+Scalar = bool | int | float | str
+Params = dict[str, Any]
+
+
+class Setting(BaseModel):
+    """One searched setting: `choices`, or a range from `low` to `high`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    choices: tuple[Scalar, ...] | None = None
+    low: float | int | None = None
+    high: float | int | None = None
+    step: float | int | None = None
+    log: bool = False
+    stage: Stage = "screen"
+    default: Scalar | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Setting:
+        if (self.choices is None) == (self.low is None):
+            raise ValueError("give either a list of choices, or low and high")
+        if self.choices is not None and len(self.choices) < 1:
+            raise ValueError("the list of choices is empty")
+        if self.low is not None and (self.high is None or self.low > self.high):
+            raise ValueError(f"low <= high must hold, but got low={self.low}, high={self.high}")
+        if self.log and self.step is not None:
+            raise ValueError("log and step exclude each other")
+        if self.stage != "screen" and self.default is None:
+            raise ValueError(f"a setting searched from stage '{self.stage}' needs a default for the stages before it")
+        return self
+
+    def distribution(self) -> BaseDistribution:
+        """Return the Optuna distribution of this setting."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        if self.choices is not None:
+            return CategoricalDistribution(self.choices)
+        assert self.low is not None
+        assert self.high is not None
+        if all(isinstance(v, int) for v in (self.low, self.high, self.step or 1)):
+            return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
+        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
+
+    def extremes(self) -> tuple[Scalar, ...]:
+        """Return every choice, or both ends of the range."""
+        if self.choices is not None:
+            return self.choices
+        assert self.low is not None
+        assert self.high is not None
+        return (self.low, self.high)
+
+
+class Trials(BaseModel):
+    """How many trials a stage runs at most under a time budget, and how much training each gets by default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    trials: int = Field(ge=1)
+    effort: int = Field(ge=0)
+    max_effort: int = Field(default=100_000, ge=0)
+
+
+class Space(BaseModel):
+    """A validated search space."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    description: str
+    steps: tuple[dict[str, dict[str, Setting | Scalar]], ...]
+    stages: dict[Stage, Trials]
+    start: tuple[dict[str, Scalar], ...] = ()
+
+    @property
+    def techniques(self) -> list[tuple[str, dict[str, Setting | Scalar]]]:
+        """The steps as (technique, settings), in order."""
+        return [next(iter(step.items())) for step in self.steps]
+
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """The searched settings by parameter name ("prune.heads")."""
+        return {
+            f"{technique}.{key}": setting
+            for technique, settings in self.techniques
+            for key, setting in settings.items()
+            if isinstance(setting, Setting)
+        }
+
+    @property
+    def trains(self) -> bool:
+        """Whether any technique of this space trains."""
+        return any(registry.get("technique", name).effort for name, _ in self.techniques)
+
+    def distributions(self, stage: Stage) -> dict[str, BaseDistribution]:
+        """Return what is searched at `stage`."""
+        reached = STAGES[: STAGES.index(stage) + 1]
+        return {name: s.distribution() for name, s in self.settings.items() if s.stage in reached}
+
+    def complete(self, params: Mapping[str, Any]) -> Params:
+        """Return `params` with defaults for the settings that it lacks (else the first choice, or the low end)."""
+        return {n: params.get(n, s.extremes()[0] if s.default is None else s.default) for n, s in self.settings.items()}
+
+    def plan(self, params: Mapping[str, Any], effort: int, seed: int) -> Plan:
+        """Decode `params` into a plan whose training steps have `effort`. Deterministic."""
+        values = self.complete(params)
+        steps = []
+        for name, settings in self.techniques:
+            technique = registry.get("technique", name)
+            config = {key: values.get(f"{name}.{key}", setting) for key, setting in settings.items()}
+            if technique.effort:
+                config[technique.effort] = effort
+            steps.append(make_step(name, config))
+        return Plan(tuple(steps), seed)
+
+    def variants(self, params: Mapping[str, Any]) -> Iterator[Params]:
+        """Yield `params` with every other combination of the numeric techniques' choices: one student, many formats."""
+        numeric = {name for name, _ in self.techniques if registry.get("technique", name).numeric}
+        free = {n: s.extremes() for n, s in self.settings.items() if n.split(".")[0] in numeric}
+        for values in product(*free.values()):
+            other = {**params, **dict(zip(free, values, strict=True))}
+            if other != dict(params):
+                yield other
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a space was read from, for messages."""
+
+    path: Path
+
+    def error(self, where: str, what: str) -> SpaceError:
+        return SpaceError(f"search space {self.path.name}: {where}: {what}")
+
+
+def space_names() -> list[str]:
+    """Return the names of the shipped search spaces."""
+    return sorted(path.stem for path in registry.data_dir("search_spaces").glob("*.yaml"))
+
+
+def load_space(name: str) -> Space:
+    """Read a search space by name, or by the path of a YAML file, and check it against the techniques' settings.
+
+    Raises:
+        SpaceError: naming the file, the setting, the value and what is allowed.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = registry.data_dir("search_spaces") / f"{name}.yaml"
+        if not path.is_file():
+            raise SpaceError(unknown("search space", name, space_names()))
+    source = _Source(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SpaceError(f"no such search space file: {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise source.error("not YAML", str(error).replace("\n", " ")) from None
+    if not isinstance(data, dict):
+        raise source.error("top level", f"a mapping is needed, but got {type(data).__name__}")
+    for step in data.get("steps") or []:
+        _expand_lists(step, source)
+    try:
+        space = Space(**data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise source.error(".".join(map(str, first["loc"])), f"{first['msg']}, got {first.get('input')!r}") from None
+    _check(space, source)
+    return space
+
+
+def _expand_lists(step: Any, source: _Source) -> None:
+    """Turn the short form `setting: [a, b]` into `setting: {choices: [a, b]}`, in place."""
+    if not isinstance(step, dict) or len(step) != 1:
+        raise source.error("steps", f"each step is one 'technique: settings', but got {step!r}")
+    for name, settings in step.items():
+        settings = step[name] = settings or {}
+        if not isinstance(settings, dict):
+            raise source.error(f"steps.{name}", f"a mapping of settings is needed, but got {settings!r}")
+        for key, value in settings.items():
+            if isinstance(value, list):
+                settings[key] = {"choices": value}
+
+
+def _check(space: Space, source: _Source) -> None:
+    """Try every setting of every technique at its extremes: a bad space fails here, not in the middle of a search."""
+    for stage in STAGES:
+        if stage not in space.stages:
+            raise source.error("stages", f"'{stage}' is missing; needed: {', '.join(STAGES)}")
+    for name, settings in space.techniques:
+        if name not in registry.names("technique"):
+            raise source.error("steps", unknown("technique", name, registry.names("technique")))
+        effort = registry.get("technique", name).effort
+        for key, setting in settings.items():
+            if key == effort:
+                raise source.error(f"steps.{name}.{key}", "is set by 'stages.<stage>.effort', not searched")
+            values = setting.extremes() if isinstance(setting, Setting) else (setting,)
+            if isinstance(setting, Setting) and setting.default is not None:
+                values = (*values, setting.default)
+            for value in values:
+                try:
+                    make_step(name, {key: value})
+                except PlanError as error:
+                    raise source.error("steps", str(error)) from None
+    for start in space.start:
+        for name, value in start.items():
+            if name not in space.settings:
+                near = difflib.get_close_matches(name, space.settings, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                raise source.error("start", f"'{name}' is not a searched setting{hint}")
+            setting = space.settings[name]
+            low, high = setting.extremes()[0], setting.extremes()[-1]
+            inside = value in setting.choices if setting.choices else low <= value <= high  # type: ignore[operator]
+            if not inside:
+                raise source.error("start", f"{name} = {value!r} is not among {setting.choices or (low, high)}")
