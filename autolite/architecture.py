@@ -1,10 +1,12 @@
-"""The shape of a transformer as numbers (ModelShape)."""
+"""The shape of a transformer as numbers (ModelShape), and how to read it off a live model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from autolite.families import family_of, head_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,83 @@ class ModelShape:
         stacks = list(self.stacks)
         stacks[stack] = replace(stacks[stack], layers=layers)
         return replace(self, stacks=tuple(stacks), **changes)
+
+    def keep_layers(self, stack: int, indices: Sequence[int]) -> ModelShape:
+        """Return a copy in which stack number `stack` keeps only the layers at `indices`, in that order.
+
+        Weight identities are numbered again (see `numbered`) and `source_layers` follows.
+        """
+        layers = self.stacks[stack].layers
+        source = self.source_layers or tuple(tuple(range(len(s.layers))) for s in self.stacks)
+        kept = tuple(tuple(s[i] for i in indices) if n == stack else s for n, s in enumerate(source))
+        return self.with_layers(stack, numbered(layers[i] for i in indices), source_layers=kept)
+
+
+def numbered(layers: Iterable[LayerShape]) -> tuple[LayerShape, ...]:
+    """Return the layers with each weight identity replaced by the index of the first layer that has it."""
+    attention: dict[int, int] = {}
+    ffn: dict[int, int] = {}
+    return tuple(
+        replace(x, attention=attention.setdefault(x.attention, i), feed_forward=ffn.setdefault(x.feed_forward, i))
+        for i, x in enumerate(layers)
+    )
+
+
+def shape_of(model: Any) -> ModelShape:
+    """Read the shape of a transformers model off its weights; it may have been cut or shared.
+
+    Weight identities are the index of the first layer that uses them (ALBERT's are all 0); formats are "fp32". For
+    images, `vocab` is 0 and `embedding` is the size of a flattened patch.
+
+    Raises:
+        ModelError: if the model's family or head is not known.
+    """
+    config = model.config
+    family = family_of(config)
+    base = model.base_model
+    layers = list(base.get_submodule(family.layers))
+    if family.repeated:
+        layers *= int(config.num_hidden_layers)
+    shapes = []
+    for layer in layers:
+        attention, out, ffn_out = (layer.get_submodule(p) for p in (family.attention, family.out, family.ffn_out))
+        dim = int(getattr(attention, family.head_width))
+        inner = 0 if family.transposed else 1
+        heads = out.weight.shape[inner] // dim
+        kv_heads = heads if family.fused_qkv else layer.get_submodule(family.key).weight.shape[0] // dim
+        ffn = int(ffn_out.weight.shape[inner])
+        shapes.append(LayerShape(heads, kv_heads, dim, ffn, id(out.weight), id(ffn_out.weight)))
+    head = head_for(family, type(model).__name__)
+    last = model.get_submodule(head.dense[-1][0]) if head else None
+    words = base.get_submodule(family.word) if family.word else None
+    table = words.weight if words is not None else base.get_submodule(family.patch).weight.flatten(1)
+    stack = Stack(
+        "decoder" if family.causal else "encoder",
+        int(config.hidden_size),
+        numbered(shapes),
+        bool(family.ffn_gate),
+        family.causal,
+    )
+    source = getattr(model, "autolite_source_layers", tuple(range(len(layers))))
+    return ModelShape(
+        family=family.name,
+        stacks=(stack,),
+        vocab=int(table.shape[0]) if words is not None else 0,
+        embedding=int(table.shape[1]),
+        positions=_positions(base, config, family.position),
+        outputs=int(last.weight.shape[0]) if last is not None else 0,
+        tied=last is not None and words is not None and last.weight is words.weight,
+        source_layers=(tuple(source),),
+    )
+
+
+def _positions(base: Any, config: Any, path: str) -> int:
+    """Rows of the position table, or the longest input of a model with rotary positions."""
+    if not path:
+        return int(config.max_position_embeddings)
+    owner, _, name = path.rpartition(".")
+    table = getattr(base.get_submodule(owner), name)
+    return int(table.weight.shape[0] if hasattr(table, "weight") else table.shape[1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,97 @@
+"""Tiny random models for tests: ours, and those of plug-in authors. Nothing is downloaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from autolite.errors import unknown
+from autolite.families import FAMILIES
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+VOCAB = 96
+PAD = 1  # RoBERTa counts positions from here
+
+
+def tiny_model(
+    family: str, task: str = "text-classification", seed: int = 0, layers: int = 3, **config: Any
+) -> PreTrainedModel:
+    """Return a small random model of `family` in evaluation mode: hidden width 32, 4 heads, feed-forward width 64.
+
+    Weights are large enough for attention, gates and biases to matter in the output. Llama and Qwen have two
+    key/value heads, and ALBERT an embedding of width 16. `vit` classifies images, whatever the task.
+
+    Args:
+        family: a name in `autolite.families.FAMILIES`.
+        task: "text-classification" (three labels) or "language-modeling".
+        seed: equal seeds give equal weights.
+        layers: number of layers.
+        config: further settings of the transformers configuration.
+
+    Raises:
+        ValueError: if there is no such family or task, or the family has no head for the task.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+    from transformers import AutoModelForSequenceClassification as Classifier
+
+    if family not in FAMILIES:
+        raise ValueError(unknown("family", family, FAMILIES))
+    builders = {"text-classification": Classifier, "language-modeling": AutoModelForCausalLM}
+    if task not in builders:
+        raise ValueError(unknown("task", task, builders))
+    if task == "language-modeling" and not FAMILIES[family].causal:
+        raise ValueError(f"the {family} family has no language-modeling head")
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": layers,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 64,
+        "pad_token_id": PAD,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+        "num_labels": 3,
+    }
+    special: dict[str, dict[str, Any]] = {
+        "distilbert": {"hidden_dim": 64},
+        "albert": {"intermediate_size": 64, "embedding_size": 16},
+        "gpt2": {"n_inner": 64},
+        "vit": {"intermediate_size": 64, "image_size": 16, "patch_size": 4},
+        **{name: {"intermediate_size": 64, "num_key_value_heads": 2} for name in ("llama", "qwen2", "qwen3")},
+    }
+    sizes |= special.get(family, {"intermediate_size": 64})
+    if family == "qwen3":
+        sizes["head_dim"] = 8
+    if family == "vit":
+        sizes = {k: v for k, v in sizes.items() if not k.endswith("token_id") and "vocab" not in k and "max_" not in k}
+    settings = AutoConfig.for_model(FAMILIES[family].model_types[0], **(sizes | config))
+    builder = AutoModelForImageClassification if family == "vit" else builders[task]
+    model: PreTrainedModel = builder.from_config(settings)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                is_norm = name.endswith("weight")
+                parameter.copy_((1.0 if is_norm else 0.0) + 0.2 * noise)
+            else:
+                fan_in = parameter.shape[0] if FAMILIES[family].transposed else parameter[0].numel()
+                parameter.copy_(noise * (1.5 / fan_in**0.5))
+    return model.eval()
+
+
+def tiny_inputs(model: PreTrainedModel, batch: int = 3, tokens: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return inputs for `tiny_model`: sequences of different lengths, padded on the right (images for `vit`)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    if model.config.model_type == "vit":
+        side = model.config.image_size
+        return {"pixel_values": torch.randn(batch, model.config.num_channels, side, side, generator=generator)}
+    ids = torch.randint(4, model.config.vocab_size, (batch, tokens), generator=generator)
+    lengths = torch.linspace(tokens, max(2, tokens // 2), batch).long()
+    mask = (torch.arange(tokens) < lengths[:, None]).long()
+    return {"input_ids": torch.where(mask.bool(), ids, PAD), "attention_mask": mask}
