@@ -8,6 +8,8 @@ from typing import Any
 
 from autolite.families import family_of, head_for
 
+SOURCE_LAYERS = "autolite_source_layers"  # the attribute by which a model remembers its teacher's layers
+
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
@@ -133,7 +135,7 @@ def shape_of(model: Any) -> ModelShape:
         bool(family.ffn_gate),
         family.causal,
     )
-    source = getattr(model, "autolite_source_layers", tuple(range(len(layers))))
+    source = getattr(model, SOURCE_LAYERS, tuple(range(len(layers))))
     return ModelShape(
         family=family.name,
         stacks=(stack,),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from autolite.architecture import ModelShape, shape_of
+from autolite.architecture import SOURCE_LAYERS, ModelShape, shape_of
 from autolite.errors import ModelError
 from autolite.families import Family, family_of, head_for
 
@@ -131,7 +131,7 @@ class _View:
         return cls(model, family_of(model.config), {id(p): name for name, p in model.named_parameters()})
 
     def matrix(self, root: nn.Module, path: str) -> Matrix:
-        module = root.get_submodule(path)
+        module = _part(root, path)
         weight = module.weight
         view = weight.T if _is_conv1d(module) else weight.flatten(1)
         return Matrix(self.names[id(weight)], view, getattr(module, "bias", None), _is_conv1d(module))
@@ -142,15 +142,20 @@ class _View:
     def norm(self, root: nn.Module, path: str) -> Norm | None:
         if not path:
             return None
-        module = root.get_submodule(path)
+        module = _part(root, path)
         eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
         return Norm(self.names[id(module.weight)], module.weight, getattr(module, "bias", None), float(eps))
+
+
+def _part(root: nn.Module, path: str) -> Any:
+    """The module at `path`; Any, because torch types every attribute of a module as Tensor or Module."""
+    return root.get_submodule(path)
 
 
 def layer_modules(model: PreTrainedModel) -> list[nn.Module]:
     """Return the layer modules in the order they run; ALBERT's one stored layer is repeated."""
     family = family_of(model.config)
-    stored = list(model.base_model.get_submodule(family.layers))
+    stored: list[nn.Module] = list(_part(model.base_model, family.layers))
     return stored * int(model.config.num_hidden_layers) if family.repeated else stored
 
 
@@ -162,7 +167,7 @@ def layers_of(model: PreTrainedModel) -> list[LayerParts]:
 
 def _layer_parts(view: _View, index: int, layer: nn.Module) -> LayerParts:
     family = view.family
-    attention = layer.get_submodule(family.attention)
+    attention = _part(layer, family.attention)
     dim = int(getattr(attention, family.head_width))
     out = view.matrix(layer, family.out)
     width = out.weight.shape[1]
@@ -213,7 +218,7 @@ def embeddings_of(model: PreTrainedModel) -> EmbeddingParts:
     position = None
     if family.patch:  # a bare parameter, [1, positions, hidden]
         owner, _, name = family.position.rpartition(".")
-        table = getattr(base.get_submodule(owner), name)
+        table = getattr(_part(base, owner), name)
         position = Matrix(view.names[id(table)], table[0])
     elif family.position:
         position = view.matrix(base, family.position)
@@ -258,7 +263,7 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def _select(module: nn.Module, index: Tensor, side: Literal["out", "in"]) -> None:
+def _select(module: Any, index: Tensor, side: Literal["out", "in"]) -> None:
     """Keep the output rows or input columns of a Linear or Conv1D at `index`, in that order."""
     axis = int((side == "out") == _is_conv1d(module))
     weight = module.weight
@@ -297,15 +302,15 @@ def keep_heads(model: PreTrainedModel, layer_index: int, groups: Sequence[int]) 
     layer = parts.layer
     if family.fused_qkv:
         width = parts.heads * dim
-        _select(layer.get_submodule(family.fused_qkv), torch.cat([query_rows + i * width for i in range(3)]), "out")
+        _select(_part(layer, family.fused_qkv), torch.cat([query_rows + i * width for i in range(3)]), "out")
     else:
-        _select(layer.get_submodule(family.query), query_rows, "out")
-        _select(layer.get_submodule(family.key), kv_rows, "out")
-        _select(layer.get_submodule(family.value), kv_rows, "out")
-    out = layer.get_submodule(family.out)
+        _select(_part(layer, family.query), query_rows, "out")
+        _select(_part(layer, family.key), kv_rows, "out")
+        _select(_part(layer, family.value), kv_rows, "out")
+    out = _part(layer, family.out)
     _select(out, query_rows, "in")
     for other in layer_modules(model):
-        if other.get_submodule(family.out) is out:
+        if _part(other, family.out) is out:
             _set_heads(family, other, len(kept) * ratio, dim)
 
 
@@ -314,7 +319,7 @@ def _expand(indices: Tensor, width: int) -> Tensor:
 
 
 def _set_heads(family: Family, layer: nn.Module, heads: int, dim: int) -> None:
-    attention: Any = layer.get_submodule(family.attention)
+    attention = _part(layer, family.attention)
     if family.head_count:
         setattr(attention, family.head_count, heads)
     if family.query_width:
@@ -332,8 +337,8 @@ def keep_neurons(model: PreTrainedModel, layer_index: int, neurons: Sequence[int
     kept = _checked(neurons, parts.ffn_out.weight.shape[1], f"feed-forward units of layer {layer_index}")
     for path in (family.ffn_in, family.ffn_gate):
         if path:
-            _select(parts.layer.get_submodule(path), kept, "out")
-    _select(parts.layer.get_submodule(family.ffn_out), kept, "in")
+            _select(_part(parts.layer, path), kept, "out")
+    _select(_part(parts.layer, family.ffn_out), kept, "in")
 
 
 def keep_layers(model: PreTrainedModel, indices: Sequence[int]) -> None:
@@ -353,9 +358,9 @@ def keep_layers(model: PreTrainedModel, indices: Sequence[int]) -> None:
     if not family.repeated:
         owner, _, name = family.layers.rpartition(".")
         stored = layer_modules(model)
-        setattr(model.base_model.get_submodule(owner), name, nn.ModuleList([stored[i] for i in kept]))
-        if hasattr(model.base_model.get_submodule(owner), "n_layers"):  # DistilBERT's own copy
-            model.base_model.get_submodule(owner).n_layers = len(kept)
+        setattr(_part(model.base_model, owner), name, nn.ModuleList([stored[i] for i in kept]))
+        if hasattr(_part(model.base_model, owner), "n_layers"):  # DistilBERT's own copy
+            _part(model.base_model, owner).n_layers = len(kept)
     _number_layers(model, tuple(source[i] for i in kept))
     _declare_shared(model)
 
@@ -363,9 +368,9 @@ def keep_layers(model: PreTrainedModel, indices: Sequence[int]) -> None:
 def _number_layers(model: PreTrainedModel, source: tuple[int, ...]) -> None:
     """Give each layer its place in the cache, and keep what depends on its place in the teacher."""
     family = family_of(model.config)
-    model.autolite_source_layers = source
+    setattr(model, SOURCE_LAYERS, source)
     for index, (origin, layer) in enumerate(zip(source, layer_modules(model), strict=True)):
-        attention: Any = layer.get_submodule(family.attention)
+        attention = _part(layer, family.attention)
         if hasattr(attention, "layer_idx"):
             attention.layer_idx = index
         if getattr(attention, "scale_attn_by_inverse_layer_idx", False):
@@ -392,7 +397,7 @@ def share_layers(
         for number, layer in zip(numbers, layers, strict=True):
             source = first.setdefault(number, layer)
             for path in paths:
-                ours, theirs = layer.get_submodule(path), source.get_submodule(path)
+                ours, theirs = _part(layer, path), _part(source, path)
                 if ours.weight.shape != theirs.weight.shape:
                     raise ValueError(
                         f"layers of different widths cannot share {path}: "

@@ -68,7 +68,7 @@ def tiny_model(
     if family == "vit":
         sizes = {k: v for k, v in sizes.items() if not k.endswith("token_id") and "vocab" not in k and "max_" not in k}
     settings = AutoConfig.for_model(FAMILIES[family].model_types[0], **(sizes | config))
-    builder = AutoModelForImageClassification if family == "vit" else builders[task]
+    builder: Any = AutoModelForImageClassification if family == "vit" else builders[task]
     model: PreTrainedModel = builder.from_config(settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -80,7 +80,8 @@ def tiny_model(
             else:
                 fan_in = parameter.shape[0] if FAMILIES[family].transposed else parameter[0].numel()
                 parameter.copy_(noise * (1.5 / fan_in**0.5))
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def tiny_inputs(model: PreTrainedModel, batch: int = 3, tokens: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
