@@ -1,12 +1,21 @@
-"""Measurement: what was found, how surely, and whether it was measured or predicted."""
+"""Measurement: what was found, how surely, measured or predicted; and the only place where a model is timed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+
+from autolite.errors import InputError, unknown
+
+Inputs = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +33,32 @@ class Workload:
     def __str__(self) -> str:
         text = f"batch={self.batch},tokens={self.tokens},threads={self.threads}"
         return text + (f",generated={self.generated}" if self.generated else "")
+
+    @classmethod
+    def parse(cls, text: str, default: Workload | None = None) -> Workload:
+        """Read the form that `str` writes; what is not named keeps its value in `default`.
+
+        >>> str(Workload.parse("tokens=64, threads=2"))
+        'batch=1,tokens=64,threads=2'
+
+        Raises:
+            InputError: naming the part that is unknown, repeated, not a whole number, or too small.
+        """
+        known = [field.name for field in fields(cls)]
+        found: dict[str, int] = {}
+        for part in text.split(","):
+            name, equals, number = (piece.strip() for piece in part.partition("="))
+            if not equals:
+                raise InputError(f"workload '{text}': '{part}' is not name=number, as in batch=1,tokens=64,threads=1")
+            if name not in known:
+                raise InputError(f"workload '{text}': {unknown('part', name, known)}")
+            if name in found:
+                raise InputError(f"workload '{text}': {name} is given twice; give it once")
+            least = 0 if name == "generated" else 1
+            if not number.isascii() or not number.isdigit() or int(number) < least:
+                raise InputError(f"workload '{text}': {name}={number} must be a whole number of at least {least}")
+            found[name] = int(number)
+        return replace(default or cls(), **found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +88,186 @@ class Runner(Protocol):
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one call; names and dtypes of the arrays are the artifact's own."""
         ...
+
+
+_RESAMPLES = 1000
+_BURST_NS = 5_000_000
+_BURST_CALLS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Wall times of one runner in milliseconds: for each round, the calls of its burst in order.
+
+    A round is the unit of resampling, because calls of one burst are not independent of each other.
+    """
+
+    rounds: tuple[tuple[float, ...], ...]
+
+    @property
+    def samples(self) -> int:
+        """Number of timed calls."""
+        return sum(len(calls) for calls in self.rounds)
+
+    @property
+    def medians(self) -> np.ndarray:
+        """The median of each round, float64 [rounds]."""
+        return np.array([np.median(calls) for calls in self.rounds])
+
+    @property
+    def median(self) -> float:
+        """Median over the rounds of their medians, so that every round weighs the same."""
+        return float(np.median(self.medians))
+
+    @property
+    def p90(self) -> float:
+        """The 90th percentile of all calls."""
+        return float(np.percentile(np.concatenate(self.rounds), 90))
+
+    def median_interval(self) -> tuple[float, float]:
+        """95 % percentile-bootstrap interval of the median, rounds resampled."""
+        medians = self.medians
+        return _interval(np.median(medians[_resamples(len(medians))], axis=1))
+
+    def p90_interval(self) -> tuple[float, float]:
+        """95 % percentile-bootstrap interval of the 90th percentile, whole rounds resampled."""
+        calls = [np.array(burst) for burst in self.rounds]
+        picks = _resamples(len(calls))
+        return _interval(np.array([np.percentile(np.concatenate([calls[i] for i in pick]), 90) for pick in picks]))
+
+
+def _resamples(rounds: int) -> np.ndarray:
+    """The same resamples for every timing of so many rounds: [resamples, rounds] indices."""
+    return np.random.default_rng(0).integers(rounds, size=(_RESAMPLES, rounds))
+
+
+def _interval(estimates: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(estimates, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def time_interleaved(
+    runners: Mapping[str, Runner],
+    inputs: Inputs | Sequence[Inputs],
+    seconds: float,
+    *,
+    warmup: float = 0.2,
+    min_rounds: int = 5,
+    waiting: Callable[[str], None] | None = None,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> dict[str, Timing]:
+    """Time runners in turn, round after round, so that a drift of the machine meets all of them alike.
+
+    In a round each runner makes one call that is not timed (it brings its weights back into the caches that the
+    others used) and then a burst of timed calls: 5 ms of them, at least one. The order rotates from round to round.
+    Garbage collection is off and the host's timing lock is held throughout.
+
+    Args:
+        runners: what to time, by name.
+        inputs: the arrays of a call, or several sets of them, used in turn, the same set for all runners of a round.
+        seconds: wall time for everything; `min_rounds` rounds are run even where that takes longer.
+        warmup: seconds of untimed calls of each runner before the first round.
+        min_rounds: least number of rounds.
+        waiting: called once with a sentence if another process is timing and this one has to wait for it.
+        clock: nanoseconds; for tests.
+
+    Raises:
+        ValueError: if there is no runner or no input.
+    """
+    sets: Sequence[Inputs] = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+    if not runners or not sets:
+        raise ValueError(f"need at least one runner and one input, but got {len(runners)} and {len(sets)}")
+    names = list(runners)
+    rounds: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
+    with host_lock(waiting), _no_garbage_collection():
+        start = clock()
+        for runner in runners.values():
+            began = clock()
+            runner.run(sets[0])
+            while clock() - began < warmup * 1e9:
+                runner.run(sets[0])
+        done = 0
+        while done < min_rounds or clock() - start < seconds * 1e9:
+            arrays = sets[done % len(sets)]
+            shift = done % len(names)
+            for name in names[shift:] + names[:shift]:
+                rounds[name].append(_burst(runners[name], arrays, clock))
+            done += 1
+    return {name: Timing(tuple(found)) for name, found in rounds.items()}
+
+
+def _burst(runner: Runner, arrays: Inputs, clock: Callable[[], int]) -> tuple[float, ...]:
+    runner.run(arrays)
+    calls: list[float] = []
+    began = now = clock()
+    while not calls or (now - began < _BURST_NS and len(calls) < _BURST_CALLS):
+        before = clock()
+        runner.run(arrays)
+        now = clock()
+        calls.append((now - before) / 1e6)
+    return tuple(calls)
+
+
+def faster(baseline: Timing, candidate: Timing) -> tuple[float, float, float]:
+    """Return baseline / candidate (ratio of medians) and its 95 % interval.
+
+    Rounds are resampled in pairs: what slowed a whole round slowed both, and cancels.
+
+    Raises:
+        ValueError: if the two were not timed together (numbers of rounds differ).
+    """
+    if len(baseline.rounds) != len(candidate.rounds):
+        raise ValueError(
+            f"baseline has {len(baseline.rounds)} rounds, candidate {len(candidate.rounds)}: "
+            "time both in one call of time_interleaved"
+        )
+    slow, fast = baseline.medians, candidate.medians
+    picks = _resamples(len(slow))
+    low, high = _interval(np.median(slow[picks], axis=1) / np.median(fast[picks], axis=1))
+    return float(np.median(slow) / np.median(fast)), low, high
+
+
+def timing_to_measurements(timing: Timing, workload: Workload, runtime: str) -> dict[str, Measurement]:
+    """Return latency_ms (the median) and p90_ms as measurements."""
+    return {
+        metric: Measurement(metric, value, *interval, "measured", runtime, str(workload))
+        for metric, value, interval in (
+            ("latency_ms", timing.median, timing.median_interval()),
+            ("p90_ms", timing.p90, timing.p90_interval()),
+        )
+    }
+
+
+@contextmanager
+def host_lock(waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the lock that only one process of this machine has at a time; re-entrant within a process.
+
+    Args:
+        waiting: called once with a sentence if another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    path = Path(tempfile.gettempdir()) / "autolite-timing.lock"
+    lock = FileLock(path, mode=0o666, is_singleton=True, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if waiting:
+            waiting(f"waiting: another process is timing a model on this machine (it holds {path})")
+        lock.acquire(poll_interval=0.1)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,378 @@
+"""What a shape costs on a target before anything is built: latency, size, memory and energy.
+
+The time of a call is a sum over its operators of a roofline (Williams, Waterman and Patterson 2009) whose compute roof
+depends on the size of the product, plus costs of dispatch:
+
+    t = sum over operators of max(FLOPs / (P * e(m, n, k)), bytes / B) + dispatch * operators + fixed
+    e(m, n, k) = fraction / (1 + rows / m + columns / n + depth / k)
+
+Uncertainties of the profile's numbers are propagated to first order in the logarithms: the elasticity of the time with
+respect to a number is the share of the time that it governs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from autolite import formats
+from autolite.architecture import LayerShape, MatMul, ModelShape, Stack, matmuls
+from autolite.errors import TargetError
+from autolite.families import FAMILIES, Family, Head
+from autolite.hardware.profile import Number, Profile, growth
+from autolite.measure import Measurement, Workload
+
+UNCALIBRATED = 1.5  # without measurements on the device no interval is narrower than this factor each way
+_CALIBRATED = ("measured", "calibrated")
+_BYTES = 4  # activations, norms, biases and positions are fp32
+
+_OPERATORS = {"attention": 9, "ffn": 5, "gated": 7, "around": 16}  # operators of the emitted graph
+_GRAPH_BYTES = {"layer": 5000, "around": 4000}  # names, shapes and attributes of those operators in the file
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernel:
+    """Speed of one kernel class on so many threads: FLOPs per microsecond, and its efficiency's half sizes."""
+
+    speed: float
+    rows: float
+    columns: float
+    depth: float
+
+
+@dataclass(frozen=True)
+class _Speeds:
+    """A profile reduced to plain floats for so many threads; times are in microseconds."""
+
+    kernels: dict[str, _Kernel]
+    formats: dict[str, str]
+    elementwise: dict[str, float]  # elements per microsecond
+    memory: float  # bytes per microsecond
+    cache: float
+    cache_size: float  # bytes
+    dispatch: float
+    fixed: float
+    correction: float
+    watts: float
+    sigmas: dict[str, float]  # relative uncertainty of what governs each key of a `_Time`
+    weak: frozenset[str]  # the keys that rest on a number which was not measured or calibrated
+
+
+class _Time:
+    """Microseconds of one pass, by the number of the profile that governs them."""
+
+    def __init__(self, speeds: _Speeds, working_set: float) -> None:
+        self.speeds = speeds
+        self.parts: dict[str, float] = {}
+        # Weights beyond the cache's size push each other out: that share streams from memory.
+        self.resident = min(1.0, speeds.cache_size / working_set) if working_set else 1.0
+
+    def add(self, key: str, microseconds: float) -> None:
+        self.parts[key] = self.parts.get(key, 0.0) + microseconds
+
+    def product(self, kernel: str, m: float, k: int, n: int, stored: float, times: int = 1) -> None:
+        """A product [m, k] x [k, n], `times` over; `stored` are the bytes of the second factor."""
+        speeds = self.speeds
+        roof = speeds.kernels[kernel]
+        rows, columns, depth = roof.rows / m, roof.columns / n, roof.depth / k
+        compute = times * 2.0 * m * k * n / roof.speed
+        cached = times * (stored * self.resident + _BYTES * m * (k + n)) / speeds.cache
+        streamed = times * stored * (1.0 - self.resident) / speeds.memory
+        if compute * (1.0 + rows + columns + depth) >= cached + streamed:
+            self.add(f"{kernel}.peak", compute)
+            self.add(f"{kernel}.rows", compute * rows)
+            self.add(f"{kernel}.columns", compute * columns)
+            self.add(f"{kernel}.depth", compute * depth)
+        else:
+            self.add("cache", cached)
+            self.add("memory", streamed)
+
+    def elements(self, kind: str, count: float) -> None:
+        self.add(kind, count / self.speeds.elementwise[kind])
+
+    def copy(self, nbytes: float) -> None:
+        self.add("cache", nbytes / self.speeds.cache)
+
+    def operators(self, count: float) -> None:
+        self.add("dispatch", count * self.speeds.dispatch)
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values()) * self.speeds.correction
+
+
+def predict(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str, Measurement]:
+    """Price a model on a target.
+
+    Returns latency_ms (of one call; language models: the prompt and then `generated` steps), size_bytes, memory_bytes
+    and energy_mj, and for language models ttft_ms (the prompt) and tokens_per_second (of the steps after it, each of
+    which reads all weights once and the keys and values of the context so far). All are "predicted"; the size is exact.
+
+    Raises:
+        TargetError: if the workload wants more threads than the target's default unit has, or a number format that
+            the target cannot run.
+    """
+    speeds = _speeds(profile, workload.threads)
+    family = FAMILIES[shape.family]
+    matrices = _matrices(shape, speeds)
+    prompt = _pass(shape, family, speeds, matrices, workload.batch, workload.tokens, workload.tokens)
+    passes = [(prompt, 1.0)]
+    generates = shape.stacks[-1].causal and shape.outputs == shape.vocab
+    found: dict[str, tuple[float, float, bool]] = {}  # metric: value, relative uncertainty, floored
+    if generates:
+        context = workload.tokens + workload.generated // 2
+        step = _pass(shape, family, speeds, matrices, workload.batch, 1, context)
+        passes.append((step, float(workload.generated)))
+        found["ttft_ms"] = (prompt.total / 1e3, *_spread(speeds, [(prompt, 1.0)]))
+        found["tokens_per_second"] = (1e6 * workload.batch / step.total, *_spread(speeds, [(step, 1.0)]))
+    latency = sum(part.total * count for part, count in passes) / 1e3
+    sigma, weak = _spread(speeds, passes)
+    found["latency_ms"] = (latency, sigma, weak)
+    found["energy_mj"] = (
+        latency * speeds.watts,
+        math.hypot(sigma, speeds.sigmas["watts"]),
+        weak or "watts" in speeds.weak,
+    )
+    size = float(_size(shape, family, matrices))
+    packed = profile.packing.value * sum(matrices.values())
+    memory = size + packed + _activations(shape, workload)
+    packing = packed / memory * profile.packing.sigma
+    found["memory_bytes"] = (memory, math.hypot(packing, 0.1), profile.packing.kind not in _CALIBRATED)
+    found["size_bytes"] = (size, 0.0, False)
+    return {metric: _measurement(metric, *found[metric], profile, workload) for metric in found}
+
+
+def _measurement(
+    metric: str, value: float, sigma: float, floored: bool, profile: Profile, workload: Workload
+) -> Measurement:
+    factor = max(growth(sigma), UNCALIBRATED if floored else 1.0)
+    return Measurement(metric, value, value / factor, value * factor, "predicted", profile.runtime, str(workload))
+
+
+def _spread(speeds: _Speeds, passes: list[tuple[_Time, float]]) -> tuple[float, bool]:
+    """Relative uncertainty of the time of these passes, and whether anything behind it is uncalibrated."""
+    parts: dict[str, float] = {}
+    for time, count in passes:
+        for key, microseconds in time.parts.items():
+            parts[key] = parts.get(key, 0.0) + count * microseconds
+    total = sum(parts.values())
+    variance = speeds.sigmas["correction"] ** 2
+    # One kernel's peak governs all its parts together; its half sizes govern their own.
+    for kernel in speeds.kernels:
+        governed = sum(parts.get(f"{kernel}.{part}", 0.0) for part in ("peak", "rows", "columns", "depth"))
+        variance += (governed / total * speeds.sigmas[f"{kernel}.peak"]) ** 2
+    for key, microseconds in parts.items():
+        if not key.endswith(".peak"):
+            variance += (microseconds / total * speeds.sigmas[key]) ** 2
+    return math.sqrt(variance), "correction" in speeds.weak or any(key in speeds.weak for key in parts)
+
+
+@lru_cache(maxsize=64)
+def _speeds(profile: Profile, threads: int) -> _Speeds:
+    unit = profile.unit
+    if threads > unit.threads:
+        raise TargetError(
+            f"threads={threads}, but {unit.name} of {profile.name} has {unit.threads}: ask for at most so many"
+        )
+    if unit.scaling is None or unit.power is None:
+        raise TargetError(f"{profile.name}: unit {unit.name} lacks scaling or power")
+    gain = unit.scaling.value
+    used = (1 + (threads - 1) * gain) / (1 + (unit.threads - 1) * gain)
+    # d log(used) / d log(gain)
+    slope = (threads - 1) * gain / (1 + (threads - 1) * gain) - (unit.threads - 1) * gain / (
+        1 + (unit.threads - 1) * gain
+    )
+    shared = abs(slope) * unit.scaling.sigma
+    sigmas: dict[str, float] = {}
+    weak: set[str] = set()
+
+    def behind(key: str, *numbers: Number, extra: float = 0.0) -> None:
+        sigmas[key] = math.hypot(extra, *(number.sigma for number in numbers))
+        if any(number.kind not in _CALIBRATED for number in numbers):
+            weak.add(key)
+
+    kernels = {}
+    for name, efficiency in profile.efficiency.items():
+        if name in unit.peak:
+            speed = unit.peak[name].value * efficiency.fraction.value * used * 1e3
+            halves = {part: getattr(efficiency, part) for part in ("rows", "columns", "depth")}
+            kernels[name] = _Kernel(speed, **{part: number.value for part, number in halves.items()})
+            behind(f"{name}.peak", unit.peak[name], efficiency.fraction, extra=shared)
+            for part, number in halves.items():
+                behind(f"{name}.{part}", number)
+    for kind, number in unit.elementwise.items():
+        behind(kind, number, extra=shared)
+    behind("memory", profile.memory.bandwidth)
+    behind("cache", profile.cache.bandwidth)
+    behind("dispatch", profile.dispatch)
+    behind("fixed", profile.fixed)
+    behind("correction", profile.correction)
+    behind("watts", profile.idle, unit.power)
+    return _Speeds(
+        kernels=kernels,
+        formats=profile.formats,
+        elementwise={kind: number.value * used * 1e3 for kind, number in unit.elementwise.items()},
+        memory=profile.memory.bandwidth.value * 1e3,
+        cache=profile.cache.bandwidth.value * 1e3,
+        cache_size=profile.cache.size.value * 1e6,
+        dispatch=profile.dispatch.value,
+        fixed=profile.fixed.value,
+        correction=profile.correction.value,
+        watts=profile.idle.value + (unit.power.value - profile.idle.value) * threads / unit.threads,
+        sigmas=sigmas,
+        weak=frozenset(weak),
+    )
+
+
+def _head(shape: ModelShape, family: Family) -> Head | None:
+    if not shape.outputs:
+        return None
+    generates = family.causal and shape.outputs == shape.vocab
+    return next((head for head in family.heads if (head.pooling == "none") == generates), None)
+
+
+def _square(head: Head | None) -> int:
+    """Number of [hidden, hidden] matrices between the last layer and the head's own (BERT's pooler)."""
+    return len(head.dense) - 1 if head else 0
+
+
+def _matrices(shape: ModelShape, speeds: _Speeds) -> dict[str, int]:
+    """Bytes of each stored matrix that is multiplied with, by the name of its weights."""
+    stored: dict[str, int] = {}
+    for product in matmuls(shape):
+        if product.format not in speeds.formats:
+            known = ", ".join(speeds.formats)
+            raise TargetError(f"the target cannot run the number format '{product.format}'; it runs {known}")
+        stored[product.weights] = formats.nbytes(product.format, product.n, product.k)
+    return stored
+
+
+def _pass(
+    shape: ModelShape, family: Family, speeds: _Speeds, stored: dict[str, int], batch: int, tokens: int, context: int
+) -> _Time:
+    """Time of one pass over `tokens` new tokens a sequence that attend to `context` tokens, themselves included."""
+    time = _Time(speeds, float(sum(stored.values())))
+    head = _head(shape, family)
+    pooled = head is not None and head.pooling != "none"
+    rows = batch * tokens
+    time.copy(2 * _BYTES * rows * shape.embedding)
+    if family.embedding_norm:
+        time.elements("normalization", rows * shape.embedding)
+    if family.embedding_projection:
+        hidden = shape.stacks[0].hidden
+        time.product("fp32", rows, shape.embedding, hidden, _BYTES * shape.embedding * hidden)
+    products = matmuls(shape)
+    for stack in shape.stacks:
+        for index, layer in enumerate(stack.layers):
+            last = stack is shape.stacks[-1] and index == len(stack.layers) - 1
+            # Where only the first position is read, the last layer computes all but keys and values there alone.
+            read = 1 if last and pooled and not stack.causal else tokens
+            _attention(time, stack, layer, next(products), next(products), stored, batch, tokens, read, context)
+            _feed_forward(time, stack, layer, next(products), next(products), stored, batch * read)
+    read = batch if pooled else rows
+    hidden = shape.stacks[-1].hidden
+    if family.final_norm:
+        time.elements("normalization", read * hidden)
+    for _ in range(_square(head)):
+        time.product("fp32", read, hidden, hidden, _BYTES * hidden * hidden)
+    for product in products:
+        time.product(speeds.formats[product.format], read, product.k, product.n, stored[product.weights])
+    time.operators(_OPERATORS["around"])
+    time.add("fixed", speeds.fixed)
+    return time
+
+
+def _attention(
+    time: _Time,
+    stack: Stack,
+    layer: LayerShape,
+    qkv: MatMul,
+    out: MatMul,
+    stored: dict[str, int],
+    batch: int,
+    tokens: int,
+    read: int,
+    context: int,
+) -> None:
+    kernel = time.speeds.formats[qkv.format]
+    nbytes = stored[qkv.weights]
+    if read == tokens:
+        time.product(kernel, batch * tokens, qkv.k, qkv.n, nbytes)
+    else:
+        query = layer.heads * layer.head_dim
+        time.product(kernel, batch * read, qkv.k, query, nbytes * query / qkv.n)
+        time.product(kernel, batch * tokens, qkv.k, qkv.n - query, nbytes * (qkv.n - query) / qkv.n)
+    # Scores [read, context] and their product with the values, for each head of each sequence.
+    past = _BYTES * context * layer.head_dim * layer.kv_heads / layer.heads
+    time.product("fp32", read, layer.head_dim, context, past, batch * layer.heads)
+    time.product("fp32", read, context, layer.head_dim, past, batch * layer.heads)
+    time.elements("softmax", batch * layer.heads * read * context)
+    time.product(time.speeds.formats[out.format], batch * read, out.k, out.n, stored[out.weights])
+    time.elements("normalization", batch * read * stack.hidden)
+    time.operators(_OPERATORS["attention"])
+
+
+def _feed_forward(
+    time: _Time,
+    stack: Stack,
+    layer: LayerShape,
+    first: MatMul,
+    second: MatMul,
+    stored: dict[str, int],
+    rows: int,
+) -> None:
+    kernel = time.speeds.formats[first.format]
+    time.product(kernel, rows, first.k, first.n, stored[first.weights])
+    time.elements("activation", rows * layer.ffn)
+    time.product(kernel, rows, second.k, second.n, stored[second.weights])
+    time.elements("normalization", rows * stack.hidden)
+    time.operators(_OPERATORS["gated" if stack.gated else "ffn"])
+
+
+def _size(shape: ModelShape, family: Family, stored: dict[str, int]) -> int:
+    """Bytes of the artifact: matrices and embedding in their formats, everything else in fp32, and the graph."""
+    floats = shape.positions * shape.embedding if family.position else 0
+    if family.token_type:
+        floats += (1 if family.positions_after_padding else 2) * shape.embedding
+    norm = 1 if family.rms_norm else 2
+    floats += norm * shape.embedding if family.embedding_norm else 0
+    floats += (shape.embedding + 1) * shape.stacks[0].hidden if family.embedding_projection else 0
+    seen: set[str] = set()
+    for stack in shape.stacks:
+        for layer in stack.layers:
+            width, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+            if (name := f"{stack.name}.attention.{layer.attention}") not in seen:
+                seen.add(name)
+                floats += norm * stack.hidden
+                floats += width + 2 * kv if not family.rms_norm or family.name == "qwen2" else 0
+                floats += 0 if family.rms_norm else stack.hidden
+                floats += 2 * layer.head_dim if family.query_norm else 0
+            if (name := f"{stack.name}.ffn.{layer.feed_forward}") not in seen:
+                seen.add(name)
+                floats += norm * stack.hidden
+                floats += 0 if family.rms_norm else layer.ffn + stack.hidden
+    hidden = shape.stacks[-1].hidden
+    floats += norm * hidden if family.final_norm else 0
+    floats += _square(_head(shape, family)) * (hidden + 1) * hidden
+    floats += shape.outputs if shape.outputs and not family.causal else 0
+    layers = sum(len(stack.layers) for stack in shape.stacks)
+    embedding = 0 if "embedding" in stored else formats.nbytes(shape.embedding_format, shape.vocab, shape.embedding)
+    graph = layers * _GRAPH_BYTES["layer"] + _GRAPH_BYTES["around"]
+    return sum(stored.values()) + embedding + _BYTES * floats + graph
+
+
+def _activations(shape: ModelShape, workload: Workload) -> float:
+    """Most bytes of activations alive at once, and the keys and values of a language model's context."""
+    rows = workload.batch * workload.tokens
+    context = workload.tokens + workload.generated
+    alive = cached = 0
+    for stack in shape.stacks:
+        for layer in stack.layers:
+            width, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+            scores = workload.batch * layer.heads * workload.tokens**2
+            inner = max(rows * (width + 2 * kv) + 2 * scores, 2 * rows * layer.ffn)
+            alive = max(alive, 2 * rows * stack.hidden + inner)
+            cached += 2 * kv * workload.batch * context if stack.causal else 0
+    logits = rows * shape.outputs if shape.stacks[-1].causal else 0
+    return _BYTES * (max(alive, logits) + cached)

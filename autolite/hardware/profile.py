@@ -1,0 +1,302 @@
+"""The schema of a hardware profile: what a device can do, in numbers that each say where they come from."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from autolite import registry
+from autolite.errors import TargetError, unknown
+
+Kind = Literal["datasheet", "measured", "calibrated", "derived", "assumed"]
+_SHORT = ("value", "unit", "kind", "source", "date", "sigma")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Number(_Strict):
+    """A value with its unit, its provenance and how far it may be off.
+
+    Args:
+        value: zero or more, in `unit`.
+        unit: as the field of the profile demands it.
+        kind: datasheet (the maker's claim), measured (on the device), calibrated (fitted to measurements), derived
+            (computed from other numbers) or assumed.
+        source: where it can be read again, or how it was obtained.
+        date: when it was read or measured.
+        sigma: relative standard uncertainty; 0.1 means that the truth is within about +-10 % two times out of three.
+
+    In YAML a list in this order serves too: `[151, GFLOPS, measured, "who, where", 2024-07-06, 0.05]`.
+    """
+
+    value: float = Field(ge=0, allow_inf_nan=False)
+    unit: str
+    kind: Kind
+    source: str = Field(min_length=1)
+    date: datetime.date
+    sigma: float = Field(ge=0, le=3, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        if not isinstance(data, list | tuple):
+            return data
+        if len(data) != len(_SHORT):
+            raise ValueError(
+                f"a number in short form is [{', '.join(_SHORT)}], but this has {len(data)} of the 6 parts"
+            )
+        return dict(zip(_SHORT, data, strict=True))
+
+    def __str__(self) -> str:
+        unit = "" if self.unit == "1" else f" {self.unit}"
+        return f"{self.value:g}{unit} ({self.kind}, +-{100 * self.sigma:.0f} %)"
+
+
+def _in(unit: str, positive: bool = True) -> AfterValidator:
+    def check(number: Number) -> Number:
+        if number.unit != unit:
+            raise ValueError(f"the unit here is {unit}, not {number.unit}: convert the value")
+        if positive and number.value == 0:
+            raise ValueError("must be above 0")
+        return number
+
+    return AfterValidator(check)
+
+
+Gflops = Annotated[Number, _in("GFLOPS")]
+GelementsPerSecond = Annotated[Number, _in("Gelem/s")]
+GigabytesPerSecond = Annotated[Number, _in("GB/s")]
+Gigabytes = Annotated[Number, _in("GB")]
+Megabytes = Annotated[Number, _in("MB")]
+Microseconds = Annotated[Number, _in("us", positive=False)]
+Watts = Annotated[Number, _in("W", positive=False)]
+Ratio = Annotated[Number, _in("1")]
+Count = Annotated[Number, _in("1", positive=False)]
+
+
+class ComputeUnit(_Strict):
+    """A processor, or a cluster of equal cores, that a model runs on.
+
+    Args:
+        name: "big", "cpu", ...
+        threads: number of its cores, all used unless a workload asks for fewer.
+        peak: dense GFLOPS (for integers, GOPS) of all cores together, for each kernel class; one multiply-add is two.
+        elementwise: elements a second of all cores, for "activation" (Gelu), "normalization" and "softmax".
+        scaling: what each further core adds, as a fraction of the first.
+        power: watts under load, all cores, memory included.
+        unavailable: why no model can run here; empty if one can.
+    """
+
+    name: str
+    threads: int = Field(ge=1)
+    peak: dict[str, Gflops] = {}
+    elementwise: dict[Literal["activation", "normalization", "softmax"], GelementsPerSecond] = {}
+    scaling: Ratio | None = None
+    power: Watts | None = None
+    unavailable: str = ""
+
+    @model_validator(mode="after")
+    def _complete(self) -> ComputeUnit:
+        if not self.unavailable:
+            missing = [f for f in ("peak", "elementwise", "scaling", "power") if not getattr(self, f)]
+            missing += [
+                f"elementwise.{n}" for n in ("activation", "normalization", "softmax") if n not in self.elementwise
+            ]
+            if missing:
+                raise ValueError(f"unit {self.name} lacks {missing[0]}: give it, or say why the unit is `unavailable`")
+        return self
+
+
+class Efficiency(_Strict):
+    """The part of the peak that a product [m, k] x [k, n] reaches: e = fraction / (1 + rows/m + columns/n + depth/k).
+
+    Each of the three is the size at which that dimension alone halves the rate: few rows do not pay for reading the
+    weights, few columns not for reading (or quantizing) the inputs, a short inner dimension not for writing the
+    outputs.
+    """
+
+    fraction: Ratio
+    rows: Count
+    columns: Count
+    depth: Count
+
+
+class Memory(_Strict):
+    """Main memory."""
+
+    size: Gigabytes
+    bandwidth: GigabytesPerSecond
+
+
+class Cache(_Strict):
+    """The last level of cache: its size, and the bandwidth at which weights stream out of it."""
+
+    size: Megabytes
+    bandwidth: GigabytesPerSecond
+
+
+class Profile(_Strict):
+    """A device and its runtime in numbers.
+
+    Args:
+        name: what `--target` takes.
+        description: one line for people.
+        runtime: registered name of the runtime that these numbers describe.
+        sources: texts that the numbers refer to by YAML anchors; not used otherwise.
+        default_unit: name of the unit that models run on.
+        units: all processors, the ones that cannot be used included.
+        efficiency: for each kernel class.
+        formats: number format (`autolite.formats`) -> kernel class whose peak and efficiency price it.
+        memory: main memory.
+        cache: last-level cache.
+        dispatch: cost of one operator whatever its size.
+        fixed: cost of one call whatever the model.
+        idle: watts with nothing to do.
+        packing: bytes that the runtime keeps in memory for a byte of matrix weights, beyond the file's own.
+        correction: factor on every predicted time; its sigma is what the model of `predict` misses by itself.
+    """
+
+    name: str = Field(min_length=1)
+    description: str
+    runtime: str = "onnxruntime"
+    sources: dict[str, str] = {}
+    default_unit: str
+    units: tuple[ComputeUnit, ...] = Field(min_length=1)
+    efficiency: dict[str, Efficiency]
+    formats: dict[str, str]
+    memory: Memory
+    cache: Cache
+    dispatch: Microseconds
+    fixed: Microseconds
+    idle: Watts
+    packing: Count
+    correction: Ratio
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Profile:
+        names = [unit.name for unit in self.units]
+        if self.default_unit not in names:
+            raise ValueError(unknown("default_unit", self.default_unit, names))
+        if self.unit.unavailable:
+            raise ValueError(f"default_unit '{self.default_unit}' is unavailable: {self.unit.unavailable}")
+        for form, kernel in {"fp32": "fp32", **self.formats}.items():
+            for where, known in ((f"units.{self.default_unit}.peak", self.unit.peak), ("efficiency", self.efficiency)):
+                if kernel not in known:
+                    raise ValueError(
+                        f"formats.{form} is priced as '{kernel}', which {where} does not have: add it there"
+                    )
+        if "fp32" not in self.formats:
+            raise ValueError("formats lacks fp32, which every model needs: add fp32: fp32")
+        return self
+
+    @property
+    def unit(self) -> ComputeUnit:
+        """The default compute unit."""
+        return next(unit for unit in self.units if unit.name == self.default_unit)
+
+    @property
+    def threads(self) -> int:
+        """Threads of the default compute unit: the default of a workload on this target."""
+        return self.unit.threads
+
+    @cached_property
+    def digest(self) -> str:
+        """First 12 hexadecimal digits of the SHA-256 of the profile's JSON."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def numbers(self) -> dict[str, Number]:
+        """Return every number of the profile by its path, such as "units.big.peak.fp32"."""
+        return dict(_numbers(self, ""))
+
+
+def _numbers(node: Any, path: str) -> list[tuple[str, Number]]:
+    if isinstance(node, Number):
+        return [(path, node)]
+    if isinstance(node, BaseModel):
+        parts: list[tuple[str, Any]] = [(name, getattr(node, name)) for name in type(node).model_fields]
+    elif isinstance(node, Mapping):
+        parts = list(node.items())
+    elif isinstance(node, tuple):
+        parts = [(getattr(item, "name", str(i)), item) for i, item in enumerate(node)]
+    else:
+        return []
+    return [found for name, part in parts for found in _numbers(part, f"{path}.{name}".lstrip("."))]
+
+
+def profile_names() -> list[str]:
+    """Return the names of the shipped profiles."""
+    return sorted(path.stem for path in registry.data_dir("hardware_profiles").glob("*.yaml"))
+
+
+def load_profile(name_or_path: str | Path) -> Profile:
+    """Read a profile by its name, or from a YAML file (a path that ends in .yaml or .yml).
+
+    Raises:
+        TargetError: if there is no such profile (the nearest is named), or the file, field and value that are wrong.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        names = profile_names()
+        if str(name_or_path) not in names:
+            message = unknown("target", str(name_or_path), [*names, "local"])
+            raise TargetError(f"{message}. A profile of your own is given as a path that ends in .yaml")
+        path = registry.data_dir("hardware_profiles") / f"{name_or_path}.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TargetError(f"cannot read the hardware profile {path}: {error}") from None
+    return parse_profile(text, str(path))
+
+
+def parse_profile(text: str, where: str) -> Profile:
+    """Read a profile from YAML text; `where` names it in errors.
+
+    Raises:
+        TargetError: naming `where`, the field, its value and the remedy.
+    """
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise TargetError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise TargetError(f"{where} holds {type(data).__name__}, not a profile: see docs/targets.md for the fields")
+    try:
+        return Profile.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "profile"
+        value = "" if isinstance(first["input"], dict) else f", but got {first['input']!r}"
+        message = first["msg"].removeprefix("Value error, ")
+        raise TargetError(f"{where}: {field}: {message}{value}. See docs/targets.md") from None
+
+
+def dump_profile(profile: Profile) -> str:
+    """Return the YAML of a profile, numbers in short form; `parse_profile` reads it back equal."""
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, dict):
+            if set(node) == set(_SHORT):
+                return [node[part] for part in _SHORT]
+            return {key: plain(value) for key, value in node.items() if value not in (None, "", {})}
+        return [plain(item) for item in node] if isinstance(node, list | tuple) else node
+
+    data = plain(profile.model_dump(mode="python"))
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000, default_flow_style=None)
+
+
+def growth(sigma: float) -> float:
+    """Factor of the 95 % interval of a log-normal quantity of relative uncertainty `sigma`: value / f to value * f."""
+    return math.exp(1.96 * math.sqrt(math.log1p(sigma * sigma)))
