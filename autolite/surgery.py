@@ -356,13 +356,10 @@ def keep_layers(model: PreTrainedModel, indices: Sequence[int]) -> None:
         config.layer_types = [types[i] for i in kept]
     config.num_hidden_layers = len(kept)
     if not family.repeated:
-        owner, _, name = family.layers.rpartition(".")
-        stored = layer_modules(model)
-        setattr(_part(model.base_model, owner), name, nn.ModuleList([stored[i] for i in kept]))
-        if hasattr(_part(model.base_model, owner), "n_layers"):  # DistilBERT's own copy
-            _part(model.base_model, owner).n_layers = len(kept)
+        stored = _part(model.base_model, family.layers)
+        for index in sorted(set(range(len(source))) - set(kept), reverse=True):
+            del stored[index]
     _number_layers(model, tuple(source[i] for i in kept))
-    _declare_shared(model)
 
 
 def _number_layers(model: PreTrainedModel, source: tuple[int, ...]) -> None:
@@ -404,7 +401,7 @@ def share_layers(
                         f"{tuple(ours.weight.shape)} and {tuple(theirs.weight.shape)}"
                     )
                 layer.set_submodule(path, theirs)
-    _declare_shared(model)
+    _store_shared_once(_part(model.base_model, family.layers))
 
 
 def attention_paths(family: Family) -> tuple[str, ...]:
@@ -417,19 +414,35 @@ def ffn_paths(family: Family) -> tuple[str, ...]:
     return tuple(p for p in (family.ffn_in, family.ffn_gate, family.ffn_out) if p)
 
 
-def _declare_shared(model: PreTrainedModel) -> None:
-    """Tell transformers which parameters of the layers are one: saving then writes each once, and loading does not
-    take the other names for missing weights."""
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    prefix += family_of(model.config).layers + "."
-    first: dict[int, str] = {}
-    shared = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name.startswith(prefix) and first.setdefault(id(parameter), name) != name:
-            shared[name] = first[id(parameter)]
-    model._tied_weights_keys = {**(type(model)._tied_weights_keys or {}), **shared}
-    outside = {k: v for k, v in model.all_tied_weights_keys.items() if not k.startswith(prefix)}
-    model.all_tied_weights_keys = {**outside, **shared}
+def _shared_names(layers: nn.Module) -> set[str]:
+    """Return the names under which parameters of `layers` occur again."""
+    first = {id(parameter): name for name, parameter in layers.named_parameters()}
+    every = layers.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in every if first[id(parameter)] != name}
+
+
+def _drop_shared(layers: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for name in _shared_names(layers):
+        state.pop(prefix + name, None)
+
+
+def _expect_shared(layers: nn.Module, keys: Any) -> None:
+    """What `_drop_shared` left out is not missing."""
+    again = _shared_names(layers)
+    keys.missing_keys[:] = [
+        key for key in keys.missing_keys if not any(key == name or key.endswith(f".{name}") for name in again)
+    ]
+
+
+def _store_shared_once(layers: Any) -> None:
+    """Let `state_dict()` name each shared parameter once.
+
+    transformers takes every other name for a missing weight when loading, and declaring it as tied would do harm:
+    `tie_weights` cuts the bias of a tied Conv1D to the length of its input.
+    """
+    if _drop_shared not in layers._state_dict_hooks.values():
+        layers.register_state_dict_post_hook(_drop_shared)
+        layers.register_load_state_dict_post_hook(_expect_shared)
 
 
 def reshape(model: PreTrainedModel, shape: ModelShape) -> None:
