@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from autolite import plan
 from autolite.architecture import ModelShape
-from autolite.plan import Config
+from autolite.errors import PlanError
 from autolite.tasks.base import Split, Task
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from autolite.formats import Encoded
@@ -56,14 +56,29 @@ class Technique(Protocol):
     """
 
     name: ClassVar[str]
-    Config: ClassVar[type[Config]]
+    Config: ClassVar[type[plan.Config]]
     numeric: ClassVar[bool]
     effort: ClassVar[str | None]
 
-    def shape(self, shape: ModelShape, config: Config) -> ModelShape:
+    def shape(self, shape: ModelShape, config: plan.Config) -> ModelShape:
         """Return the shape after this step, without weights. Raises PlanError where it cannot be applied."""
         ...
 
-    def apply(self, student: Student, config: Config, context: Context) -> Student:
+    def apply(self, student: Student, config: plan.Config, context: Context) -> Student:
         """Return the compressed student; the one given and the teacher stay untouched."""
         ...
+
+
+def require_float32(technique: str, shape: ModelShape) -> None:
+    """Refuse a model whose matrices are in a number format already, which `technique` would leave behind.
+
+    Raises:
+        PlanError: naming the formats.
+    """
+    layers = [layer for stack in shape.stacks for layer in stack.layers]
+    formats = {form for layer in layers for form in (layer.attention_format, layer.ffn_format)}
+    strange = sorted((formats | {shape.embedding_format, shape.head_format}) - {"fp32"})
+    if strange:
+        raise PlanError(
+            f"{technique} works on fp32 weights, but some are {', '.join(strange)} already; put it before quantize"
+        )
