@@ -1,0 +1,171 @@
+"""Language modelling: the next token, its cross-entropy in nats, judged by perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from autolite.errors import DataError
+from autolite.tasks import data
+from autolite.tasks.base import Batch, DataSpec, Split, TaskData
+from autolite.tasks.text_classification import fingerprint, max_tokens, pad
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+BLOCK = 256
+IGNORED = -100
+CHUNK = 10_000  # characters tokenised at once: a whole book in one call is slow, a line at a time makes other tokens
+
+
+class LanguageModeling:
+    """Plain text, or a column of documents, cut into blocks of tokens.
+
+    A batch's `labels` are already shifted: labels[b, t] is the token that logits[b, t] should predict, that is
+    input_ids[b, t + 1]; -100 at a block's last token and in the padding. So they are for `loss`, not for a
+    transformers model's own `labels` argument, which shifts once more.
+    """
+
+    name = "language-modeling"
+    auto_class = "AutoModelForCausalLM"
+    metric = "perplexity"
+    direction: Literal["maximize", "minimize"] = "minimize"
+
+    def load(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, config: Any) -> TaskData:
+        """Read, cut and tokenise the text.
+
+        Lines of a plain text follow one another; documents of a column are separated by the end-of-sequence token.
+        A missing test split is the last tenth of a plain text, or a tenth of the documents.
+
+        Raises:
+            DataError: naming the file, the column or the row that is wrong, or a split too short for two blocks.
+        """
+        if spec.source is None:
+            raise DataError("language-modeling has no embedded demo data; give a text (--data)")
+        block = max_tokens(spec, tokenizer, config, BLOCK)
+        tables = data.read(spec.source)
+        notes = [f"{split}: {len(t)} {'lines' if t.plain else 'texts'}, {t.origin}" for split, t in tables.items()]
+        documents = {split: _documents(table, spec) for split, table in tables.items()}
+        for split in ("test", "validation"):
+            if split not in documents:
+                documents["train"], documents[split] = _cut(documents["train"], tables["train"].plain, spec.seed)
+                how = "the last of" if tables["train"].plain else f"cut by seed {spec.seed} from"
+                notes.append(f"{split}: {data.CUT:.0%}, {how} train")
+        blocks = {split: _blocks(texts, tokenizer, block) for split, texts in documents.items()}
+        for split, b in blocks.items():
+            if len(b) < (2 if split == "validation" else 1):
+                raise DataError(
+                    f"the {split} split of '{spec.source}' has {sum(map(len, b))} tokens, which make {len(b)} blocks of"
+                    f" up to {block}: too few; give more text or a smaller --max-length"
+                )
+        selection, search = data.cut([ids.tobytes().hex() for ids in blocks["validation"]], 0.5, spec.seed)
+        notes.append(f"blocks of {block} tokens")
+        train, search_half, selection_half, test = (
+            Split(name, chosen, None, np.zeros(0, dtype=np.int64))
+            for name, chosen in (
+                ("train", blocks["train"]),
+                ("search", [blocks["validation"][i] for i in search]),
+                ("selection", [blocks["validation"][i] for i in selection]),
+                ("test", blocks["test"]),
+            )
+        )
+        digest = fingerprint((train, search_half, selection_half, test))
+        return TaskData(train, search_half, selection_half, test, digest, notes=tuple(notes))
+
+    def batches(self, split: Split, size: int, pad_id: int) -> Iterator[Batch]:
+        """Yield right-padded batches of up to `size` blocks, shortest first; the same ones every time."""
+        order = np.argsort([len(ids) for ids in split.input_ids], kind="stable")
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            rows = [split.input_ids[i] for i in chosen]
+            inputs = {
+                "input_ids": pad(rows, pad_id),
+                "attention_mask": pad([np.ones_like(row) for row in rows], 0),
+            }
+            labels = pad([np.append(row[1:], IGNORED) for row in rows], IGNORED)
+            yield Batch(inputs, labels, chosen)
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross-entropy (nats) of `logits` [batch, tokens, vocab], over the `labels` that ask."""
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+
+    def soft_targets(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the rows [m, vocab] of `logits` that predict a token."""
+        return logits[labels != IGNORED]
+
+    def score_examples(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return [batch, 2]: the sum of -log p(next token) in nats over a block, and the number of tokens predicted."""
+        out = np.empty((len(labels), 2))
+        for i, (rows, wanted) in enumerate(zip(logits, labels, strict=True)):
+            asked = np.flatnonzero(wanted != IGNORED)
+            chosen = rows[asked].astype(np.float32)
+            top = chosen.max(axis=-1)
+            log_sum = top + np.log(np.exp(chosen - top[:, None]).sum(axis=-1))
+            out[i] = (log_sum - chosen[np.arange(len(asked)), wanted[asked]]).sum(dtype=np.float64), len(asked)
+        return out
+
+    def summary(self, ratio: float) -> float:
+        """Perplexity: exp of the mean loss in nats."""
+        return math.exp(min(ratio, 700.0))  # a broken candidate's loss must not overflow
+
+    def kept(self, ratio: float, teacher_ratio: float) -> float:
+        """1 - (rise of the mean loss in nats over the teacher's)."""
+        return 1.0 - (ratio - teacher_ratio)
+
+    def pipeline_outputs(self, logits: np.ndarray, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the five most probable next tokens, `[{"token", "score"}]`, from `logits` [tokens, vocab]."""
+        last = logits.reshape(-1, logits.shape[-1])[-1].astype(np.float64)
+        shifted = np.exp(last - last.max())
+        best = np.argsort(-last, kind="stable")[:5]
+        return [{"token": int(i), "score": float(shifted[i] / shifted.sum())} for i in best]
+
+
+def _documents(table: data.Table, spec: DataSpec) -> list[str]:
+    """Return the documents; of a plain text, its lines, each with its line end."""
+    column = "text" if table.plain else data.text_columns(table, spec.text, None)[0]
+    texts = data.texts(table, column)
+    if not any(text.strip() for text in texts):
+        raise DataError(f"every text in {table.origin} is empty")
+    return [text + "\n" for text in texts] if table.plain else [text for text in texts if text.strip()]
+
+
+def _cut(documents: list[str], plain: bool, seed: int) -> tuple[list[str], list[str]]:
+    if plain:
+        ends = np.cumsum([len(line) for line in documents])
+        at = min(int(np.searchsorted(ends, (1 - data.CUT) * ends[-1])), len(documents) - 1)
+        return documents[:at], documents[at:]
+    try:
+        stay, go = data.cut(documents, data.CUT, seed)
+    except DataError as error:
+        raise DataError(f"train: {error}; give more texts, or a folder with train, validation and test") from None
+    return [documents[i] for i in stay], [documents[i] for i in go]
+
+
+def _blocks(documents: list[str], tokenizer: PreTrainedTokenizerBase, block: int) -> list[np.ndarray]:
+    """Tokenise without special tokens, join, and cut into blocks; the last may be shorter, but predicts a token."""
+    plain = all(text.endswith("\n") for text in documents)
+    pieces: list[str] = []
+    if plain:
+        piece: list[str] = []
+        size = 0
+        for line in documents:
+            piece.append(line)
+            size += len(line)
+            if size >= CHUNK:
+                pieces.append("".join(piece))
+                piece, size = [], 0
+        pieces += ["".join(piece)] if piece else []
+    else:
+        pieces = documents
+    if not pieces:
+        return []
+    encoded = tokenizer(pieces, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    end = [] if plain or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = np.concatenate([np.array([*row, *end], dtype=np.int64) for row in encoded])
+    return [row for start in range(0, len(ids), block) if len(row := ids[start : start + block]) > 1]

@@ -1,0 +1,280 @@
+"""Text classification, of single texts and of pairs: cross-entropy, judged by accuracy."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from autolite.errors import DataError
+from autolite.tasks import data, demo
+from autolite.tasks.base import Batch, DataSpec, Split, TaskData
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+MAX_TOKENS = 256  # default cut of long texts; longer ones cost quadratic time and rarely change a label
+
+
+@dataclass(frozen=True)
+class _Rows:
+    origin: str
+    texts: Sequence[str]
+    pairs: Sequence[str] | None
+    labels: Sequence[Any] | np.ndarray
+    names: Sequence[Any] | None = None  # the labels in words, where the data has both
+
+    def keys(self) -> list[str]:
+        """What makes two rows the same one: their texts."""
+        return (
+            list(self.texts)
+            if self.pairs is None
+            else [f"{a}\x1f{b}" for a, b in zip(self.texts, self.pairs, strict=True)]
+        )
+
+
+class TextClassification:
+    """One label a text or a pair of texts."""
+
+    name = "text-classification"
+    auto_class = "AutoModelForSequenceClassification"
+    metric = "accuracy"
+    direction: Literal["maximize", "minimize"] = "maximize"
+
+    def load(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, config: Any) -> TaskData:
+        """Read, check, cut and tokenise the data; without a source, the embedded demo's.
+
+        Raises:
+            DataError: naming the file, the column, the row or the label that is wrong.
+        """
+        names = _label_names(config)
+        limit = max_tokens(spec, tokenizer, config, MAX_TOKENS)
+        notes: list[str] = []
+        found = _demo(names) if spec.source is None else _columns(spec, notes)
+        known = {split: replace(r, labels=_map_labels(r, names)) for split, r in _labelled(found, notes).items()}
+        rows = {split: _filled(r, notes) for split, r in known.items()}
+        notes[:0] = [f"{split}: {len(r.texts)} rows, {r.origin}" for split, r in rows.items()]
+        if len(classes := np.unique(rows["train"].labels)) < 2:
+            origin, only = rows["train"].origin, names[classes[0]]
+            raise DataError(f"every row of {origin} has the label '{only}': there is nothing to tell apart")
+        where, cuts = data.assign({split: r.keys() for split, r in rows.items()}, spec.seed)
+        encoded = _tokenise(rows, tokenizer, config, limit)
+        long = sum(len(ids) == limit for split in encoded.values() for ids in split.input_ids)
+        if long:
+            notes.append(f"texts are cut at {limit} tokens ({long} of {sum(map(len, encoded.values()))} reach that)")
+        train, search, selection, test = (
+            replace(encoded[where[name][0]].take(where[name][1]), name=name)
+            for name in ("train", "search", "selection", "test")
+        )
+        digest = fingerprint((train, search, selection, test))
+        return TaskData(train, search, selection, test, digest, labels=names, notes=(*notes, *cuts))
+
+    def batches(self, split: Split, size: int, pad_id: int) -> Iterator[Batch]:
+        """Yield right-padded batches of up to `size` examples, shortest first; the same ones every time."""
+        order = np.argsort([len(ids) for ids in split.input_ids], kind="stable")
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            inputs = {
+                "input_ids": pad([split.input_ids[i] for i in chosen], pad_id),
+                "attention_mask": pad([np.ones_like(split.input_ids[i]) for i in chosen], 0),
+            }
+            if split.token_type_ids is not None:
+                inputs["token_type_ids"] = pad([split.token_type_ids[i] for i in chosen], 0)
+            yield Batch(inputs, split.labels[chosen], chosen)
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross-entropy (nats) of `logits` [batch, classes] against `labels` [batch]."""
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(logits.float(), labels)
+
+    def soft_targets(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return `logits` [batch, classes] as they are: every example counts."""
+        return logits
+
+    def score_examples(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return [batch, 2]: whether the largest of `logits` [batch, classes] is the label's (0 or 1), and 1."""
+        right = logits.argmax(axis=-1) == labels
+        return np.stack([right.astype(np.float64), np.ones(len(labels))], axis=1)
+
+    def summary(self, ratio: float) -> float:
+        """Accuracy is the ratio itself."""
+        return ratio
+
+    def kept(self, ratio: float, teacher_ratio: float) -> float:
+        """Accuracy as a fraction of the teacher's (1 if both are 0)."""
+        return ratio / teacher_ratio if teacher_ratio else 1.0 + ratio
+
+    def pipeline_outputs(self, logits: np.ndarray, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return `[{"label", "score"}]` of the most probable class of `logits` [classes], as transformers does."""
+        shifted = np.exp(logits.astype(np.float64) - logits.max())
+        best = int(logits.argmax())
+        id2label = config["id2label"]  # JSON makes strings of the integer keys
+        return [{"label": id2label.get(best, id2label.get(str(best))), "score": float(shifted[best] / shifted.sum())}]
+
+
+def max_tokens(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, config: Any, default: int) -> int:
+    """Return how many tokens an example may have: `spec.max_length`, else `default` or what the model can take.
+
+    Raises:
+        DataError: if `spec.max_length` is above the model's limit, or too small for special tokens and a word.
+    """
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 10**9
+    if "roberta" in config.model_type or config.model_type == "camembert":
+        positions -= config.pad_token_id + 1  # RoBERTa counts positions from the padding id on
+    limit = int(min(positions, tokenizer.model_max_length))
+    if spec.max_length is None:
+        return min(limit, default)
+    if not 4 <= spec.max_length <= limit:
+        raise DataError(f"a length of {spec.max_length} tokens is outside 4 to {limit}, which this model can take")
+    return spec.max_length
+
+
+def pad(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
+    """Return the rows as one int64 array [rows, longest], filled with `value` on the right."""
+    out = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def fingerprint(splits: Sequence[Split]) -> str:
+    """Return the SHA-256 over every split's name, lengths, ids, token types and labels, in hexadecimal."""
+    digest = hashlib.sha256()
+    for split in splits:
+        digest.update(split.name.encode())
+        digest.update(np.array([len(ids) for ids in split.input_ids], dtype="<i8").tobytes())
+        for rows in (split.input_ids, split.token_type_ids or [], [split.labels]):
+            digest.update(np.concatenate([*rows, np.zeros(0, np.int64)]).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _label_names(config: Any) -> tuple[str, ...]:
+    if config.num_labels < 2 or getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
+        raise DataError(
+            f"the model has {config.num_labels} output(s) and problem type {getattr(config, 'problem_type', None)}; "
+            "text-classification needs two or more labels that exclude one another"
+        )
+    return tuple(str(config.id2label[i]) for i in range(config.num_labels))
+
+
+def _demo(names: Sequence[str]) -> dict[str, _Rows]:
+    if strange := set(demo.PARTS) - set(names):
+        raise DataError(
+            f"the demo's data needs a model that knows the label '{min(strange)}'; give the model's own (--data)"
+        )
+    passages = demo.read_corpus()
+    if not passages:
+        raise DataError(
+            "this Python has no sources of its standard library to read docstrings from; give data (--data)"
+        )
+    rows = {}
+    for split in ("train", "validation", "test"):
+        chosen = [p for p in passages if p.split == split]
+        labels = [p.label for p in chosen]
+        rows[split] = _Rows("docstrings of the standard library", [p.text for p in chosen], None, labels)
+    return rows
+
+
+def _columns(spec: DataSpec, notes: list[str]) -> dict[str, _Rows]:
+    assert spec.source is not None
+    rows = {}
+    for split, table in data.read(spec.source).items():
+        text, pair = data.text_columns(table, spec.text, spec.text_pair)
+        option = "--label (data without labels cannot be used yet)"
+        label = data.column(table, spec.label, data.LABEL, "label", option)
+        columns = f"text '{text}'" + (f", second text '{pair}'" if pair else "") + f", label '{label}'"
+        if columns not in notes:
+            notes.append(columns)
+        rows[split] = _Rows(
+            table.origin,
+            data.texts(table, text),
+            data.texts(table, pair) if pair else None,
+            table.columns[label],
+            next((table.columns[n] for n in (f"{label}_text", f"{label}_name") if n in table.columns), None),
+        )
+    return rows
+
+
+def _filled(rows: _Rows, notes: list[str]) -> _Rows:
+    """Leave out the rows with an empty text."""
+    pairs = rows.texts if rows.pairs is None else rows.pairs
+    full = [i for i, (a, b) in enumerate(zip(rows.texts, pairs, strict=True)) if a.strip() and b.strip()]
+    if not full:
+        raise DataError(f"every text in {rows.origin} is empty")
+    if len(full) < len(rows.texts):
+        notes.append(f"{rows.origin}: {len(rows.texts) - len(full)} rows with an empty text left out")
+        cut_pairs = None if rows.pairs is None else [rows.pairs[i] for i in full]
+        return _Rows(rows.origin, [rows.texts[i] for i in full], cut_pairs, np.asarray(rows.labels)[full])
+    return rows
+
+
+def _labelled(rows: dict[str, _Rows], notes: list[str]) -> dict[str, _Rows]:
+    """Leave out a test or validation split that hides its labels (all -1 or missing), as public benchmarks do."""
+    kept = {}
+    for split, r in rows.items():
+        if split != "train" and all(label is None or label in (-1, "-1", "") for label in r.labels):
+            notes.append(f"{split} of {r.origin} has no labels and is not used")
+        else:
+            kept[split] = r
+    return kept
+
+
+def _map_labels(rows: _Rows, names: Sequence[str]) -> np.ndarray:
+    """Return the model's label ids, int64 [rows]: by name where all are names of the model's, else as integers."""
+    ids = {name.casefold(): i for i, name in reversed(list(enumerate(names)))}
+    for values in (rows.names, rows.labels):
+        if values is not None and all(str(v).casefold() in ids for v in values):
+            return np.array([ids[str(v).casefold()] for v in values], dtype=np.int64)
+    numbers = [_integer(value) for value in rows.labels]
+    if any(n is not None for n in numbers):  # integers throughout, but for the one that is wrong
+        known, what = [n is not None and 0 <= n < len(names) for n in numbers], f"0 to {len(names) - 1}, or "
+    else:
+        known, what = [str(v).casefold() in ids for v in rows.labels], ""
+    if not all(known):
+        row = known.index(False)
+        shown = ", ".join(names[:20]) + (f", … ({len(names)} in all)" if len(names) > 20 else "")
+        raise DataError(
+            f"row {row + 1} of {rows.origin}: the label {rows.labels[row]!r} is unknown to the model;"
+            f" it knows {what}{shown}"
+        )
+    return np.array(numbers, dtype=np.int64)
+
+
+def _integer(value: Any) -> int | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return int(number) if number.is_integer() else None
+
+
+def _tokenise(
+    rows: Mapping[str, _Rows], tokenizer: PreTrainedTokenizerBase, config: Any, limit: int
+) -> dict[str, Split]:
+    encoded = {
+        split: tokenizer(
+            list(r.texts),
+            None if r.pairs is None else list(r.pairs),
+            truncation=True,
+            max_length=limit,
+            return_attention_mask=False,
+        )
+        for split, r in rows.items()
+    }
+    typed = getattr(config, "type_vocab_size", 0) > 1 and any(
+        any(map(any, e.get("token_type_ids", ()))) for e in encoded.values()
+    )
+    return {
+        split: Split(
+            split,
+            [np.array(ids, dtype=np.int64) for ids in e["input_ids"]],
+            [np.array(ids, dtype=np.int64) for ids in e["token_type_ids"]] if typed else None,
+            np.asarray(rows[split].labels, dtype=np.int64),
+        )
+        for split, e in encoded.items()
+    }
