@@ -118,6 +118,13 @@ def _encode_int4(weight: Tensor) -> dict[str, Tensor]:
     """
     rows, columns = weight.shape
     groups = torch.nn.functional.pad(weight, (0, -columns % GROUP)).view(-1, GROUP)
+    parts = [_round_groups(part) for part in torch.split(groups, 8192)]  # a megabyte at a time stays in the cache
+    codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+    return {"codes": pack(codes).view(rows, -1), "scales": scales.view(rows, -1)}
+
+
+def _round_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes, uint8 [groups, 32], and scales [groups, 1]."""
     extreme = groups.gather(1, groups.abs().argmax(dim=1, keepdim=True))
     scales, codes, least = extreme, groups, torch.full_like(extreme, torch.inf)
     for divisor in (-8.0, -7.0, -8.0 / 0.9):
@@ -127,8 +134,7 @@ def _encode_int4(weight: Tensor) -> dict[str, Tensor]:
         better = error < least
         scales, codes = torch.where(better, scale, scales), torch.where(better, code, codes)
         least = torch.minimum(error, least)
-    packed = pack((codes + 8).to(torch.uint8)).view(rows, -1)
-    return {"codes": packed, "scales": scales.view(rows, -1)}
+    return (codes + 8).to(torch.uint8), scales
 
 
 def _decode_int4(tensors: Mapping[str, Tensor], k: int) -> Tensor:

@@ -1,0 +1,108 @@
+"""A small ONNX graph builder in which equal tensors are stored once and equal nodes computed once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+
+from autolite.errors import StorageError
+
+OPSET = 23  # the first with RMSNormalization
+IR_VERSION = 10
+CONTRIB = "com.microsoft"
+MAX_PROTOBUF = 2**31 - 2**20  # a protobuf message ends at 2 GiB; larger weights go to a file beside it
+
+_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(np.uint8): TensorProto.UINT8,
+    np.dtype(np.int32): TensorProto.INT32,
+    np.dtype(np.int64): TensorProto.INT64,
+}
+
+
+class Graph:
+    """Collects nodes and stored tensors; values are referred to by name."""
+
+    def __init__(self) -> None:
+        self._nodes: list[onnx.NodeProto] = []
+        self._tensors: list[TensorProto] = []
+        self._stored: dict[tuple[Any, ...], str] = {}
+        self._computed: dict[tuple[Any, ...], list[str]] = {}
+        self._bytes = 0
+
+    def constant(self, value: torch.Tensor | np.ndarray | float | Sequence[int], uint4: bool = False) -> str:
+        """Store a tensor and return its name; an equal one is stored once. A float is stored as float32, a sequence
+        of integers as int64. `uint4` says that each byte holds two 4-bit codes, the first in the low half.
+        """
+        if isinstance(value, torch.Tensor):
+            array = value.detach().contiguous().numpy()
+        elif isinstance(value, float):
+            array = np.array(value, np.float32)
+        else:
+            array = np.ascontiguousarray(value if isinstance(value, np.ndarray) else np.array(value, np.int64))
+        raw = array.tobytes()
+        kind, dims = (TensorProto.UINT4 if uint4 else _TYPES[array.dtype]), list(array.shape)
+        if uint4:
+            dims[-1] *= 2
+        key = (kind, tuple(dims), hashlib.sha256(raw).digest())
+        if key not in self._stored:
+            name = self._stored[key] = f"w{len(self._tensors)}"
+            self._tensors.append(TensorProto(name=name, data_type=kind, dims=dims, raw_data=raw))
+            self._bytes += len(raw)
+        return self._stored[key]
+
+    def op(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
+        """Add a node with one output, and return its name; "" is an input that is left out."""
+        return self.ops(kind, 1, *inputs, domain=domain, **attributes)[0]
+
+    def ops(self, kind: str, outputs: int, *inputs: str, domain: str = "", **attributes: Any) -> list[str]:
+        """Add a node with several outputs and return their names; an equal node is not added again."""
+        key = (kind, domain, outputs, inputs, tuple(sorted(attributes.items())))
+        if key not in self._computed:
+            names = [f"{kind}_{len(self._nodes)}_{i}" for i in range(outputs)]
+            self._nodes.append(
+                helper.make_node(kind, list(inputs), names, f"{kind}_{len(self._nodes)}", domain=domain, **attributes)
+            )
+            self._computed[key] = names
+        return self._computed[key]
+
+    def save(self, file: Path, inputs: dict[str, list[str]], output: tuple[str, str, list[str | int]]) -> list[Path]:
+        """Write the model and return its files, `file` first. `inputs` are int64 (name: dimensions); `output` is
+        (name in the graph, name to the outside, dimensions), float32.
+
+        Raises:
+            StorageError: if the files cannot be written.
+        """
+        value, name, dims = output
+        self._nodes.append(helper.make_node("Identity", [value], [name], "output"))
+        graph = helper.make_graph(
+            self._nodes,
+            "autolite",
+            [helper.make_tensor_value_info(n, TensorProto.INT64, d) for n, d in inputs.items()],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)],
+        )
+        graph.initializer.extend(self._tensors)
+        model = onnx.ModelProto(ir_version=IR_VERSION, producer_name="autolite", graph=graph)
+        model.opset_import.extend([helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)])
+        data = file.with_name(f"{file.name}.data")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            data.unlink(missing_ok=True)  # onnx appends to it
+            if self._bytes < MAX_PROTOBUF:
+                file.write_bytes(model.SerializeToString(deterministic=True))
+                return [file]
+            onnx.save_model(model, file, save_as_external_data=True, location=data.name, size_threshold=1024)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {file}: {error.strerror or error}. Free some space or choose another folder"
+            ) from error
+        return [file, data]
