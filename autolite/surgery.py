@@ -250,13 +250,17 @@ def head_of(model: PreTrainedModel) -> HeadParts:
     return HeadParts(view.norm(model.base_model, view.family.final_norm), head.pooling if head else "none", dense, tied)
 
 
-def matrices_of(model: PreTrainedModel) -> dict[str, Matrix]:
-    """Return every stored matrix of the layers by its key, each once; a fused projection whole."""
-    found: dict[str, Matrix] = {}
-    for layer in layers_of(model):
-        for matrix in layer.attention_matrices + layer.ffn_matrices:
-            found.setdefault(matrix.key, matrix)
-    return found
+def matrices_of(model: PreTrainedModel) -> dict[str, dict[str, Matrix]]:
+    """Return every stored matrix by its key, each once, a fused projection whole, in the groups that number formats
+    are chosen for: "attention", "ffn", "embedding" (with ALBERT's projection) and "head" (with its pooler)."""
+    layers, embeddings, head = layers_of(model), embeddings_of(model), head_of(model)
+    tables = [t for t in (embeddings.word, embeddings.projection) if t is not None]
+    return {
+        "attention": {m.key: m for layer in layers for m in layer.attention_matrices},
+        "ffn": {m.key: m for layer in layers for m in layer.ffn_matrices},
+        "embedding": {m.key: m for m in tables},
+        "head": {m.key: m for m, _ in head.dense},
+    }
 
 
 def _is_conv1d(module: nn.Module) -> bool:

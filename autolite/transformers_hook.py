@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
@@ -21,7 +20,7 @@ def install() -> None:
         sys.meta_path.insert(0, _OnImport())
 
 
-class _OnImport(MetaPathFinder):
+class _OnImport:
     """Finds the registry like Python does, and imports our module once it has run."""
 
     def find_spec(

@@ -1,0 +1,48 @@
+from types import SimpleNamespace
+
+import pytest
+from transformers import AlbertConfig, BertConfig, CamembertConfig, MistralConfig, T5Config, XLMRobertaConfig
+
+from autolite.errors import ModelError
+from autolite.families import FAMILIES, family_of, head_for
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (BertConfig(), "bert"),
+        (XLMRobertaConfig(), "roberta"),
+        (CamembertConfig(), "roberta"),
+        (MistralConfig(), "llama"),
+    ],
+)
+def test_a_family_is_found_by_the_model_type(config: object, name: str) -> None:
+    assert family_of(config) is FAMILIES[name]
+
+
+def test_an_unknown_family_is_named_with_the_list_of_known_ones() -> None:
+    with pytest.raises(ModelError, match=r"'t5'.*not supported by this version.*albert.*bert.*gpt2.*qwen3.*vit"):
+        family_of(T5Config())
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (BertConfig(is_decoder=True), "is_decoder"),
+        (AlbertConfig(num_hidden_groups=2), "2 groups"),
+        (SimpleNamespace(model_type="gpt2", add_cross_attention=True), "cross-attention"),
+    ],
+)
+def test_a_variant_that_works_differently_is_refused(config: object, reason: str) -> None:
+    with pytest.raises(ModelError, match=reason):
+        family_of(config)
+
+
+def test_heads_go_by_class_name() -> None:
+    bert = FAMILIES["bert"]
+    head = head_for(bert, "BertForSequenceClassification")
+    assert head is not None
+    assert head.pooling == "first"
+    assert head_for(bert, "BertModel") is None
+    with pytest.raises(ModelError, match="BertLMHeadModel is not supported"):
+        head_for(bert, "BertLMHeadModel")
