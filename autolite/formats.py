@@ -160,6 +160,11 @@ def _encode_kmeans4(weight: Tensor) -> dict[str, Tensor]:
     mass = ordered.diff(dim=1, prepend=low).pow_(2 / 3).cumsum_(dim=1)
     wanted = mass[:, -1:] * ((torch.arange(LEVELS) + 0.5) / LEVELS)
     dense = ordered.gather(1, torch.searchsorted(mass, wanted).clamp_(max=ordered.shape[1] - 1))
+    new = ordered.diff(dim=1, prepend=low - 1) > 0
+    few = new.sum(dim=1, keepdim=True) <= LEVELS
+    if few.any():  # the values themselves are the levels, and encoding what was decoded changes nothing
+        first = torch.searchsorted(new.cumsum(dim=1), torch.arange(1, LEVELS + 1).expand(len(new), -1).contiguous())
+        dense = torch.where(few, ordered.gather(1, first.clamp_(max=ordered.shape[1] - 1)), dense)
     sums = torch.nn.functional.pad(ordered.double().cumsum_(dim=1), (1, 0))
     best, least = even, torch.full_like(low, torch.inf, dtype=torch.float64)
     for levels in (dense, even):
