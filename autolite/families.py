@@ -234,6 +234,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def family_for(model_type: str | None) -> Family:
+    """Return the family of transformers' `model_type`.
+
+    Raises:
+        ModelError: if it is of no known family; the message names the known types.
+    """
+    for family in FAMILIES.values():
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(sorted(t for f in FAMILIES.values() for t in f.model_types))
+    raise ModelError(
+        f"models of type '{model_type}' are not supported by this version; supported types are: {known}. "
+        "Choose a model of one of these types"
+    )
+
+
 def family_of(config: Any) -> Family:
     """Return the family of a transformers configuration.
 
@@ -242,13 +258,7 @@ def family_of(config: Any) -> Family:
             differently (an encoder used as a decoder, ALBERT with several groups of layers).
     """
     kind = getattr(config, "model_type", None)
-    family = next((f for f in FAMILIES.values() if kind in f.model_types), None)
-    if family is None:
-        known = ", ".join(sorted(t for f in FAMILIES.values() for t in f.model_types))
-        raise ModelError(
-            f"models of type '{kind}' are not supported by this version; supported types are: {known}. "
-            "Choose a model of one of these types"
-        )
+    family = family_for(kind)
     if not family.causal and (getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)):
         raise ModelError(f"a '{kind}' used as a decoder (is_decoder=True) is not supported; use it as an encoder")
     if family.causal and getattr(config, "add_cross_attention", False):

@@ -14,11 +14,11 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from autolite.architecture import ModelShape, shape_of
 from autolite.errors import ModelError, StorageError
-from autolite.families import family_of, head_for
+from autolite.families import family_for, family_of, head_for
 from autolite.hf_quantizer import METHOD, AutoliteConfig
 
 
@@ -88,14 +88,15 @@ def load_model(model: str, task_auto_class: str, **overrides: Any) -> tuple[PreT
     """
     folder = Path(model).expanduser()
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        config = _read_config(folder)
+        family_for(_read_config(folder).get("model_type"))
         model = str(folder)
-        kind = config.get("model_type", "none")
-        if kind not in transformers.CONFIG_MAPPING:
-            family_of(transformers.PretrainedConfig.from_dict({"model_type": kind}))  # raises: it is unknown to both
     try:
+        raw, _ = PretrainedConfig.get_config_dict(model)
+        family_for(raw.get("model_type"))
         settings = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a hub's, a file's, JSON's, or any that a value in it provokes
         raise ModelError(f"cannot read the configuration of '{model}': {_first_line(error)}") from error
     family = family_of(settings)
     auto: Any = getattr(transformers, task_auto_class)

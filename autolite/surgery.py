@@ -462,8 +462,9 @@ def reshape(model: PreTrainedModel, shape: ModelShape) -> None:
         raise ModelError(f"the manifest is of a {shape.family} model, but the configuration of a {family.name} model")
     source = shape.source_layers[0] if shape.source_layers else tuple(range(len(stack.layers)))
     try:
-        if len(layer_modules(model)) != len(stack.layers):
-            keep_layers(model, source)
+        origins = shape_of(model).source_layers[0]
+        if len(origins) != len(stack.layers):
+            keep_layers(model, [origins.index(i) for i in source])
         _number_layers(model, source)
         for index, (layer, now) in enumerate(zip(stack.layers, shape_of(model).stacks[0].layers, strict=True)):
             if layer.kv_heads * now.heads != layer.heads * now.kv_heads or layer.head_dim != now.head_dim:

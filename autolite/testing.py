@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from autolite.errors import unknown
@@ -9,7 +10,7 @@ from autolite.families import FAMILIES
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VOCAB = 96
 PAD = 1  # RoBERTa counts positions from here
@@ -96,3 +97,33 @@ def tiny_inputs(model: PreTrainedModel, batch: int = 3, tokens: int = 9, seed: i
     lengths = torch.linspace(tokens, max(2, tokens // 2), batch).long()
     mask = (torch.arange(tokens) < lengths[:, None]).long()
     return {"input_ids": torch.where(mask.bool(), ids, PAD), "attention_mask": mask}
+
+
+def tiny_tokenizer(words: Iterable[str] = ()) -> PreTrainedTokenizerBase:
+    """Return a tokenizer of `VOCAB` lower-case words for `tiny_model`: `words` first, then "w0", "w1" and so on.
+
+    A text becomes [CLS] words [SEP], a pair [CLS] words [SEP] words [SEP] with token types.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[UNK]", "[PAD]", "[CLS]", "[SEP]"]  # 1 is PAD
+    chosen = list(dict.fromkeys(word.lower() for word in words))
+    every = (special + chosen + [f"w{i}" for i in range(VOCAB)])[:VOCAB]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(every)}, unk_token="[UNK]"))
+    raw.normalizer = normalizers.Lowercase()
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    fast: Any = PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerBase = fast(
+        tokenizer_object=raw,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+    return tokenizer

@@ -41,12 +41,13 @@ class Share:
     numeric: ClassVar[bool] = False
     effort: ClassVar[str | None] = None
 
-    def shape(self, shape: ModelShape, config: ShareConfig) -> ModelShape:
+    def shape(self, shape: ModelShape, config: plan.Config) -> ModelShape:
         """Return the shape with the weight identities of each set made equal.
 
         Raises:
             PlanError: if layers of one set differ in width.
         """
+        assert isinstance(config, ShareConfig)
         for index, stack in enumerate(shape.stacks):
             sets = _sets(len(stack.layers), config)
             attention, ffn = config.part in ("attention", "all"), config.part in ("ffn", "all")
@@ -62,12 +63,13 @@ class Share:
             shape = shape.with_layers(index, numbered(layers))
         return shape
 
-    def apply(self, student: Student, config: ShareConfig, context: Context) -> Student:
+    def apply(self, student: Student, config: plan.Config, context: Context) -> Student:
         """Return a copy of the student in which the layers of each set use the same projections.
 
         Raises:
             PlanError: if layers of one set differ in width.
         """
+        assert isinstance(config, ShareConfig)
         shape = self.shape(student.shape, config)
         if shape == student.shape:
             return student
