@@ -10,7 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Split:
             self.name,
             [self.input_ids[i] for i in indices],
             None if self.token_type_ids is None else [self.token_type_ids[i] for i in indices],
-            self.labels[np.asarray(indices)] if len(self.labels) else self.labels,
+            self.labels[np.asarray(indices, dtype=np.int64)] if len(self.labels) else self.labels,
         )
 
 

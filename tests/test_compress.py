@@ -1,0 +1,194 @@
+"""A plan applied to a teacher, and trained students kept on disk."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from autolite import compress as compress_module
+from autolite import registry
+from autolite.architecture import ModelShape, shape_of
+from autolite.compress import canonical, compress, load_student, save_student, shape_after, student_plan
+from autolite.errors import PlanError, StorageError
+from autolite.plan import Plan, make_step
+from autolite.tasks.base import Split
+from autolite.techniques.base import Context, Student
+from autolite.techniques.distill import Distill
+from autolite.testing import PAD, VOCAB, tiny_model
+
+PRUNE = make_step("prune", {"heads": 0.5, "ffn": 0.5, "round_to": 8, "depth": 0.7})
+DISTILL = make_step("distill", {"steps": 2, "batch_size": 4})
+PLAN = Plan((PRUNE, DISTILL))
+WORDS = "bert.embeddings.word_embeddings.weight"
+
+
+def context_of(family: str = "bert", cache: Path | None = None) -> Context:
+    rng = np.random.default_rng(7)
+    train = Split("train", [rng.integers(4, VOCAB, n) for n in (3, 5, 9, 4) * 3], None, rng.integers(0, 3, 12))
+    model = tiny_model(family)
+    return Context(
+        Student(model, shape_of(model)), registry.get("task", "text-classification"), train, PAD, cache=cache
+    )
+
+
+def same(a: Student, b: Student) -> bool:
+    pairs = zip(a.model.state_dict().items(), b.model.state_dict().items(), strict=True)
+    return a.shape == b.shape and all(m == n and torch.equal(x, y) for (m, x), (n, y) in pairs)
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps of each training that was really done."""
+    done: list[int] = []
+    original = Distill.apply
+
+    def counted(self: Distill, student: Student, config: Any, context: Context) -> Student:
+        done.append(config.steps)
+        return original(self, student, config, context)
+
+    monkeypatch.setattr(Distill, "apply", counted)
+    return done
+
+
+def test_the_empty_plan_is_the_teacher() -> None:
+    context = context_of()
+    assert compress(Plan(), context) is context.teacher
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "gpt2", "qwen3"])
+def test_steps_are_applied_in_order_and_give_the_shape_foretold(family: str) -> None:
+    context = context_of(family)
+    before = copy.deepcopy(context.teacher)
+    student = compress(PLAN, context)
+    assert student.shape == shape_after(PLAN, context.teacher.shape) == shape_of(student.model)
+    assert same(context.teacher, before)
+    pruned = compress(Plan((PRUNE,)), context)
+    assert same(student, Distill().apply(pruned, DISTILL.config, context))
+
+
+def test_the_seed_of_the_plan_counts_not_that_of_the_context() -> None:
+    assert same(compress(PLAN, context_of()), compress(PLAN, replace(context_of(), seed=5)))
+    assert not same(compress(PLAN, context_of()), compress(replace(PLAN, seed=5), context_of()))
+
+
+def test_steps_that_change_nothing_are_dropped() -> None:
+    shape = context_of().teacher.shape
+    idle = [
+        make_step("prune", {}),
+        make_step("prune", {"importance": "magnitude", "round_to": 16}),
+        make_step("distill", {"steps": 0, "temperature": 7}),
+    ]
+    assert canonical(Plan((idle[0], PRUNE, *idle[1:], DISTILL)), shape) == PLAN
+    assert canonical(Plan(tuple(idle)), shape) == Plan()
+    assert canonical(Plan((DISTILL,)), shape) == Plan((DISTILL,))
+
+
+def test_equal_students_are_trained_once(trainings: list[int], tmp_path: Path) -> None:
+    first = compress(PLAN, context_of(), tmp_path)
+    idle = make_step("prune", {})
+    again = compress(Plan((idle, *PLAN.steps)), context_of(), tmp_path)
+    assert trainings == [2]
+    assert same(first, again)
+    assert same(first, compress(PLAN, context_of()))
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "distilbert", "gpt2", "qwen3"])
+def test_a_stored_student_comes_back_bit_for_bit(family: str, tmp_path: Path) -> None:
+    context = context_of(family)
+    student = compress(PLAN, context, tmp_path)
+    back = load_student(next(tmp_path.iterdir()), PLAN, context.teacher)
+    assert back is not None
+    assert same(back, student)
+    assert shape_of(back.model) == student.shape
+
+
+def test_shared_weights_are_stored_once(tmp_path: Path) -> None:
+    context = context_of()
+    plan = Plan((make_step("share", {"part": "all", "groups": 1}), *PLAN.steps))
+    student = compress(plan, context, tmp_path)
+    (file,) = tmp_path.iterdir()
+    back = load_student(file, plan, context.teacher)
+    assert back is not None
+    assert same(back, student)
+    assert len(list(back.model.parameters())) == len(list(student.model.parameters()))
+
+
+def test_only_what_training_changed_is_stored(tmp_path: Path) -> None:
+    context = context_of()
+    student = compress(Plan((DISTILL,)), context, tmp_path)
+    (file,) = tmp_path.iterdir()
+    embeddings = student.model.get_parameter(WORDS)
+    total = sum(p.numel() for p in student.model.parameters()) * 4
+    assert file.stat().st_size < total - embeddings.numel() * 4 + 16384
+
+
+def test_all_formats_reuse_one_student(trainings: list[int], tmp_path: Path) -> None:
+    plans = [Plan((*PLAN.steps, make_step("quantize", {"ffn": form}))) for form in ("int8", "int4")]
+    assert {student_plan(plan) for plan in plans} == {PLAN}
+    students = [compress(plan, context_of(), tmp_path) for plan in plans]
+    assert trainings == [2]
+    assert len(list(tmp_path.iterdir())) == 1
+    assert [s.shape.stacks[0].layers[0].ffn_format for s in students] == ["int8", "int4"]
+    assert all(same(s, compress(plan, context_of())) for s, plan in zip(students, plans, strict=True))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.99])
+def test_half_a_file_is_ignored_and_made_again(keep: float, trainings: list[int], tmp_path: Path) -> None:
+    student = compress(PLAN, context_of(), tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(keep * len(whole))])
+    assert same(compress(PLAN, context_of(), tmp_path), student)
+    assert trainings == [2, 2]
+    assert file.read_bytes() == whole
+
+
+def test_another_teacher_or_other_data_is_another_student(trainings: list[int], tmp_path: Path) -> None:
+    context = context_of()
+    compress(PLAN, context, tmp_path)
+    compress(PLAN, replace(context_of(), train=context.train.take(range(8))), tmp_path)
+    other = context_of()
+    with torch.no_grad():
+        next(other.teacher.model.parameters()).add_(1)
+    compress(PLAN, other, tmp_path)
+    assert trainings == [2, 2, 2]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_an_untrained_student_is_not_stored(tmp_path: Path) -> None:
+    compress(Plan((PRUNE,)), context_of(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_crash_while_writing_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    context = context_of()
+    student = compress(PLAN, context)
+    monkeypatch.setattr(Path, "replace", dies)
+    with pytest.raises(StorageError, match="No space left on device; free some space"):
+        save_student(student, tmp_path / "student.safetensors", context.teacher)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_that_cannot_be_applied_is_refused_before_training(trainings: list[int]) -> None:
+    context = context_of()
+    plan = Plan((DISTILL, make_step("quantize", {"ffn": "int8"}), PRUNE))
+    with pytest.raises(PlanError, match="put it before quantize"):
+        compress(plan, context)
+    assert not trainings
+
+
+def test_no_weights_are_needed_for_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compress_module, "clone", None)
+    shape = ModelShape.from_json(context_of().teacher.shape.to_json())
+    after = shape_after(PLAN, shape)
+    assert [layer.heads for layer in after.stacks[0].layers] == [2, 2]
+    assert after.source_layers == ((0, 2),)
