@@ -180,7 +180,6 @@ def main(out: Path, pretrain_epochs: int, epochs: int, layers: int, hidden: int,
     minutes = (time.monotonic() - started) / 60
 
     torch.nn.Module.to(model, torch.float16)
-    model.config.dtype = torch.float16
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     model = BertForSequenceClassification.from_pretrained(out, dtype=torch.float32)

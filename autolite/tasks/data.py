@@ -243,11 +243,8 @@ def _read_hub(source: str) -> dict[str, Table]:
     try:
         loaded = load_dataset(name, configuration or None)
     except ValueError as error:
-        if "onfig name" in str(error):  # "Config name is missing", "BuilderConfig ... not found"
-            known = re.findall(r"'([^']+)'", str(error))
-            raise DataError(
-                f"'{name}' has several configurations, choose one with '{name}:NAME': {', '.join(known)}"
-            ) from error
+        if known := re.search(r"(?:available configs|Available): \[(.*?)\]", str(error)):
+            raise DataError(f"choose a configuration of '{name}' with '{name}:NAME': {known[1]}") from error
         raise DataError(f"{missing}: {_short(error)}") from error
     except Exception as error:  # datasets has dozens of network and parsing errors of its own
         raise DataError(f"{missing}: {_short(error)}") from error

@@ -138,7 +138,7 @@ def _documents(table: data.Table, spec: DataSpec) -> list[str]:
 def _cut(documents: list[str], plain: bool, seed: int) -> tuple[list[str], list[str]]:
     if plain:
         ends = np.cumsum([len(line) for line in documents])
-        at = min(int(np.searchsorted(ends, (1 - data.CUT) * ends[-1])), len(documents) - 1)
+        at = min(int(np.searchsorted(ends, (1 - data.CUT) * sum(map(len, documents)))), max(len(documents) - 1, 0))
         return documents[:at], documents[at:]
     try:
         stay, go = data.cut(documents, data.CUT, seed)
