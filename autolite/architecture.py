@@ -89,6 +89,14 @@ class ModelShape:
         kept = tuple(tuple(s[i] for i in indices) if n == stack else s for n, s in enumerate(source))
         return self.with_layers(stack, numbered(layers[i] for i in indices), source_layers=kept)
 
+    def without_formats(self) -> ModelShape:
+        """Return a copy in which every part is in "fp32": what the weights of a model show."""
+        stacks = tuple(
+            replace(s, layers=tuple(replace(x, attention_format="fp32", ffn_format="fp32") for x in s.layers))
+            for s in self.stacks
+        )
+        return replace(self, stacks=stacks, embedding_format="fp32", head_format="fp32")
+
 
 def numbered(layers: Iterable[LayerShape]) -> tuple[LayerShape, ...]:
     """Return the layers with each weight identity replaced by the index of the first layer that has it."""

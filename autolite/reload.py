@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,12 @@ def save_student(model: PreTrainedModel, shape: ModelShape, folder: str | Path, 
         StorageError: if the folder cannot be written.
     """
     found = shape_of(model)
-    if _without_formats(shape) != _without_formats(found):
+    if shape.without_formats() != found:
         raise ModelError(f"the shape to save does not describe the model: {shape} but its weights are {found}")
     before = getattr(model.config, "quantization_config", None)
     model.config.quantization_config = AutoliteConfig(shape.to_json())
     try:
-        with _no_progress_bars():
+        with _quietly():
             model.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
@@ -135,7 +134,7 @@ def _load(kind: Any, model: str, **overrides: Any) -> tuple[PreTrainedModel, set
     """Call `from_pretrained` safely; return the model and the names its weights lack."""
     arguments = {"dtype": "float32", **overrides}
     try:
-        with _no_progress_bars():
+        with _quietly():
             loaded, info = kind.from_pretrained(
                 model, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **arguments
             )
@@ -179,24 +178,17 @@ def _require_safetensors(folder: Path) -> None:
     raise ModelError(f"'{folder}' has no weights: there is no .safetensors file")
 
 
-def _without_formats(shape: ModelShape) -> ModelShape:
-    stacks = tuple(
-        replace(s, layers=tuple(replace(x, attention_format="fp32", ffn_format="fp32") for x in s.layers))
-        for s in shape.stacks
-    )
-    source = shape.source_layers or tuple(tuple(range(len(s.layers))) for s in stacks)
-    return replace(shape, stacks=stacks, embedding_format="fp32", head_format="fp32", source_layers=source)
-
-
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """A search loads and saves hundreds of models; transformers would draw a bar for each."""
+def _quietly() -> Iterator[None]:
+    """Silence transformers' bars and its report of missing weights: ours is the error that names them."""
     logging: Any = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 

@@ -71,7 +71,9 @@ def test_layers_kept_twice_are_layers_kept_at_once(layers: list[LayerShape], dat
     assert ModelShape.from_json(json.loads(json.dumps(kept.to_json()))) == kept
 
 
-def test_formats_do_not_change_the_number_of_layers_kept() -> None:
+def test_formats_are_kept_with_their_layers_and_can_be_left_out() -> None:
     shape = shape_of(tiny_model("bert", layers=2))
     layers = tuple(replace(x, ffn_format="int8") for x in shape.stacks[0].layers)
-    assert shape.with_layers(0, layers).keep_layers(0, [1]).stacks[0].layers[0].ffn_format == "int8"
+    coded = shape.with_layers(0, layers, head_format="int4")
+    assert coded.keep_layers(0, [1]).stacks[0].layers[0].ffn_format == "int8"
+    assert coded.without_formats() == shape

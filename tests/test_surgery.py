@@ -210,6 +210,15 @@ def test_a_state_dict_names_what_is_shared_once_and_loads(family: str) -> None:
         other.load_state_dict(state)
 
 
+def test_a_compressed_teacher_is_cut_by_where_its_layers_came_from() -> None:
+    teacher = tiny_model("bert", layers=4)
+    keep_layers(teacher, [0, 2, 3])
+    target = shape_of(teacher).keep_layers(0, [0, 2])
+    assert target.source_layers == ((0, 3),)
+    reshape(teacher, target)
+    assert shape_of(teacher) == target
+
+
 @every_family
 def test_a_fresh_model_is_given_the_shape_of_a_cut_one(family: str) -> None:
     extra: dict[str, Any] = {"scale_attn_by_inverse_layer_idx": True} if family == "gpt2" else {}
@@ -232,6 +241,10 @@ def test_a_shape_that_cannot_be_cut_out_is_refused() -> None:
         reshape(tiny_model("bert"), shape_of(tiny_model("bert", intermediate_size=65)))
     with pytest.raises(ModelError, match="does not fit"):
         reshape(tiny_model("bert"), shape_of(tiny_model("bert", layers=4)))
+    shared = tiny_model("bert")
+    share_layers(shared, [0, 0, 0])
+    with pytest.raises(ModelError, match="does not fit"):
+        reshape(shared, shape_of(tiny_model("bert")))  # what is one cannot be told apart again
 
 
 # A forward pass from nothing but the family's facts and the parts: what an emitter of another runtime sees.
