@@ -28,6 +28,7 @@ States = tuple[torch.Tensor, ...]
 # Tokens from which the processor's fused attention kernel is faster than plain products; on ten tokens its backward
 # pass is up to eight times slower (batch 32, bfloat16).
 LONG = 192
+LARGEST_FILE = 2**28  # bytes; more logits than that are cheaper to compute again than to rewrite
 
 
 def autocast(device: str) -> AbstractContextManager[Any]:
@@ -154,10 +155,12 @@ class TeacherOutputs:
         """
         if self._file is None or not self._unsaved or next(iter(self._logits.values())).ndim != 2:
             return
-        known = next(iter(self._logits.values()))
+        examples, classes = sum(len(b.indices) for b in self.batches), next(iter(self._logits.values())).shape[1]
+        if 4 * examples * classes > LARGEST_FILE:
+            return
         table = self._table()
-        if table is None or table.shape[1] != known.shape[1]:
-            table = np.full((sum(len(b.indices) for b in self.batches), known.shape[1]), np.nan, np.float32)
+        if table is None or table.shape[1] != classes:
+            table = np.full((examples, classes), np.nan, np.float32)
         for index, rows in self._logits.items():
             table[self.batches[index].indices] = rows.numpy()
         stream = io.BytesIO()
