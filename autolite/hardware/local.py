@@ -15,15 +15,13 @@ from typing import Any
 import numpy as np
 
 from autolite.errors import TargetError
+from autolite.hardware.probes import ACTIVATION, CHAIN, KERNELS, LAYER_ROWS, LAYERS, NORMALIZATION, Probe, probes
 from autolite.hardware.profile import Profile, dump_profile, parse_profile
 from autolite.measure import Timing, host_lock, time_interleaved
 
-_ROWS = (1, 16, 64, 128)
-_SIZES = ((128, 512), (384, 384), (384, 1536), (1536, 384), (768, 3072))  # [k, n] of transformer layers, small to base
-_KERNELS = {"fp32": 4.0, "int8": 1.0, "int4": 0.625}  # and the bytes a weight takes
-_CHAIN = 64
-_SECONDS = 6.0
-_REVISION = 1  # of the probes and their fit: an older cache file is measured again
+_SECONDS = 8.0
+_NOISE = 0.25
+_REVISION = 1  # of the probes and their fit: a cache file of another one is not read
 
 
 def local_profile(
@@ -31,7 +29,7 @@ def local_profile(
 ) -> Profile:
     """Return the profile of this machine on `threads` threads (all physical cores if None).
 
-    It is measured in about ten seconds the first time, and then read from the user's cache folder; the key is the
+    It is measured in about twelve seconds the first time, and then read from the user's cache folder; the key is the
     processor's name, the number of threads and ONNX Runtime's version.
 
     Args:
@@ -46,18 +44,27 @@ def local_profile(
     import psutil
 
     available = os.cpu_count() or 1
-    threads = threads or psutil.cpu_count(logical=False) or available
+    if threads is None:
+        threads = psutil.cpu_count(logical=False) or available
     if not 1 <= threads <= available:
         raise TargetError(f"threads={threads}, but this machine has {available} processors: ask for 1 to {available}")
     say = progress or (lambda message: None)
+    version = str(onnxruntime.__version__)
     name = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
-    file = cache_dir() / "hardware" / f"{name}-{threads}t-ort{onnxruntime.__version__}-r{_REVISION}.yaml"
+    file = cache_dir() / "hardware" / f"{name}-{threads}t-ort{version}-r{_REVISION}.yaml"
     with host_lock(say):
         if not refresh and file.is_file():
-            with suppress(TargetError):
+            with suppress(TargetError, OSError, UnicodeDecodeError):  # a damaged cache file is measured anew
                 return parse_profile(file.read_text(encoding="utf-8"), str(file))
-        say(f"measuring this machine on {threads} thread{'s' if threads > 1 else ''}, about ten seconds")
-        profile = _measure(threads, onnxruntime.__version__)
+        say(f"measuring this machine on {threads} thread{'s' if threads > 1 else ''}, about twelve seconds")
+        cache, known = _last_level_cache()
+        models = probes(threads, cache)
+        timings = time_interleaved(models, {}, _SECONDS, warmup=0.01)
+        profile = fit_profile(timings, models, threads, version, cache, known)
+        noise = float(np.median([timing.median / _quiet(timing) for timing in timings.values()])) - 1
+        if noise > _NOISE:
+            say(f"other programs slowed the probes by {100 * noise:.0f} %: this machine is measured again next time")
+            return profile
         with suppress(OSError):  # a read-only home only means measuring again next time
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(f".{os.getpid()}.tmp")
@@ -80,201 +87,176 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cache_bytes() -> tuple[float, bool]:
+def _last_level_cache() -> tuple[float, bool]:
     """Size of the last-level cache in bytes, and whether the system told it."""
     sizes = [0]
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         with suppress(OSError, ValueError):
             text = file.read_text(encoding="ascii").strip()
-            sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]] if text[-1] in "KM" else int(text))
+            sizes.append(int(text.rstrip("KM")) * {"K": 2**10, "M": 2**20}.get(text[-1], 1))
     return (float(max(sizes)), True) if max(sizes) else (8.0 * 2**20, False)
 
 
-class _Probe:
-    """An ONNX model with fixed inputs; a Runner that ignores what it is given."""
+def fit_profile(
+    timings: Mapping[str, Timing],
+    models: Mapping[str, Probe],
+    threads: int,
+    version: str,
+    cache: float,
+    cache_known: bool,
+) -> Profile:
+    """Fit the numbers of a profile to the times of the probes.
 
-    def __init__(self, model: Any, inputs: Mapping[str, np.ndarray], threads: int) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        self.inputs = dict(inputs)
-        self.session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"y": self.session.run(None, self.inputs)[0]}
-
-
-def _model(nodes: list[Any], weights: Mapping[str, np.ndarray], rank: int = 2) -> Any:
-    import onnx
-    from onnx import TensorProto, helper
-
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * rank) for name in "xy"]
-    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()]
-    graph = helper.make_graph(nodes, "probe", ends[:1], ends[1:], initializers)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
-
-
-def _product(kernel: str, k: int, n: int) -> Any:
-    """The model of one product [m, k] x [k, n] as ONNX Runtime computes it in this kernel class."""
-    from onnx import helper
-
-    rng = np.random.default_rng(0)
-    if kernel == "fp32":
-        # Repeated blocks: drawing hundreds of megabytes of random numbers takes longer than timing them.
-        weight = np.resize(rng.standard_normal(2**16, dtype=np.float32), (k, n))
-        return _model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": weight})
-    if kernel == "int8":
-        weights: dict[str, np.ndarray] = {
-            "w": rng.integers(-127, 128, (k, n), dtype=np.int8),
-            "scale": np.full(n, 0.01, np.float32),
-            "bias": np.zeros(n, np.float32),
-        }
-        names = ["x", "w", "scale", "", "bias"]
-        return _model([helper.make_node("DynamicQuantizeMatMul", names, ["y"], domain="com.microsoft")], weights)
-    settings: dict[str, Any] = {"K": k, "N": n, "bits": 4, "block_size": 32, "accuracy_level": 4}
-    weights = {
-        "w": rng.integers(0, 256, (n, k // 32, 16), dtype=np.uint8),
-        "scale": np.full((n, k // 32), 0.01, np.float32),
-    }
-    node = helper.make_node("MatMulNBits", ["x", "w", "scale"], ["y"], domain="com.microsoft", **settings)
-    return _model([node], weights)
-
-
-def _probes(threads: int, cache: float) -> dict[str, _Probe]:
-    from onnx import helper
-
-    rng = np.random.default_rng(0)
-
-    def floats(*shape: int) -> dict[str, np.ndarray]:
-        return {"x": rng.standard_normal(shape, dtype=np.float32)}
-
-    probes = {}
-    for kernel, (k, n) in itertools.product(_KERNELS, _SIZES):
-        first = _Probe(_product(kernel, k, n), floats(1, k), threads)
-        for m in _ROWS:
-            probe = object.__new__(_Probe)
-            probe.session, probe.inputs = first.session, floats(m, k)
-            probes[f"{kernel} {m} {k} {n}"] = probe
-    # Weights twice as large as the cache come from memory, an eighth of it from the cache (both beyond the core's own).
-    for name, nbytes in (("memory", min(max(2 * cache, 48e6), 256e6)), ("cache", cache / 8)):
-        n = int(nbytes / 4 / 2048) // 16 * 16
-        probes[f"{name} 1 2048 {n}"] = _Probe(_product("fp32", 2048, n), floats(1, 2048), threads)
-    for length in (1, _CHAIN):
-        edges = ["x", *(f"t{i}" for i in range(1, length)), "y"]
-        nodes = [helper.make_node("Add", [edges[i], f"c{i}"], [edges[i + 1]]) for i in range(length)]
-        weights = {f"c{i}": np.full((1, 16), i + 1, np.float32) for i in range(length)}
-        probes[f"chain {length}"] = _Probe(_model(nodes, weights), floats(1, 16), threads)
-    ones = {"s": np.ones(384, np.float32), "b": np.zeros(384, np.float32)}
-    gelu = _model([helper.make_node("Gelu", ["x"], ["y"])], {})
-    norm = _model([helper.make_node("LayerNormalization", ["x", "s", "b"], ["y"])], ones)
-    softmax = _model([helper.make_node("Softmax", ["x"], ["y"])], {})
-    probes["activation"] = _Probe(gelu, floats(64, 1536), threads)
-    probes["normalization"] = _Probe(norm, floats(64, 384), threads)
-    probes["softmax"] = _Probe(softmax, floats(12 * 64, 64), threads)
-    return probes
-
-
-def _fit(sizes: np.ndarray, microseconds: np.ndarray) -> tuple[np.ndarray, float]:
-    """Fit 2/P * (mkn + rows kn + columns mk + depth mn) with least relative squares and no negative term.
-
-    `sizes` is [probes, 3] of m, k, n. Returns (speed in FLOPs a microsecond, rows, columns, depth) and the relative
-    standard deviation of the residuals. Four terms are few enough to try every set of those that are positive.
+    Args:
+        timings: of each probe.
+        models: the probes, for their sizes.
+        threads: that they ran on.
+        version: of ONNX Runtime.
+        cache: size of the last-level cache in bytes.
+        cache_known: whether that is known or assumed.
     """
-    m, k, n = sizes.T
-    terms = 2 * np.stack([m * k * n, k * n, m * k, m * n], axis=1) / microseconds[:, None]
-    best, least = np.zeros(4), np.inf
-    for count in range(4):
-        for others in itertools.combinations((1, 2, 3), count):
-            chosen = [0, *others]
-            found = np.linalg.lstsq(terms[:, chosen], np.ones(len(terms)), rcond=None)[0]
-            error = float(np.sum((terms[:, chosen] @ found - 1) ** 2))
-            if (found > 0).all() and error < least:
-                best, least = np.zeros(4), error
-                best[chosen] = found
-    return np.array([1 / best[0], *(best[1:] / best[0])]), float(np.sqrt(least / max(1, len(terms) - 4)))
-
-
-def _measure(threads: int, version: str) -> Profile:
     import psutil
 
-    cache, known = _cache_bytes()
-    timings = time_interleaved(_probes(threads, cache), {}, _SECONDS, warmup=0.02)
-    us = {name: timing.median * 1e3 for name, timing in timings.items()}
+    us = {name: _quiet(timing) * 1e3 for name, timing in timings.items()}
     date = datetime.date.today()
-    source = f"probes of AutoLite, ONNX Runtime {version}, {threads} thread(s)"
+    source = f"AutoLite's probes, ONNX Runtime {version}, {threads} thread{'s' if threads > 1 else ''}"
 
     def number(value: float, unit: str, sigma: float, kind: str = "measured", source: str = source) -> list[Any]:
         return [float(f"{value:.4g}"), unit, kind, source, date, round(sigma, 3)]
 
-    dispatch = max((us[f"chain {_CHAIN}"] - us["chain 1"]) / (_CHAIN - 1), 0.05)
-    fixed = max(us["chain 1"] - dispatch, 0.0)
+    few, many = CHAIN
+    dispatch = max((us[f"chain {many}"] - us[f"chain {few}"]) / (many - few), 0.05)
+    fixed = max(us[f"chain {few}"] - few * dispatch, 0.0)
+    net = {name: max(time - dispatch - fixed, 0.1 * time) for name, time in us.items()}
+    one = number(1, "1", 0.0, "calibrated", "1 by construction: the peak is the rate fitted to the probes")
     peak, efficiency = {}, {}
-    for kernel in _KERNELS:
-        probes = [
-            (name, np.array([float(part) for part in name.split()[1:]])) for name in us if name.startswith(kernel)
-        ]
-        net = np.array([max(us[name] - dispatch - fixed, 0.1 * us[name]) for name, _ in probes])
-        (speed, *halves), residual = _fit(np.array([size for _, size in probes]), net)
+    for kernel in (*KERNELS, "attention"):
+        names = [name for name in us if name.startswith(f"{kernel} ")]
+        sizes = np.array([models[name].size for name in names], dtype=float)
+        fit = fit_attention if kernel == "attention" else fit_product
+        found, residual = fit(sizes, np.array([net[name] for name in names]))
         sigma = max(residual, 0.03)
-        peak[kernel] = number(speed / 1e3, "GFLOPS", sigma / 2, "calibrated")  # a model averages over several sizes
-        one = number(1, "1", 0.0, "calibrated", "1 by construction: the peak is the rate fitted to the probes")
-        efficiency[kernel] = {"fraction": one}
-        for part, half in zip(("rows", "columns", "depth"), halves, strict=True):
-            efficiency[kernel][part] = number(half, "1", sigma, "calibrated")
-
-    def bandwidth(name: str) -> list[Any]:
-        probe = next(p for p in us if p.startswith(f"{name} "))
-        _, _, k, n = probe.split()
-        return number(4 * int(k) * int(n) / us[probe] / 1e3, "GB/s", _sigma(timings[probe]))
-
-    def rate(name: str, elements: int) -> list[Any]:
-        net = max(us[name] - dispatch - fixed, 0.1 * us[name])
-        return number(elements / net / 1e3, "Gelem/s", max(0.05, _sigma(timings[name])))
-
-    watts = "a usual figure for a server or desktop core; this machine was not asked"
-    system = "as the operating system reports it"
-    return Profile.model_validate(
-        {
-            "name": "local",
-            "description": f"{cpu_name()}, {threads} thread(s), ONNX Runtime {version}, measured {date}",
-            "default_unit": "cpu",
-            "units": [
-                {
-                    "name": "cpu",
-                    "threads": threads,
-                    "peak": peak,
-                    "elementwise": {
-                        "activation": rate("activation", 64 * 1536),
-                        "normalization": rate("normalization", 64 * 384),
-                        "softmax": rate("softmax", 12 * 64 * 64),
-                    },
-                    "scaling": number(0.9, "1", 0.1, "assumed", "only for fewer threads than were measured"),
-                    "power": number(4 + 6 * threads, "W", 0.7, "assumed", watts),
-                }
-            ],
-            "efficiency": efficiency,
-            "formats": {"fp32": "fp32", "int8": "int8", "int4": "int4", "kmeans4": "fp32"},
-            "memory": {
-                "size": number(psutil.virtual_memory().total / 1e9, "GB", 0.0, source=system),
-                "bandwidth": bandwidth("memory"),
-            },
-            "cache": {
-                "size": number(cache / 1e6, "MB", *((0.0, "measured", system) if known else (0.7, "assumed", "usual"))),
-                "bandwidth": bandwidth("cache"),
-            },
-            "dispatch": number(dispatch, "us", _sigma(timings[f"chain {_CHAIN}"])),
-            "fixed": number(fixed, "us", max(0.1, _sigma(timings["chain 1"]))),
-            "idle": number(4, "W", 0.7, "assumed", watts),
-            "packing": number(1, "1", 0.3, "assumed", "ONNX Runtime keeps a packed copy of every matrix"),
-            "correction": number(1, "1", 0.15, "assumed", "what sums of probes usually miss on whole models"),
+        peak[kernel] = number(found[0] / 1e3, "GFLOPS", sigma / 2, "calibrated")  # a model averages over several sizes
+        halves = zip(("rows", "columns", "depth"), found[1:4], strict=True)
+        efficiency[kernel] = {
+            "fraction": one,
+            **{part: number(half, "1", sigma, "calibrated") for part, half in halves},
         }
-    )
+    _, k, n, _ = models["memory"].size
+    bandwidth = 4 * k * n / net["memory"]  # bytes a microsecond
+    found_share, stall = _fit_cache(net, bandwidth, cache)
+
+    def rate(name: str, count: float, unit: str) -> list[Any]:
+        return number(count / net[name] / 1e3, unit, max(0.05, _sigma(timings[name])))
+
+    watts = "usual for a core of a server or desktop; this machine was not asked"
+    system = "as the operating system reports it"
+    heard = "" if cache_known else "; its nominal size is not known"
+    unit = {
+        "name": "cpu",
+        "threads": threads,
+        "peak": peak,
+        "elementwise": {
+            "activation": rate("activation", float(np.prod(ACTIVATION)), "Gelem/s"),
+            "normalization": rate("normalization", float(np.prod(NORMALIZATION)), "Gelem/s"),
+        },
+        "softmax": number(found[4], "Mrow/s", sigma, "calibrated"),  # of the attention, fitted last
+        "scaling": number(1, "1", 0.0, "calibrated", "1 by construction: all threads were measured together"),
+        "power": number(4 + 6 * threads, "W", 0.7, "assumed", watts),
+    }
+    profile = {
+        "name": "local",
+        "description": f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}, ONNX Runtime {version}",
+        "default_unit": "cpu",
+        "units": [unit],
+        "efficiency": efficiency,
+        "formats": {"fp32": "fp32", "int8": "int8", "int4": "int4", "kmeans4": "fp32"},
+        "memory": {
+            "size": number(psutil.virtual_memory().total / 1e9, "GB", 0.0, source=system),
+            "bandwidth": number(bandwidth / 1e3, "GB/s", _sigma(timings["memory"])),
+            "stall": number(stall, "1", 0.2, "calibrated"),
+        },
+        "cache": {
+            "size": number(found_share / 1e6, "MB", 0.3, "calibrated", source + heard),
+            "bandwidth": rate("copy", 3 * 4 * float(np.prod(ACTIVATION)), "GB/s"),
+        },
+        "dispatch": number(dispatch, "us", 0.3),
+        "fixed": number(fixed, "us", max(0.1, _sigma(timings[f"chain {few}"]))),
+        "idle": number(4, "W", 0.7, "assumed", watts),
+        "packing": number(1, "1", 0.3, "assumed", "ONNX Runtime keeps a packed copy of every matrix"),
+        "correction": number(
+            1, "1", 0.2, "assumed", "what sums of probes miss on whole models, most where others use the memory too"
+        ),
+    }
+    return Profile.model_validate(profile)
+
+
+def fit_product(sizes: np.ndarray, microseconds: np.ndarray) -> tuple[np.ndarray, float]:
+    """Fit 2/P * (mkn + rows kn + columns mk + depth mn) to the times of products.
+
+    `sizes` is [probes, 4]: m, k, n and how often the product is made. Returns (speed in FLOPs a microsecond, rows,
+    columns, depth) and the relative standard deviation of the residuals.
+    """
+    m, k, n, times = sizes.T
+    found, residual = fit_terms(2 * times * np.stack([m * k * n, k * n, m * k, m * n]), microseconds)
+    return np.array([1 / found[0], *(found[1:] / found[0])]), residual
+
+
+def fit_attention(sizes: np.ndarray, microseconds: np.ndarray) -> tuple[np.ndarray, float]:
+    """Fit 2/P * (mkn + columns mk + depth mn) + m / softmax.
+
+    Returns (speed, rows = 0, columns, depth, softmax in rows a microsecond) and the residuals' deviation.
+    """
+    m, k, n, times = sizes.T
+    found, residual = fit_terms(times * np.stack([2 * m * k * n, 2 * m * k, 2 * m * n, m]), microseconds)
+    product, columns, depth, row = found
+    return np.array([1 / product, 0, columns / product, depth / product, 1 / max(row, 1e-6)]), residual
+
+
+def fit_terms(terms: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, float]:
+    """Fit times = sum of coefficient * term, `terms` [terms, samples], the first one positive and none negative.
+
+    Absolute relative errors are minimised, because a sample that another program disturbed must not bend the fit; the
+    terms are few enough to try every set of those that are positive. Returns the coefficients and the relative
+    standard deviation of the residuals, as their median size tells it.
+    """
+    relative = (terms / times).T
+    best, least, errors = np.zeros(len(terms)), np.inf, np.zeros(len(times))
+    for count in range(len(terms)):
+        for others in itertools.combinations(range(1, len(terms)), count):
+            chosen = relative[:, [0, *others]]
+            weights = np.ones(len(times))
+            for _ in range(20):  # iteratively reweighted least squares
+                found = np.linalg.lstsq(chosen * weights[:, None], weights, rcond=None)[0]
+                error = np.abs(chosen @ found - 1)
+                weights = 1 / np.sqrt(np.maximum(error, 0.01))
+            if (found > 0).all() and error.sum() < least:
+                best, least, errors = np.zeros(len(terms)), float(error.sum()), error
+                best[[0, *others]] = found
+    return best, 1.48 * float(np.median(errors))
+
+
+def _fit_cache(net: Mapping[str, float], bandwidth: float, nominal: float) -> tuple[float, float]:
+    """Fit the share of the cache in bytes and the stall: what layers cost more when others came in between.
+
+    A layer's two matrices alone stay in the cache; the deeper the stack, the fewer of its weights do.
+    """
+    nbytes = 2 * 4 * 384 * 1536
+    alone = net[f"fp32 {LAYER_ROWS} 384 1536"] + net[f"fp32 {LAYER_ROWS} 1536 384"]
+    extra = np.array([net[f"layers {depth}"] / depth - alone for depth in LAYERS])
+    best, least = (nominal, 0.0), np.inf
+    for share in nominal * np.geomspace(1 / 32, 1, 41):
+        missing = np.clip(np.array([depth * nbytes for depth in LAYERS]) / share - 1, 0, 1) * nbytes / bandwidth
+        stall = max(0.0, float(missing @ extra) / max(float(missing @ missing), 1e-12))
+        error = float(np.sum((extra - stall * missing) ** 2))
+        if error <= least:
+            best, least = (float(share), stall), error
+    return best
+
+
+def _quiet(timing: Timing) -> float:
+    """The quietest round's median in milliseconds: what the machine can do, as other programs only ever add time."""
+    return float(timing.medians.min())
 
 
 def _sigma(timing: Timing) -> float:

@@ -3,8 +3,10 @@
 The time of a call is a sum over its operators of a roofline (Williams, Waterman and Patterson 2009) whose compute roof
 depends on the size of the product, plus costs of dispatch:
 
-    t = sum over operators of max(FLOPs / (P * e(m, n, k)), bytes / B) + dispatch * operators + fixed
+    t = sum over operators of max(FLOPs / (P * e(m, n, k)) + stall, bytes / B) + dispatch * operators + fixed
     e(m, n, k) = fraction / (1 + rows / m + columns / n + depth / k)
+
+The stall is the part of reading the weights from memory that computing does not hide.
 
 Uncertainties of the profile's numbers are propagated to first order in the logarithms: the elasticity of the time with
 respect to a number is the share of the time that it governs.
@@ -47,8 +49,9 @@ class _Speeds:
 
     kernels: dict[str, _Kernel]
     formats: dict[str, str]
-    elementwise: dict[str, float]  # elements per microsecond
+    elementwise: dict[str, float]  # elements (softmax: rows) per microsecond
     memory: float  # bytes per microsecond
+    stall: float
     cache: float
     cache_size: float  # bytes
     dispatch: float
@@ -65,25 +68,27 @@ class _Time:
     def __init__(self, speeds: _Speeds, working_set: float) -> None:
         self.speeds = speeds
         self.parts: dict[str, float] = {}
-        # Weights beyond the cache's size push each other out: that share streams from memory.
-        self.resident = min(1.0, speeds.cache_size / working_set) if working_set else 1.0
+        # Weights are used in the same order in every call, so that a cache too small for all of them keeps few.
+        self.missing = min(1.0, max(0.0, working_set / speeds.cache_size - 1.0))
 
     def add(self, key: str, microseconds: float) -> None:
         self.parts[key] = self.parts.get(key, 0.0) + microseconds
 
-    def product(self, kernel: str, m: float, k: int, n: int, stored: float, times: int = 1) -> None:
-        """A product [m, k] x [k, n], `times` over; `stored` are the bytes of the second factor."""
+    def product(self, kernel: str, m: float, k: int, n: int, weights: float, times: int = 1) -> None:
+        """A product [m, k] x [k, n], `times` over, with a second factor of `weights` bytes."""
         speeds = self.speeds
         roof = speeds.kernels[kernel]
         rows, columns, depth = roof.rows / m, roof.columns / n, roof.depth / k
         compute = times * 2.0 * m * k * n / roof.speed
-        cached = times * (stored * self.resident + _BYTES * m * (k + n)) / speeds.cache
-        streamed = times * stored * (1.0 - self.resident) / speeds.memory
-        if compute * (1.0 + rows + columns + depth) >= cached + streamed:
+        cached = times * weights * (1.0 - self.missing) / speeds.cache
+        streamed = times * weights * self.missing / speeds.memory
+        stalled = speeds.stall * streamed if m > 1 else 0.0
+        if compute * (1.0 + rows + columns + depth) + stalled >= cached + streamed:
             self.add(f"{kernel}.peak", compute)
             self.add(f"{kernel}.rows", compute * rows)
             self.add(f"{kernel}.columns", compute * columns)
             self.add(f"{kernel}.depth", compute * depth)
+            self.add("stall", stalled)
         else:
             self.add("cache", cached)
             self.add("memory", streamed)
@@ -115,14 +120,14 @@ def predict(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str
     """
     speeds = _speeds(profile, workload.threads)
     family = FAMILIES[shape.family]
-    matrices = _matrices(shape, speeds)
-    prompt = _pass(shape, family, speeds, matrices, workload.batch, workload.tokens, workload.tokens)
+    stored, read = _matrices(shape, speeds)
+    prompt = _pass(shape, family, speeds, read, workload.batch, workload.tokens, workload.tokens)
     passes = [(prompt, 1.0)]
     generates = shape.stacks[-1].causal and shape.outputs == shape.vocab
     found: dict[str, tuple[float, float, bool]] = {}  # metric: value, relative uncertainty, floored
     if generates:
         context = workload.tokens + workload.generated // 2
-        step = _pass(shape, family, speeds, matrices, workload.batch, 1, context)
+        step = _pass(shape, family, speeds, read, workload.batch, 1, context)
         passes.append((step, float(workload.generated)))
         found["ttft_ms"] = (prompt.total / 1e3, *_spread(speeds, [(prompt, 1.0)]))
         found["tokens_per_second"] = (1e6 * workload.batch / step.total, *_spread(speeds, [(step, 1.0)]))
@@ -134,8 +139,8 @@ def predict(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str
         math.hypot(sigma, speeds.sigmas["watts"]),
         weak or "watts" in speeds.weak,
     )
-    size = float(_size(shape, family, matrices))
-    packed = profile.packing.value * sum(matrices.values())
+    size = float(_size(shape, family, stored))
+    packed = profile.packing.value * sum(read.values())
     memory = size + packed + _activations(shape, workload)
     packing = packed / memory * profile.packing.sigma
     found["memory_bytes"] = (memory, math.hypot(packing, 0.1), profile.packing.kind not in _CALIBRATED)
@@ -165,7 +170,7 @@ def _spread(speeds: _Speeds, passes: list[tuple[_Time, float]]) -> tuple[float, 
     for key, microseconds in parts.items():
         if not key.endswith(".peak"):
             variance += (microseconds / total * speeds.sigmas[key]) ** 2
-    return math.sqrt(variance), "correction" in speeds.weak or any(key in speeds.weak for key in parts)
+    return math.sqrt(variance), any(key in speeds.weak for key in parts)
 
 
 @lru_cache(maxsize=64)
@@ -175,15 +180,11 @@ def _speeds(profile: Profile, threads: int) -> _Speeds:
         raise TargetError(
             f"threads={threads}, but {unit.name} of {profile.name} has {unit.threads}: ask for at most so many"
         )
-    if unit.scaling is None or unit.power is None:
-        raise TargetError(f"{profile.name}: unit {unit.name} lacks scaling or power")
-    gain = unit.scaling.value
-    used = (1 + (threads - 1) * gain) / (1 + (unit.threads - 1) * gain)
-    # d log(used) / d log(gain)
-    slope = (threads - 1) * gain / (1 + (threads - 1) * gain) - (unit.threads - 1) * gain / (
-        1 + (unit.threads - 1) * gain
-    )
-    shared = abs(slope) * unit.scaling.sigma
+    if unit.scaling is None or unit.power is None or unit.softmax is None:
+        raise TargetError(f"{profile.name}: unit {unit.name} lacks scaling, power or softmax")
+    further = (threads - 1) * unit.scaling.value
+    used = (1 + further) / unit.threads
+    shared = further / (1 + further) * unit.scaling.sigma
     sigmas: dict[str, float] = {}
     weak: set[str] = set()
 
@@ -203,7 +204,9 @@ def _speeds(profile: Profile, threads: int) -> _Speeds:
                 behind(f"{name}.{part}", number)
     for kind, number in unit.elementwise.items():
         behind(kind, number, extra=shared)
+    behind("softmax", unit.softmax, extra=shared)
     behind("memory", profile.memory.bandwidth)
+    behind("stall", profile.memory.bandwidth, profile.memory.stall)
     behind("cache", profile.cache.bandwidth)
     behind("dispatch", profile.dispatch)
     behind("fixed", profile.fixed)
@@ -212,8 +215,12 @@ def _speeds(profile: Profile, threads: int) -> _Speeds:
     return _Speeds(
         kernels=kernels,
         formats=profile.formats,
-        elementwise={kind: number.value * used * 1e3 for kind, number in unit.elementwise.items()},
+        elementwise={
+            "softmax": unit.softmax.value * used,
+            **{kind: number.value * used * 1e3 for kind, number in unit.elementwise.items()},
+        },
         memory=profile.memory.bandwidth.value * 1e3,
+        stall=profile.memory.stall.value,
         cache=profile.cache.bandwidth.value * 1e3,
         cache_size=profile.cache.size.value * 1e6,
         dispatch=profile.dispatch.value,
@@ -237,50 +244,58 @@ def _square(head: Head | None) -> int:
     return len(head.dense) - 1 if head else 0
 
 
-def _matrices(shape: ModelShape, speeds: _Speeds) -> dict[str, int]:
-    """Bytes of each stored matrix that is multiplied with, by the name of its weights."""
-    stored: dict[str, int] = {}
+def _matrices(shape: ModelShape, speeds: _Speeds) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of each matrix of a product, by the name of its weights: in the file, and as the kernel reads it."""
+    stored, read = {}, {}
     for product in matmuls(shape):
         if product.format not in speeds.formats:
             known = ", ".join(speeds.formats)
             raise TargetError(f"the target cannot run the number format '{product.format}'; it runs {known}")
         stored[product.weights] = formats.nbytes(product.format, product.n, product.k)
-    return stored
+        # A format priced as another one's kernel is decoded to it when the model is loaded (kmeans4 to fp32).
+        kernel = speeds.formats[product.format]
+        kernel = kernel if kernel in formats.FORMATS else product.format
+        read[product.weights] = formats.nbytes(kernel, product.n, product.k)
+    return stored, read
 
 
 def _pass(
-    shape: ModelShape, family: Family, speeds: _Speeds, stored: dict[str, int], batch: int, tokens: int, context: int
+    shape: ModelShape, family: Family, speeds: _Speeds, weights: dict[str, int], batch: int, tokens: int, context: int
 ) -> _Time:
     """Time of one pass over `tokens` new tokens a sequence that attend to `context` tokens, themselves included."""
-    time = _Time(speeds, float(sum(stored.values())))
+    time = _Time(speeds, float(sum(weights.values())))
     head = _head(shape, family)
     pooled = head is not None and head.pooling != "none"
     rows = batch * tokens
-    time.copy(2 * _BYTES * rows * shape.embedding)
+    tables = 1 + bool(family.position) + bool(family.token_type)
+    time.copy((5 * tables - 3) * _BYTES * rows * shape.embedding)  # rows looked up, and summed
     if family.embedding_norm:
         time.elements("normalization", rows * shape.embedding)
-    if family.embedding_projection:
-        hidden = shape.stacks[0].hidden
-        time.product("fp32", rows, shape.embedding, hidden, _BYTES * shape.embedding * hidden)
+    if family.embedding_projection or family.patch:
+        _dense(time, shape.embedding_format, rows, shape.embedding, shape.stacks[0].hidden)
     products = matmuls(shape)
     for stack in shape.stacks:
         for index, layer in enumerate(stack.layers):
             last = stack is shape.stacks[-1] and index == len(stack.layers) - 1
             # Where only the first position is read, the last layer computes all but keys and values there alone.
             read = 1 if last and pooled and not stack.causal else tokens
-            _attention(time, stack, layer, next(products), next(products), stored, batch, tokens, read, context)
-            _feed_forward(time, stack, layer, next(products), next(products), stored, batch * read)
+            _attention(time, stack, layer, next(products), next(products), weights, batch, tokens, read, context)
+            _feed_forward(time, stack, layer, next(products), next(products), weights, batch * read)
     read = batch if pooled else rows
     hidden = shape.stacks[-1].hidden
     if family.final_norm:
         time.elements("normalization", read * hidden)
     for _ in range(_square(head)):
-        time.product("fp32", read, hidden, hidden, _BYTES * hidden * hidden)
+        _dense(time, shape.head_format, read, hidden, hidden)
     for product in products:
-        time.product(speeds.formats[product.format], read, product.k, product.n, stored[product.weights])
+        time.product(speeds.formats[product.format], read, product.k, product.n, weights[product.weights])
     time.operators(_OPERATORS["around"])
     time.add("fixed", speeds.fixed)
     return time
+
+
+def _dense(time: _Time, form: str, rows: int, k: int, n: int) -> None:
+    time.product(time.speeds.formats[form], rows, k, n, formats.nbytes(form, n, k))
 
 
 def _attention(
@@ -289,27 +304,27 @@ def _attention(
     layer: LayerShape,
     qkv: MatMul,
     out: MatMul,
-    stored: dict[str, int],
+    weights: dict[str, int],
     batch: int,
     tokens: int,
     read: int,
     context: int,
 ) -> None:
     kernel = time.speeds.formats[qkv.format]
-    nbytes = stored[qkv.weights]
+    nbytes = weights[qkv.weights]
     if read == tokens:
         time.product(kernel, batch * tokens, qkv.k, qkv.n, nbytes)
     else:
         query = layer.heads * layer.head_dim
         time.product(kernel, batch * read, qkv.k, query, nbytes * query / qkv.n)
         time.product(kernel, batch * tokens, qkv.k, qkv.n - query, nbytes * (qkv.n - query) / qkv.n)
-    # Scores [read, context] and their product with the values, for each head of each sequence.
-    past = _BYTES * context * layer.head_dim * layer.kv_heads / layer.heads
-    time.product("fp32", read, layer.head_dim, context, past, batch * layer.heads)
-    time.product("fp32", read, context, layer.head_dim, past, batch * layer.heads)
-    time.elements("softmax", batch * layer.heads * read * context)
-    time.product(time.speeds.formats[out.format], batch * read, out.k, out.n, stored[out.weights])
+    past = 2 * _BYTES * context * layer.head_dim * layer.kv_heads / layer.heads
+    time.product("attention", read, 2 * layer.head_dim, context, past, batch * layer.heads)
+    time.elements("softmax", batch * layer.heads * read)
+    time.copy(2 * _BYTES * batch * tokens * qkv.n)  # split into query, key and value
+    time.product(time.speeds.formats[out.format], batch * read, out.k, out.n, weights[out.weights])
     time.elements("normalization", batch * read * stack.hidden)
+    time.copy(3 * _BYTES * batch * read * stack.hidden)  # residual sum
     time.operators(_OPERATORS["attention"])
 
 
@@ -319,47 +334,56 @@ def _feed_forward(
     layer: LayerShape,
     first: MatMul,
     second: MatMul,
-    stored: dict[str, int],
+    weights: dict[str, int],
     rows: int,
 ) -> None:
     kernel = time.speeds.formats[first.format]
-    time.product(kernel, rows, first.k, first.n, stored[first.weights])
+    time.product(kernel, rows, first.k, first.n, weights[first.weights])
     time.elements("activation", rows * layer.ffn)
-    time.product(kernel, rows, second.k, second.n, stored[second.weights])
+    time.copy((3 * layer.ffn * 2 if stack.gated else 0) * _BYTES * rows)  # split, and product with the gate
+    time.product(kernel, rows, second.k, second.n, weights[second.weights])
     time.elements("normalization", rows * stack.hidden)
+    time.copy(3 * _BYTES * rows * stack.hidden)
     time.operators(_OPERATORS["gated" if stack.gated else "ffn"])
 
 
 def _size(shape: ModelShape, family: Family, stored: dict[str, int]) -> int:
     """Bytes of the artifact: matrices and embedding in their formats, everything else in fp32, and the graph."""
-    floats = shape.positions * shape.embedding if family.position else 0
+    hidden = shape.stacks[0].hidden
+    norm = 1 if family.rms_norm else 2
+    total = sum(stored.values())
+    floats = 0
+    if family.position:
+        floats += shape.positions * (hidden if family.patch else shape.embedding)
     if family.token_type:
         floats += (1 if family.positions_after_padding else 2) * shape.embedding
-    norm = 1 if family.rms_norm else 2
-    floats += norm * shape.embedding if family.embedding_norm else 0
-    floats += (shape.embedding + 1) * shape.stacks[0].hidden if family.embedding_projection else 0
-    seen: set[str] = set()
+    if family.embedding_norm:
+        floats += norm * shape.embedding
+    if family.embedding_projection or family.patch:
+        total += formats.nbytes(shape.embedding_format, hidden, shape.embedding)
+        floats += hidden * (2 if family.class_token else 1)
+    if shape.vocab and "embedding" not in stored:
+        total += formats.nbytes(shape.embedding_format, shape.vocab, shape.embedding)
+    seen: set[tuple[str, str, int]] = set()
     for stack in shape.stacks:
+        norms = 2 * norm * stack.hidden + (2 * stack.layers[0].head_dim if family.query_norm else 0)
+        floats += norms * (1 if family.repeated else len(stack.layers))
         for layer in stack.layers:
-            width, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-            if (name := f"{stack.name}.attention.{layer.attention}") not in seen:
+            if (name := (stack.name, "attention", layer.attention)) not in seen:
                 seen.add(name)
-                floats += norm * stack.hidden
-                floats += width + 2 * kv if not family.rms_norm or family.name == "qwen2" else 0
+                qkv = (layer.heads + 2 * layer.kv_heads) * layer.head_dim
+                floats += qkv if not family.rms_norm or family.name == "qwen2" else 0
                 floats += 0 if family.rms_norm else stack.hidden
-                floats += 2 * layer.head_dim if family.query_norm else 0
-            if (name := f"{stack.name}.ffn.{layer.feed_forward}") not in seen:
+            if (name := (stack.name, "ffn", layer.feed_forward)) not in seen:
                 seen.add(name)
-                floats += norm * stack.hidden
                 floats += 0 if family.rms_norm else layer.ffn + stack.hidden
     hidden = shape.stacks[-1].hidden
     floats += norm * hidden if family.final_norm else 0
-    floats += _square(_head(shape, family)) * (hidden + 1) * hidden
-    floats += shape.outputs if shape.outputs and not family.causal else 0
+    square = _square(_head(shape, family))
+    total += square * formats.nbytes(shape.head_format, hidden, hidden)
+    floats += square * hidden + (shape.outputs if not family.causal else 0)
     layers = sum(len(stack.layers) for stack in shape.stacks)
-    embedding = 0 if "embedding" in stored else formats.nbytes(shape.embedding_format, shape.vocab, shape.embedding)
-    graph = layers * _GRAPH_BYTES["layer"] + _GRAPH_BYTES["around"]
-    return sum(stored.values()) + embedding + _BYTES * floats + graph
+    return total + _BYTES * floats + layers * _GRAPH_BYTES["layer"] + _GRAPH_BYTES["around"]
 
 
 def _activations(shape: ModelShape, workload: Workload) -> float:
@@ -376,3 +400,18 @@ def _activations(shape: ModelShape, workload: Workload) -> float:
             cached += 2 * kv * workload.batch * context if stack.causal else 0
     logits = rows * shape.outputs if shape.stacks[-1].causal else 0
     return _BYTES * (max(alive, logits) + cached)
+
+
+def predict_faster(baseline: ModelShape, shape: ModelShape, profile: Profile, workload: Workload) -> Measurement:
+    """Predict how many times faster `shape` is than `baseline` on a target."""
+    slow, fast = (predict(s, profile, workload)["latency_ms"] for s in (baseline, shape))
+    value = slow.value / fast.value
+    return Measurement(
+        "faster",
+        value,
+        value * fast.value / fast.high,
+        value * fast.high / fast.value,
+        "predicted",
+        profile.runtime,
+        str(workload),
+    )

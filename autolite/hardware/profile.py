@@ -79,6 +79,7 @@ GigabytesPerSecond = Annotated[Number, _in("GB/s")]
 Gigabytes = Annotated[Number, _in("GB")]
 Megabytes = Annotated[Number, _in("MB")]
 Microseconds = Annotated[Number, _in("us", positive=False)]
+MegarowsPerSecond = Annotated[Number, _in("Mrow/s")]
 Watts = Annotated[Number, _in("W", positive=False)]
 Ratio = Annotated[Number, _in("1")]
 Count = Annotated[Number, _in("1", positive=False)]
@@ -89,10 +90,12 @@ class ComputeUnit(_Strict):
 
     Args:
         name: "big", "cpu", ...
-        threads: number of its cores, all used unless a workload asks for fewer.
+        threads: number of its cores, and of the threads that a workload has unless it says otherwise.
         peak: dense GFLOPS (for integers, GOPS) of all cores together, for each kernel class; one multiply-add is two.
-        elementwise: elements a second of all cores, for "activation" (Gelu), "normalization" and "softmax".
-        scaling: what each further core adds, as a fraction of the first.
+        elementwise: elements a second of all cores, for "activation" (Gelu) and "normalization".
+        softmax: rows a second of all cores, a row being one query of one head.
+        scaling: what each thread after the first adds, as a fraction of one core; t threads reach
+            peak / cores * (1 + (t - 1) * scaling).
         power: watts under load, all cores, memory included.
         unavailable: why no model can run here; empty if one can.
     """
@@ -100,7 +103,8 @@ class ComputeUnit(_Strict):
     name: str
     threads: int = Field(ge=1)
     peak: dict[str, Gflops] = {}
-    elementwise: dict[Literal["activation", "normalization", "softmax"], GelementsPerSecond] = {}
+    elementwise: dict[Literal["activation", "normalization"], GelementsPerSecond] = {}
+    softmax: MegarowsPerSecond | None = None
     scaling: Ratio | None = None
     power: Watts | None = None
     unavailable: str = ""
@@ -108,10 +112,8 @@ class ComputeUnit(_Strict):
     @model_validator(mode="after")
     def _complete(self) -> ComputeUnit:
         if not self.unavailable:
-            missing = [f for f in ("peak", "elementwise", "scaling", "power") if not getattr(self, f)]
-            missing += [
-                f"elementwise.{n}" for n in ("activation", "normalization", "softmax") if n not in self.elementwise
-            ]
+            missing = [f for f in ("peak", "elementwise", "softmax", "scaling", "power") if not getattr(self, f)]
+            missing += [f"elementwise.{n}" for n in ("activation", "normalization") if n not in self.elementwise]
             if missing:
                 raise ValueError(f"unit {self.name} lacks {missing[0]}: give it, or say why the unit is `unavailable`")
         return self
@@ -122,7 +124,8 @@ class Efficiency(_Strict):
 
     Each of the three is the size at which that dimension alone halves the rate: few rows do not pay for reading the
     weights, few columns not for reading (or quantizing) the inputs, a short inner dimension not for writing the
-    outputs.
+    outputs. The kernel class "attention" is the scores and the mixing of one head as one product: m queries, n keys,
+    and k twice the width of the head.
     """
 
     fraction: Ratio
@@ -132,14 +135,27 @@ class Efficiency(_Strict):
 
 
 class Memory(_Strict):
-    """Main memory."""
+    """Main memory.
+
+    Args:
+        size: all of it.
+        bandwidth: at which a product with one row reads weights that are not in the cache.
+        stall: what such weights add to the time of a product with several rows, as a multiple of bytes / bandwidth: 0
+            where reading hides behind computing, above 1 where it is even slower than with one row.
+    """
 
     size: Gigabytes
     bandwidth: GigabytesPerSecond
+    stall: Count
 
 
 class Cache(_Strict):
-    """The last level of cache: its size, and the bandwidth at which weights stream out of it."""
+    """The last level of cache.
+
+    Args:
+        size: the share of it in which a model finds its weights again from call to call.
+        bandwidth: at which activations are read and written.
+    """
 
     size: Megabytes
     bandwidth: GigabytesPerSecond
@@ -189,7 +205,7 @@ class Profile(_Strict):
             raise ValueError(unknown("default_unit", self.default_unit, names))
         if self.unit.unavailable:
             raise ValueError(f"default_unit '{self.default_unit}' is unavailable: {self.unit.unavailable}")
-        for form, kernel in {"fp32": "fp32", **self.formats}.items():
+        for form, kernel in {"fp32": "fp32", "attention": "attention", **self.formats}.items():
             for where, known in ((f"units.{self.default_unit}.peak", self.unit.peak), ("efficiency", self.efficiency)):
                 if kernel not in known:
                     raise ValueError(

@@ -1,0 +1,129 @@
+"""Tiny ONNX models that each isolate one cost of this machine; `autolite.measure` times them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+KERNELS = ("fp32", "int8", "int4")
+ROWS = (1, 16, 64, 128)
+SIZES = ((128, 512), (384, 384), (384, 1536), (1536, 384), (768, 3072))  # [k, n] of transformer layers, small to base
+HEADS = ((12, 32, 16), (12, 32, 64), (12, 32, 128), (4, 64, 64), (4, 32, 32), (12, 64, 128), (2, 64, 128))
+# ... heads, width of each, tokens
+LAYERS = (2, 4, 8, 16)  # pairs of [384, 1536] and [1536, 384] behind each other: do their weights stay in the cache?
+LAYER_ROWS = 16
+CHAIN = (2, 64)  # operators that compute next to nothing
+ACTIVATION, NORMALIZATION = (64, 1536), (64, 384)
+
+
+class Probe:
+    """A loaded model with fixed inputs: a Runner that ignores what it is given.
+
+    `size` is (m, k, n, times) for products, and empty otherwise.
+    """
+
+    def __init__(self, session: Any, inputs: Mapping[str, np.ndarray], size: tuple[int, ...] = ()) -> None:
+        self.session, self.inputs, self.size = session, dict(inputs), size
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run one call."""
+        return {"y": self.session.run(None, self.inputs)[0]}
+
+
+def probes(threads: int, cache: float) -> dict[str, Probe]:
+    """Return all probes by name, for a last-level cache of `cache` bytes."""
+    rng = np.random.default_rng(0)
+
+    def floats(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    found = {}
+    for kernel, (k, n) in itertools.product(KERNELS, SIZES):
+        session = _session([(kernel, k, n)], threads)
+        for m in ROWS:
+            found[f"{kernel} {m} {k} {n}"] = Probe(session, {"x": floats(m, k)}, (m, k, n, 1))
+    for heads, width, tokens in HEADS:
+        arrays = {name: floats(1, tokens, heads * width) for name in ("x", "key", "value")}
+        arrays["mask"] = np.ones((1, tokens), np.int32)
+        session = _attention(heads, threads)
+        found[f"attention {heads} {width} {tokens}"] = Probe(session, arrays, (tokens, 2 * width, tokens, heads))
+    for depth in LAYERS:
+        session = _session([("fp32", 384, 1536), ("fp32", 1536, 384)] * depth, threads)
+        found[f"layers {depth}"] = Probe(session, {"x": floats(LAYER_ROWS, 384)})
+    k, n = 2048, int(min(max(2 * cache, 48e6), 256e6) / 4 / 2048) // 16 * 16
+    found["memory"] = Probe(_session([("fp32", k, n)], threads), {"x": floats(1, k)}, (1, k, n, 1))
+    for length in CHAIN:
+        nodes = []
+        for i in range(0, length, 2):
+            nodes.append(_node("Split", [f"t{i}" if i else "x"], [f"a{i}", f"b{i}"], axis=1, num_outputs=2))
+            nodes.append(_node("Concat", [f"b{i}", f"a{i}"], ["y" if i == length - 2 else f"t{i + 2}"], axis=1))
+        found[f"chain {length}"] = Probe(_load(nodes, {}, threads), {"x": floats(1, 16)})
+    x = floats(*ACTIVATION)
+    found["activation"] = Probe(_load([_node("Gelu", ["x"], ["y"])], {}, threads), {"x": x})
+    found["copy"] = Probe(_load([_node("Add", ["x", "other"], ["y"])], {}, threads, other=2), {"x": x, "other": x})
+    scale = {"scale": np.ones(NORMALIZATION[1], np.float32), "shift": np.zeros(NORMALIZATION[1], np.float32)}
+    norm = _node("LayerNormalization", ["x", "scale", "shift"], ["y"])
+    found["normalization"] = Probe(_load([norm], scale, threads), {"x": floats(*NORMALIZATION)})
+    return found
+
+
+def _node(kind: str, inputs: list[str], outputs: list[str], contrib: bool = False, **attributes: Any) -> Any:
+    from onnx import helper
+
+    return helper.make_node(kind, inputs, outputs, domain="com.microsoft" if contrib else "", **attributes)
+
+
+def _load(nodes: list[Any], weights: Mapping[str, np.ndarray], threads: int, rank: int = 2, **extra: int) -> Any:
+    """Return a session of a graph x -> y of this rank; `extra` names further float inputs and their ranks."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    def value(name: str, rank: int, kind: int = TensorProto.FLOAT) -> Any:
+        return helper.make_tensor_value_info(name, kind, [None] * rank)
+
+    inputs = [value("x", rank), *(value(n, r, TensorProto.INT32 if n == "mask" else 1) for n, r in extra.items())]
+    stored = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "probe", inputs, [value("y", rank)], stored)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    # As the artifacts are run: threads do not spin between the calls, where others need the cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _attention(heads: int, threads: int) -> Any:
+    inputs = ["x", "key", "value", "", "mask"]
+    node = _node("MultiHeadAttention", inputs, ["y"], contrib=True, num_heads=heads)
+    return _load([node], {}, threads, rank=3, key=3, value=3, mask=2)
+
+
+def _session(products: Sequence[tuple[str, int, int]], threads: int) -> Any:
+    """Products [m, k] x [k, n] behind each other, each in its kernel class as AutoLite emits it."""
+    rng = np.random.default_rng(0)
+    # Repeated blocks: drawing hundreds of megabytes of random numbers takes longer than timing them.
+    normal = (0.03 * rng.standard_normal(2**16)).astype(np.float32)
+    nodes: list[Any] = []
+    weights: dict[str, np.ndarray] = {}
+    for i, (kernel, k, n) in enumerate(products):
+        x, y = f"t{i}" if i else "x", f"t{i + 1}" if i < len(products) - 1 else "y"
+        w, s, b = f"w{i}", f"s{i}", f"b{i}"
+        weights[b] = np.zeros(n, np.float32)
+        if kernel == "fp32":
+            weights[w] = np.resize(normal, (n, k))
+            nodes.append(_node("Gemm", [x, w, b], [y], transB=1))
+        elif kernel == "int8":
+            weights[w], weights[s] = rng.integers(-127, 128, (k, n), dtype=np.int8), np.full(n, 0.001, np.float32)
+            nodes.append(_node("DynamicQuantizeMatMul", [x, w, s, "", b], [y], contrib=True))
+        else:
+            weights[w] = rng.integers(0, 256, (n, k // 32, 16), dtype=np.uint8)
+            weights[s] = np.full((n, k // 32), 0.001, np.float32)
+            settings = {"K": k, "N": n, "bits": 4, "block_size": 32, "accuracy_level": 4}
+            nodes.append(_node("MatMulNBits", [x, w, s, "", "", b], [y], contrib=True, **settings))
+    return _load(nodes, weights, threads)
