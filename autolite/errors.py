@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class AutoliteError(Exception):
@@ -45,9 +46,13 @@ class StorageError(AutoliteError):
 
 
 class NoCandidateError(AutoliteError):
-    """The search ended and no candidate meets the constraints; the nearest misses were written."""
+    """No candidate meets the constraints; after a search, the nearest misses are in the front.json of `run`."""
 
     exit_code = 3
+
+    def __init__(self, message: str, run: Path | None = None) -> None:
+        super().__init__(message)
+        self.run = run
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

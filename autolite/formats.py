@@ -55,7 +55,7 @@ def encode(weight: Tensor, format: str) -> Encoded:
     Raises:
         PlanError: if no format has that name.
     """
-    weight = weight.detach().float()
+    weight = weight.detach().float().contiguous()
     rows, columns = weight.shape
     return Encoded(format, (rows, columns), get(format).encode(weight))
 
@@ -208,7 +208,7 @@ FORMATS: dict[str, Format] = {
             True,
             True,
             "32-bit floating point",
-            lambda weight: {"values": weight.contiguous()},
+            lambda weight: {"values": weight},
             lambda tensors, k: tensors["values"],
             lambda n, k: 4 * n * k,
         ),

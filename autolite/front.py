@@ -112,7 +112,8 @@ class Candidate:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Candidate:
         """Rebuild a candidate from `to_json`'s form."""
-        measured = ("latency_ms", "faster", "size_bytes", "memory_bytes", "energy_mj", "ttft_ms", "tokens_per_second")
+        names = ("latency_ms", "faster", "size_bytes", "memory_bytes", "energy_mj", "ttft_ms", "tokens_per_second")
+        measured: dict[str, Any] = {name: Measurement(**data[name]) if data[name] else None for name in names}
         return cls(
             id=data["id"],
             path=data["path"],
@@ -123,18 +124,8 @@ class Candidate:
             artifacts=tuple(data["artifacts"]),
             seeds=tuple(data["seeds"]),
             stage=data["stage"],
-            **{name: Measurement(**data[name]) if data[name] else None for name in measured},
+            **measured,
         )
-
-    def describe(self) -> str:
-        """Return what was done to the model in a few words, for tables."""
-        words = []
-        for step in self.plan.steps:
-            given = step.config.model_dump(exclude_defaults=True)
-            if given:
-                text = " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in given.items())
-                words.append(f"{step.technique}({text})")
-        return " + ".join(words) or "unchanged"
 
 
 @dataclass(frozen=True)
@@ -187,7 +178,7 @@ class Front:
         rows = [
             {
                 "id": c.id,
-                "plan": c.describe(),
+                "plan": c.plan.describe(),
                 c.quality.metric: c.quality.value,
                 "test": c.test.value if c.test else None,
                 "kept": c.kept.value,
@@ -247,9 +238,9 @@ class Result:
             nearest = min(self.front, key=lambda c: sum(limits.violations(c).values()))
             missed = ", ".join(limits.violations(nearest))
             raise NoCandidateError(
-                f"no candidate of {self.path} meets {missed}: the nearest, {nearest.id}, keeps {nearest.kept.value:.1%} "
-                f"at {nearest.latency_ms.value:.3g} ms and {int(nearest.size_bytes.value):,} bytes; relax the limit "
-                "or search with a larger --budget"
+                f"no candidate of {self.path} meets {missed}: the nearest, {nearest.id}, keeps "
+                f"{nearest.kept.value:.1%} at {nearest.latency_ms.value:.3g} ms and "
+                f"{int(nearest.size_bytes.value):,} bytes; relax the limit or search with a larger --budget"
             )
         if by == "size":
             best = min(good, key=lambda c: (c.size_bytes.value, c.latency_ms.value))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,24 +51,24 @@ class Pipeline:
         outputs = self.runner.run({name: np.asarray(a, np.int64) for name, a in arrays.items()})
         return np.asarray(outputs["logits"][0])
 
-    def __call__(self, inputs: Text | Sequence[Text]) -> Any:
+    def __call__(self, inputs: Text | list[Text] | tuple[Text, ...]) -> Any:
         """Return what the task makes of the logits of each input, a list for a list."""
-        if isinstance(inputs, str | Mapping):
-            return registry.get("task", self.task).pipeline_outputs(self.run(inputs), self.config.to_dict())
-        return [self(text) for text in inputs]
+        if isinstance(inputs, list | tuple):
+            return [self(text) for text in inputs]
+        return registry.get("task", self.task).pipeline_outputs(self.run(inputs), self.config.to_dict())
 
 
 class TextClassificationPipeline(Pipeline):
     """Returns what `transformers.pipeline("text-classification")` returns."""
 
-    def __call__(self, inputs: Text | Sequence[Text], top_k: int | None = 0) -> Any:
+    def __call__(self, inputs: Text | list[Text] | tuple[Text, ...], top_k: int | None = 0) -> Any:
         """Classify a text, a pair as {"text", "text_pair"}, or a list of them.
 
         A text gives `[{"label", "score"}]` and a list one dict each. With `top_k` each input gives the list of its
         `top_k` most probable labels (None: all of them).
         """
         legacy = top_k == 0  # transformers: without top_k, a list wraps a single text and nothing else
-        if not isinstance(inputs, str | Mapping):
+        if isinstance(inputs, list | tuple):
             return [self._best(text, 1)[0] if legacy else self._best(text, top_k) for text in inputs]
         found = self._best(inputs, 1 if legacy else top_k)
         return found[0] if legacy and not isinstance(inputs, str) else found

@@ -1,4 +1,4 @@
-"""Dominance, hypervolume and choice among points. Every function takes points to be *minimised*, float [n, objectives]."""
+"""Dominance, hypervolume and choice among points; all take points to be *minimised*, float [n, objectives]."""
 
 from __future__ import annotations
 

@@ -64,6 +64,16 @@ class Plan:
         """First 12 hexadecimal digits of the SHA-256 of the canonical JSON."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:12]
 
+    def describe(self) -> str:
+        """Return what is done in a few words: the settings that differ from their defaults."""
+        words = []
+        for step in self.steps:
+            given = step.config.model_dump(exclude_defaults=True)
+            text = " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in given.items())
+            if text:
+                words.append(f"{step.technique}({text})")
+        return " + ".join(words) or "unchanged"
+
     def only(self, keep: Callable[[str], bool]) -> Plan:
         """Return the plan with just the steps whose technique name satisfies `keep`."""
         return replace(self, steps=tuple(s for s in self.steps if keep(s.technique)))

@@ -22,10 +22,10 @@ from autolite.errors import PlanError, SpaceError, unknown
 from autolite.plan import Plan, make_step
 
 if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
+    from optuna import Trial
 
-STAGES = ("screen", "recover", "confirm")
 Stage = Literal["screen", "recover", "confirm"]
+STAGES: tuple[Stage, ...] = ("screen", "recover", "confirm")
 Scalar = bool | int | float | str
 Params = dict[str, Any]
 
@@ -56,17 +56,16 @@ class Setting(BaseModel):
             raise ValueError(f"a setting searched from stage '{self.stage}' needs a default for the stages before it")
         return self
 
-    def distribution(self) -> BaseDistribution:
-        """Return the Optuna distribution of this setting."""
-        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
+    def suggest(self, trial: Trial, name: str) -> Scalar:
+        """Draw this setting in an Optuna trial; a value drawn or enqueued before is kept."""
         if self.choices is not None:
-            return CategoricalDistribution(self.choices)
-        assert self.low is not None
-        assert self.high is not None
-        if all(isinstance(v, int) for v in (self.low, self.high, self.step or 1)):
-            return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
-        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
+            return trial.suggest_categorical(name, self.choices)  # type: ignore[return-value]
+        low, high, step = self.low, self.high, self.step
+        assert low is not None
+        assert high is not None
+        if isinstance(low, int) and isinstance(high, int) and isinstance(step or 1, int):
+            return trial.suggest_int(name, low, high, step=int(step or 1), log=self.log)
+        return trial.suggest_float(name, low, high, step=step, log=self.log)
 
     def extremes(self) -> tuple[Scalar, ...]:
         """Return every choice, or both ends of the range."""
@@ -116,10 +115,10 @@ class Space(BaseModel):
         """Whether any technique of this space trains."""
         return any(registry.get("technique", name).effort for name, _ in self.techniques)
 
-    def distributions(self, stage: Stage) -> dict[str, BaseDistribution]:
-        """Return what is searched at `stage`."""
+    def suggest(self, trial: Trial, stage: Stage) -> Params:
+        """Draw everything that is searched at `stage`."""
         reached = STAGES[: STAGES.index(stage) + 1]
-        return {name: s.distribution() for name, s in self.settings.items() if s.stage in reached}
+        return {name: s.suggest(trial, name) for name, s in self.settings.items() if s.stage in reached}
 
     def complete(self, params: Mapping[str, Any]) -> Params:
         """Return `params` with defaults for the settings that it lacks (else the first choice, or the low end)."""

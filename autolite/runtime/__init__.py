@@ -1,0 +1,1 @@
+"""From students to artifacts that run."""

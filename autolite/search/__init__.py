@@ -1,0 +1,107 @@
+"""The search. `autolite.search` is this package's function of that name; what is heavy is imported when called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from autolite.front import Result
+    from autolite.search.progress import Observer
+
+DEFAULT_BUDGET, DEMO_BUDGET = "15m", "150s"
+
+
+def search(
+    model: str | Path | None = None,
+    data: str | Path | None = None,
+    *,
+    target: str,
+    task: str = "text-classification",
+    space: str | None = None,
+    budget: str | None = None,
+    max_drop: str | float | None = None,
+    min_quality: float | None = None,
+    max_latency: str | float | None = None,
+    max_size: str | float | None = None,
+    max_memory: str | float | None = None,
+    strict: bool = False,
+    workload: str | None = None,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    max_length: int | None = None,
+    out: str | Path | None = None,
+    storage: str | None = None,
+    runtime: str = "onnxruntime",
+    seed: int = 0,
+    device: str = "cpu",
+    observer: Observer | None = None,
+) -> Result:
+    """Search for the best compressed versions of a model on a target; the same call again goes on where it stopped.
+
+    Args:
+        model: a folder or a hub name; None is the embedded demo model.
+        data: a file, a folder or a hub name; None is the embedded demo data.
+        target: a name from `autolite targets`, or the path of a profile.
+        task: "text-classification" or "language-modeling".
+        space: a name from `search_spaces/` or the path of a YAML file; by default one that suits the task.
+        budget: a time ("15m") or a number of trials ("40trials").
+        max_drop: quality that may be lost, as a fraction of the teacher's (for perplexity: nats).
+        min_quality: absolute limit of the task's metric.
+        max_latency: milliseconds, or text with a unit.
+        max_size: bytes, or text with a unit.
+        max_memory: bytes, or text with a unit.
+        strict: hold `max_drop` against the lower end of the interval.
+        workload: "batch=1,tokens=64,threads=1"; by default from the data and the target.
+        text: column of the text; found by convention if None (also `text_pair`, `label`).
+        text_pair: column of the second text of a pair.
+        label: column of the label.
+        max_length: tokens of an example beyond which it is cut.
+        out: folder of the run; by default under `runs/`, named by model and target.
+        storage: any SQLAlchemy URL; by default a SQLite file in the run's folder.
+        runtime: what the candidates run on.
+        seed: of everything random.
+        device: where training runs ("cpu", "cuda").
+        observer: called with a Snapshot whenever something changes.
+
+    Raises:
+        InputError: for an option, a model, data, a target or a space that cannot be used.
+        RunError: if the run's folder belongs to another search.
+        NoCandidateError: if no candidate meets the constraints; the nearest misses are in `front.json`.
+    """
+    from autolite.errors import InputError
+    from autolite.front import Constraints
+    from autolite.search.progress import silent
+    from autolite.search.run import run
+    from autolite.search.settings import Settings, parse_budget, parse_bytes, parse_fraction, parse_milliseconds
+    from autolite.tasks.base import DataSpec
+
+    name = "demo" if model is None else Path(str(model)).name
+    if (model is None) != (data is None):
+        missing = "data" if data is None else "model"
+        raise InputError(f"{missing} is missing: give both a model and data, or neither for the embedded demo")
+    causal = task == "language-modeling"
+    settings = Settings(
+        target=target,
+        out=Path(out) if out else Path("runs") / f"{name}-{Path(target).stem}",
+        model=None if model is None else str(model),
+        data=DataSpec(None if data is None else str(data), text, text_pair, label, max_length, seed),
+        task=task,
+        space=space or ("decoder" if causal else "quick" if model is None else "default"),
+        budget=parse_budget(budget or (DEMO_BUDGET if model is None else DEFAULT_BUDGET)),
+        constraints=Constraints(
+            None if max_drop is None else parse_fraction(max_drop, "--max-drop"),
+            min_quality,
+            None if max_latency is None else parse_milliseconds(max_latency, "--max-latency"),
+            None if max_size is None else parse_bytes(max_size, "--max-size"),
+            None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
+            strict,
+        ),
+        workload=workload,
+        runtime=runtime,
+        storage=storage,
+        seed=seed,
+        device=device,
+    )
+    return run(settings, observer or silent)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
-import torch
 from pydantic import field_validator
 
 from autolite import formats, plan
 from autolite.architecture import ModelShape
 from autolite.errors import PlanError
-from autolite.formats import FORMATS, Encoded
-from autolite.surgery import embeddings_of, head_of, layers_of
+from autolite.formats import FORMATS
+from autolite.surgery import matrices_of
 from autolite.techniques.base import Context, Student
 
 
@@ -65,20 +64,20 @@ class Quantize:
     def apply(self, student: Student, config: plan.Config, context: Context) -> Student:
         """Return the student with its matrices encoded; each stored matrix once, biases and norms not at all."""
         assert isinstance(config, QuantizeConfig)
-        wanted: dict[str, tuple[torch.Tensor, str]] = {}
-        head, embeddings = head_of(student.model), embeddings_of(student.model)
-        for layer in layers_of(student.model):
-            wanted |= {m.key: (m.weight, config.attention) for m in layer.attention_matrices}
-            wanted |= {m.key: (m.weight, config.ffn) for m in layer.ffn_matrices}
-        wanted |= {m.key: (m.weight, _head_format(config, head.tied)) for m, _ in head.dense}
-        for table in (embeddings.word, embeddings.projection):
-            if table is not None:
-                wanted[table.key] = (table.weight, config.embedding)
-        encoded: dict[str, Encoded] = {
-            key: formats.encode(weight, form) for key, (weight, form) in wanted.items() if form != "fp32"
+        shape = self.shape(student.shape, config)
+        wanted = {
+            "attention": config.attention,
+            "ffn": config.ffn,
+            "embedding": shape.embedding_format,
+            "head": shape.head_format,
         }
-        kept = {key: value for key, value in student.encoded.items() if key not in wanted}
-        return replace(student, shape=self.shape(student.shape, config), encoded={**kept, **encoded})
+        encoded = dict(student.encoded)
+        for group, matrices in matrices_of(student.model).items():
+            for key, matrix in matrices.items():
+                encoded.pop(key, None)  # a later step replaces an earlier one
+                if wanted[group] != "fp32":
+                    encoded[key] = formats.encode(matrix.weight, wanted[group])
+        return replace(student, shape=shape, encoded=encoded)
 
 
 def _head_format(config: QuantizeConfig, tied: bool) -> str:

@@ -1,0 +1,217 @@
+"""The command line: parse, validate, call one function; domain errors become messages and exit codes only here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from autolite.errors import AutoliteError, NoCandidateError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXIT_INTERRUPTED = 130
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    # Without a terminal there is no width to fit: wide lines are for files and pipes to keep whole.
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=200)
+
+
+def _reported(command: Callable[..., None]) -> Callable[..., None]:
+    """End in one clear sentence and the error's exit code instead of a traceback."""
+
+    @wraps(command)
+    def call(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except AutoliteError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+
+    return call
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="autolite")
+def main() -> None:
+    r"""Compress a Hugging Face transformer for a device by searching.
+
+    \b
+    Examples:
+      autolite search --target pixel8                      # the embedded demo: nothing to download
+      autolite search --model ./my-bert --data reviews.jsonl --target local --max-drop 1% --budget 15m
+      autolite front runs/my-bert-local
+      autolite export runs/my-bert-local --max-drop 1% deploy/
+    """
+    # Set before any heavy import: a progress bar of a library or a fork of the tokenizer would garble the live view.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@main.command()
+@click.option("--target", required=True, help="A device of `autolite targets`, or the path of a profile.")
+@click.option("--model", help="A folder or a hub name; the embedded demo model if not given.")
+@click.option("--data", help="A file (JSONL, CSV, TSV, Parquet, text; .gz of each), a folder, or a hub name.")
+@click.option("--task", default="text-classification", show_default=True, help="Or language-modeling.")
+@click.option("--budget", help="Time or trials: 90s, 15m, 1h30m, 40trials.  [default: 15m; demo: 150s]")
+@click.option("--max-drop", help="Quality that may be lost, of the teacher's: 1%.")
+@click.option("--min-quality", type=float, help="Absolute limit of the task's metric: 0.9.")
+@click.option("--max-latency", help="5ms.")
+@click.option("--max-size", help="6MB.")
+@click.option("--max-memory", help="100MB.")
+@click.option("--strict", is_flag=True, help="Hold --max-drop against the lower end of the 95 % interval.")
+@click.option("--space", help="A search space of search_spaces/, or a path.  [default: default; decoder; demo: quick]")
+@click.option("--workload", help="The call that is priced: batch=1,tokens=64,threads=1.  [default: from the data]")
+@click.option("--text", help="Column of the text, if not found by convention.")
+@click.option("--pair", "text_pair", help="Column of the second text of a pair.")
+@click.option("--label", help="Column of the label.")
+@click.option("--max-length", type=click.IntRange(min=1), help="Tokens of an example beyond which it is cut.")
+@click.option("--out", type=click.Path(), help="Folder of the run.  [default: runs/MODEL-TARGET]")
+@click.option("--storage", help="Any SQLAlchemy URL for the study.  [default: SQLite in the run's folder]")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="Where training runs: cpu, cuda.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON event a line on standard output.")
+@click.option("--quiet", is_flag=True, help="Only the path of the run.")
+@_reported
+def search(as_json: bool, quiet: bool, **options: Any) -> None:
+    r"""Search; the same command again goes on where it stopped.
+
+    \b
+    Examples:
+      autolite search --target pixel8
+      autolite search --model ./my-bert --data ./reviews --target raspberry-pi-5 --max-drop 1% --budget 1h
+      autolite search --model ./pair-bert --data mrpc.csv --text s1 --pair s2 --label same --target local
+      autolite search --model ./my-llama --data notes.txt --task language-modeling --target local
+
+    \b
+    Exit codes: 0 a front; 3 no candidate meets the constraints (nearest misses written);
+                2 bad usage or input; 130 interrupted, front written.
+    """
+    import json
+
+    import autolite
+    from autolite.front import read_front
+    from autolite.report.live import watch
+    from autolite.report.tables import front_table, misses_table
+
+    console = _console()
+    try:
+        with watch(console, quiet=quiet, as_json=as_json) as observer:
+            result = autolite.search(**options, observer=observer)
+    except KeyboardInterrupt:
+        click.echo("interrupted: what was found is kept; the same command goes on from here", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except NoCandidateError as error:
+        if error.run is not None and not quiet and not as_json:
+            console.print(misses_table(read_front(error.run)))
+        raise
+    if as_json:
+        click.echo(json.dumps({"event": "front", "path": str(result.path), **result.front.to_json()}))
+    elif quiet:
+        click.echo(result.path)
+    else:
+        console.print(front_table(result.front))
+        spent = result.front.budget
+        click.echo(f"{result.path}/front.json: {len(result.front)} candidates after {spent['spent_seconds']:.0f} s")
+        click.echo(f"next: autolite export {result.path} --max-drop 1% deploy/")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=str))
+@click.option("--json", "as_json", is_flag=True, help="front.json on standard output.")
+@_reported
+def front(run: str, as_json: bool) -> None:
+    r"""Show the front of a run.
+
+    \b
+    Example:
+      autolite front runs/demo-pixel8
+    """
+    import json
+    from pathlib import Path
+
+    from autolite.front import read_front
+    from autolite.report.tables import front_table, misses_table
+
+    found = read_front(Path(run))
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=1))
+        return
+    console = _console()
+    console.print(front_table(found) if found.candidates else misses_table(found))
+    if not found.complete:
+        click.echo("this run was interrupted: the same search command goes on from here")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=str))
+@click.argument("out", type=click.Path(path_type=str))
+@click.option("--max-drop", help="Quality that may be lost: 1%.  [default: the run's own constraints]")
+@click.option("--max-latency", help="5ms.")
+@click.option("--max-size", help="6MB.")
+@click.option("--by", type=click.Choice(["latency", "size"]), default="latency", show_default=True)
+@_reported
+def export(run: str, out: str, max_drop: str | None, max_latency: str | None, max_size: str | None, by: Any) -> None:
+    r"""Copy the best candidate that meets the limits to OUT.
+
+    \b
+    Examples:
+      autolite export runs/demo-pixel8 --max-drop 1% deploy/
+      autolite export runs/demo-pixel8 --max-drop 3% --by size deploy-small/
+    """
+    from pathlib import Path
+
+    from autolite.front import Result
+    from autolite.search.settings import parse_bytes, parse_fraction, parse_milliseconds
+
+    picked = Result(Path(run)).pick(
+        None if max_drop is None else parse_fraction(max_drop, "--max-drop"),
+        max_latency_ms=None if max_latency is None else parse_milliseconds(max_latency, "--max-latency"),
+        max_size_bytes=None if max_size is None else parse_bytes(max_size, "--max-size"),
+        by=by,
+    )
+    picked.export(out)
+    chosen = picked.candidate
+    click.echo(
+        f"{out}: candidate {chosen.id}, {chosen.kept.value:.1%} kept, {chosen.faster.value:.1f}x faster "
+        f"({chosen.latency_ms.source}), {int(chosen.size_bytes.value):,} bytes"
+    )
+
+
+@main.group(invoke_without_command=True)
+@click.pass_context
+@_reported
+def targets(context: click.Context) -> None:
+    r"""List the devices that can be searched for.
+
+    \b
+    Examples:
+      autolite targets
+      autolite targets show pixel8
+    """
+    if context.invoked_subcommand is None:
+        from autolite.hardware.profile import load_profile, profile_names
+        from autolite.report.tables import targets_table
+
+        _console().print(targets_table({name: load_profile(name) for name in profile_names()}))
+
+
+@targets.command("show")
+@click.argument("name")
+@_reported
+def show_target(name: str) -> None:
+    """Show every number of a target with its source; "local" measures this machine first."""
+    from autolite.hardware import load_target
+    from autolite.report.tables import profile_table
+
+    _console().print(profile_table(load_target(name, progress=lambda text: click.echo(text, err=True))))

@@ -1,0 +1,128 @@
+"""Candidate -> folder: weights that transformers reloads, the artifact's manifest, and a model card."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from autolite.formats import decode
+from autolite.front import Candidate, write_json
+from autolite.reload import save_student
+from autolite.surgery import clone, matrices_of
+from autolite.techniques.base import Student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a candidate came from: enough to make it again."""
+
+    model: str
+    task: str
+    target: str
+    workload: str
+    data_fingerprint: str
+    versions: dict[str, str]
+    tokenizer: PreTrainedTokenizerBase
+    inputs: tuple[str, ...]
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file's content, hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def decoded(student: Student) -> PreTrainedModel:
+    """Return a copy of the model whose matrices hold what their number formats can represent, in float32."""
+    model = clone(student.model)
+    with torch.no_grad():
+        for group in matrices_of(model).values():
+            for key, matrix in group.items():
+                if key in student.encoded:
+                    matrix.weight.copy_(decode(student.encoded[key]))
+    return model
+
+
+def write_candidate(folder: Path, student: Student, candidate: Candidate, made: Provenance) -> None:
+    """Write everything of a candidate but its artifact, which is in `folder` already.
+
+    Leaves config.json, model.safetensors and the tokenizer (transformers), autolite.json (plan, shape, provenance,
+    versions, SHA-256 of every file) and README.md (the model card).
+    """
+    save_student(decoded(student), student.shape, folder, made.tokenizer)
+    (folder / "README.md").write_text(_card(candidate, made), encoding="utf-8")
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    manifest: dict[str, Any] = {
+        "schema": SCHEMA,
+        "id": candidate.id,
+        "task": made.task,
+        "plan": candidate.plan.to_json(),
+        "plan_digest": candidate.plan.digest,
+        "shape": student.shape.to_json(),
+        "model": made.model,
+        "target": made.target,
+        "workload": made.workload,
+        "data": made.data_fingerprint,
+        "artifacts": list(candidate.artifacts),
+        "inputs": list(made.inputs),
+        "quality": candidate.to_json()["quality"],
+        "versions": made.versions,
+        "sha256": {file.relative_to(folder).as_posix(): sha256(file) for file in files},
+    }
+    write_json(folder / "autolite.json", manifest)
+
+
+def _card(candidate: Candidate, made: Provenance) -> str:
+    quality, kept = candidate.quality, candidate.kept
+    latency, faster = candidate.latency_ms, candidate.faster
+    file = candidate.artifacts[0]["files"][0]
+    call = "".join(f", {name}=..." for name in made.inputs[2:])
+    return f"""---
+base_model: {made.model}
+library_name: autolite
+pipeline_tag: {made.task if made.task == "text-classification" else "text-generation"}
+---
+# {candidate.id}: {Path(made.model).name}, compressed by AutoLite for {made.target}
+
+{candidate.plan.describe()}
+
+| | value (95 % interval) |
+|---|---|
+| {quality.metric}, {quality.split} split | {quality.value:.4g} ({quality.low:.4g} to {quality.high:.4g}) |
+| of the teacher's quality kept | {kept.value:.2%} ({kept.low:.2%} to {kept.high:.2%}) |
+| latency, {latency.source}, {made.workload} | {latency.value:.3g} ms ({latency.low:.3g} to {latency.high:.3g}) |
+| faster than the fp32 baseline, {faster.source} | {faster.value:.2f}x ({faster.low:.2f}x to {faster.high:.2f}x) |
+| size of the artifact | {int(candidate.size_bytes.value):,} bytes |
+
+The quality is that of `{file}`, scored with ONNX Runtime on the machine that made it. The safetensors hold the same
+weights, decoded to float32: transformers computes with float32 activations, so its numbers differ slightly from the
+artifact's where a format quantizes activations.
+
+```python
+import autolite
+autolite.pipeline(".")("some text")                    # ONNX Runtime
+
+import onnxruntime                                       # plain
+session = onnxruntime.InferenceSession("{file}")         # int64 input_ids, attention_mask{call} -> float32 logits
+
+from transformers import AutoTokenizer, {_auto_class(made.task)}
+model = {_auto_class(made.task)}.from_pretrained(".")    # after `import autolite`
+```
+
+Plan {candidate.plan.digest}, seed {candidate.plan.seed}; autolite.json has the whole plan, versions and checksums.
+"""
+
+
+def _auto_class(task: str) -> str:
+    from autolite import registry
+
+    return str(registry.get("task", task).auto_class)

@@ -1,0 +1,122 @@
+"""Confirming a plan: train it, write its folder, score the artifact on the selection split, measure or price it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from autolite import export
+from autolite.front import Candidate, Quality
+from autolite.hardware.predict import predict_faster
+from autolite.measure import Measurement, faster, time_interleaved, timing_to_measurements
+from autolite.plan import Plan
+from autolite.search.evaluate import Evaluation, evaluate
+from autolite.search.problem import Problem, provenance
+from autolite.search.scoring import kept, quality, score
+from autolite.store import Store, storage_errors
+
+TIMING_SECONDS = 4.0
+
+
+def confirm(
+    problem: Problem, plan: Plan, store: Store, progress: Callable[[int, int], None], stage: str = "confirm"
+) -> tuple[Candidate, Evaluation]:
+    """Make a candidate of a plan: its whole folder under `candidates/`, and its entry for the front.
+
+    The folder appears under its name only when it is complete. On a target that is this machine, latency is measured,
+    interleaved with the baseline; elsewhere it is predicted.
+    """
+    settings = problem.settings
+    name = plan.digest[:8]
+    part = settings.out / "candidates" / f".{name}"
+    shutil.rmtree(part, ignore_errors=True)
+    found = evaluate(problem, plan, "selection", part, progress)
+    teacher = problem.teacher_score("selection", store)
+    runtime = f"{problem.runtime.name} {problem.runtime.version}"
+    numbers = {
+        **found.predicted,
+        "faster": predict_faster(problem.teacher.shape, found.student.shape, problem.profile, problem.workload),
+    }
+    if problem.profile.name == "local":
+        numbers |= _measure(problem, found, runtime)
+    files = [file.relative_to(part).as_posix() for file in found.files]
+    candidate = Candidate(
+        id=name,
+        path=f"candidates/{name}",
+        plan=plan,
+        quality=quality(found.score, problem.task, "selection", settings.seed),
+        test=None,
+        kept=kept(found.score, teacher, problem.task, settings.seed),
+        latency_ms=numbers["latency_ms"],
+        faster=numbers["faster"],
+        size_bytes=numbers["size_bytes"],
+        memory_bytes=numbers["memory_bytes"],
+        energy_mj=numbers["energy_mj"],
+        ttft_ms=numbers.get("ttft_ms"),
+        tokens_per_second=numbers.get("tokens_per_second"),
+        artifacts=({"runtime": problem.runtime.name, "version": problem.runtime.version, "files": files},),
+        seeds=(plan.seed,),
+        stage=stage,
+    )
+    with storage_errors(str(part)):
+        export.write_candidate(part, found.student, candidate, provenance(problem))
+    for file in found.files:
+        store.add_artifact(plan.digest, file, export.sha256(file))
+    final = settings.out / candidate.path
+    shutil.rmtree(final, ignore_errors=True)
+    part.replace(final)
+    return candidate, found
+
+
+def score_on_test(problem: Problem, candidate: Candidate, store: Store) -> Quality:
+    """Score a finalist on the test split; the first result is kept, so that the split is used once."""
+    key = f"test {candidate.plan.digest}"
+    known = store.get(key)
+    if known is None:
+        file = problem.settings.out / candidate.path / candidate.artifacts[0]["files"][0]
+        runner = problem.runtime.load(file, threads=problem.workload.threads)
+        scored = score(runner, problem.task, problem.data.test, problem.context.pad_id)
+        found = quality(scored, problem.task, "test", problem.settings.seed)
+        teacher = problem.teacher_score("test", store)
+        fraction = kept(scored, teacher, problem.task, problem.settings.seed)
+        known = {"quality": _plain(found), "kept": _plain(fraction)}
+        store.put(key, known)
+    return Quality(**known["quality"])
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(value)
+
+
+def _measure(problem: Problem, found: Evaluation, runtime: str) -> dict[str, Measurement]:
+    """Time a candidate against the baseline, in one interleaved run, on inputs of the workload's size."""
+    workload = problem.workload
+    rng = np.random.default_rng(problem.settings.seed)
+    shape = (workload.batch, workload.tokens)
+    sets = [
+        {
+            "input_ids": rng.integers(0, problem.teacher.shape.vocab, shape, dtype=np.int64),
+            "attention_mask": np.ones(shape, dtype=np.int64),
+        }
+        for _ in range(4)
+    ]
+    if problem.data.train.token_type_ids is not None:
+        sets = [{**arrays, "token_type_ids": np.zeros(shape, dtype=np.int64)} for arrays in sets]
+    runners = {
+        "baseline": problem.runtime.load(problem.baseline[0], threads=workload.threads),
+        "candidate": problem.runtime.load(found.files[0], threads=workload.threads),
+    }
+    timings = time_interleaved(runners, sets, TIMING_SECONDS)
+    measured = timing_to_measurements(timings["candidate"], workload, runtime)
+    value, low, high = faster(timings["baseline"], timings["candidate"])
+    ratio = Measurement("faster", value, low, high, "measured", runtime, str(workload))
+    numbers = {"latency_ms": measured["latency_ms"], "faster": ratio}
+    if "ttft_ms" in found.predicted:  # a call with the whole prompt is the time to the first token
+        numbers["ttft_ms"] = replace(measured["latency_ms"], metric="ttft_ms")
+    return numbers

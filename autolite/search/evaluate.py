@@ -1,0 +1,65 @@
+"""From a plan to numbers: compress, emit, score, price."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from autolite.architecture import ModelShape
+from autolite.compress import compress
+from autolite.hardware.predict import predict
+from autolite.measure import Measurement
+from autolite.plan import Plan
+from autolite.search.problem import Problem
+from autolite.search.scoring import Score, score
+from autolite.techniques.base import Student
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one plan came to at one fidelity. `train_seconds` is the part spent in compression."""
+
+    student: Student
+    score: Score
+    predicted: dict[str, Measurement]
+    files: tuple[Path, ...]
+    train_seconds: float
+    seconds: float
+
+
+def price(problem: Problem, shape: ModelShape) -> dict[str, Measurement]:
+    """Predict latency, size, memory and energy of a shape on the target, without weights."""
+    return predict(shape, problem.profile, problem.workload)
+
+
+def evaluate(
+    problem: Problem, plan: Plan, split: str, folder: Path, progress: Callable[[int, int], None]
+) -> Evaluation:
+    """Compress by `plan`, emit the artifact into `folder` and score that artifact on a split.
+
+    Raises:
+        PlanError: if the plan cannot be applied.
+    """
+    begun = time.monotonic()
+    context = replace(problem.context, seed=plan.seed, progress=progress)
+    student = compress(plan, context, students=problem.settings.out / "students")
+    trained = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    files = problem.runtime.emit(student, folder)
+    runner = problem.runtime.load(files[0], threads=problem.workload.threads)
+    scored = score(runner, problem.task, problem.split(split), problem.context.pad_id)
+    predicted = price(problem, student.shape)
+    size = float(sum(f.stat().st_size for f in files))
+    predicted["size_bytes"] = replace(predicted["size_bytes"], value=size, low=size, high=size, source="measured")
+    now = time.monotonic()
+    return Evaluation(student, scored, predicted, tuple(files), trained - begun, now - begun)
+
+
+def discard(folder: Path) -> None:
+    """Remove a scratch folder."""
+    with suppress(FileNotFoundError):
+        shutil.rmtree(folder)

@@ -1,0 +1,230 @@
+"""Problem: everything a search works on, loaded, checked and scored once (stage S0)."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from autolite import registry
+from autolite.architecture import ModelShape, shape_of
+from autolite.compress import shape_after
+from autolite.errors import InputError, PlanError, RunError
+from autolite.export import Provenance
+from autolite.front import Quality
+from autolite.hardware import load_target
+from autolite.hardware.profile import Profile
+from autolite.measure import Workload
+from autolite.plan import Plan
+from autolite.runtime.base import Runtime
+from autolite.search.scoring import Score, quality, score
+from autolite.search.settings import Settings
+from autolite.space import Space
+from autolite.store import Store
+from autolite.tasks.base import Split, Task, TaskData
+from autolite.techniques.base import Context, Student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SCREEN_EXAMPLES = 1000  # enough to rank plans (standard error about one point) at a fraction of the whole split's cost
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A search's inputs. `baseline` is the teacher's fp32 artifact; `teacher_scores` its score on each split."""
+
+    settings: Settings
+    space: Space
+    task: Task
+    data: TaskData
+    screen_split: Split
+    teacher: Student
+    tokenizer: PreTrainedTokenizerBase
+    runtime: Runtime
+    profile: Profile
+    workload: Workload
+    context: Context
+    baseline: list[Path]
+    teacher_scores: dict[str, Score]
+
+    def split(self, name: str) -> Split:
+        """Return the split called "screen", "search", "selection" or "test"."""
+        return self.screen_split if name == "screen" else getattr(self.data, name)
+
+    def teacher_score(self, name: str, store: Store) -> Score:
+        """Return the teacher's score on a split; made once, then read from the run's folder."""
+        if name not in self.teacher_scores:
+            file = self.settings.out / "teacher" / f"{name}.scores.npy"
+            try:
+                self.teacher_scores[name] = Score(np.load(file, allow_pickle=False))
+            except (OSError, ValueError, EOFError):
+                runner = self.runtime.load(self.baseline[0], threads=self.workload.threads)
+                self.teacher_scores[name] = scored = score(runner, self.task, self.split(name), self.context.pad_id)
+                part = file.with_suffix(".part")
+                with part.open("wb") as stream:
+                    np.save(stream, scored.examples)
+                part.replace(file)
+        return self.teacher_scores[name]
+
+    def teacher_quality(self, name: str, store: Store) -> Quality:
+        """Return the teacher's metric on a split, with its interval."""
+        return quality(self.teacher_score(name, store), self.task, name, self.settings.seed)
+
+    def shape(self, plan: Plan) -> ModelShape:
+        """Return the shape the plan leads to.
+
+        Raises:
+            PlanError: if the plan cannot be applied, uses a format that the runtime lacks, or does not fit the
+                device's memory; nothing has been trained then.
+        """
+        shape = shape_after(plan, self.teacher.shape)
+        used = {shape.embedding_format, shape.head_format}
+        used |= {f for s in shape.stacks for layer in s.layers for f in (layer.attention_format, layer.ffn_format)}
+        missing = sorted(used - self.runtime.formats)
+        if missing:
+            raise PlanError(f"runtime {self.runtime.name} cannot run the format {missing[0]}")
+        return shape
+
+
+def fingerprint(settings: Settings, space: Space) -> dict[str, str]:
+    """Return what makes a run this run, each part by content; cheap, so that a finished run answers at once."""
+    import platform
+
+    data = settings.data
+    columns = f"{data.text},{data.text_pair},{data.label},{data.max_length}"
+    source = f"demo on Python {platform.python_version()}" if data.source is None else _content(data.source)
+    profile = Path(settings.target)
+    return {
+        "model": "demo" if settings.model is None else _content(settings.model),
+        "data": f"{source} columns {columns}",
+        "task": settings.task,
+        "target": _content(settings.target) if profile.suffix in (".yaml", ".yml") else settings.target,
+        "search space": hashlib.sha256(space.model_dump_json().encode()).hexdigest(),
+        "workload": settings.workload or "default",
+        "runtime": settings.runtime,
+        "seed": str(settings.seed),
+    }
+
+
+def _content(source: str) -> str:
+    """SHA-256 over a file's or a folder's bytes; a hub name stands for itself."""
+    path = Path(source)
+    if not path.exists():
+        return f"hub:{source}"
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(path.parent).as_posix().encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def check_same_run(store: Store, current: dict[str, str], out: Path) -> None:
+    """Remember the fingerprint of a new run, or compare it with the one the run was made with.
+
+    Raises:
+        RunError: naming what differs.
+    """
+    known = store.get("fingerprint")
+    if known is None:
+        store.put("fingerprint", current)
+        return
+    different = [key for key, value in current.items() if known.get(key) != value]
+    if different:
+        was, now = known.get(different[0]), current[different[0]]
+        raise RunError(
+            f"{out} was made with another {', '.join(different)} ({different[0]} was {str(was)[:60]}, is now "
+            f"{now[:60]}): choose another directory with --out, or use the same settings to go on"
+        )
+
+
+def load_problem(settings: Settings, space: Space, note: Callable[[str], None]) -> Problem:
+    """Load the model, the data and the target, emit the baseline, and score the teacher.
+
+    Raises:
+        ModelError, DataError, TargetError, InputError: before anything expensive.
+    """
+    from autolite.reload import load_model
+    from autolite.tasks.demo import demo_model_path
+
+    task: Task = registry.get("task", settings.task)
+    runtime: Runtime = registry.get("runtime", settings.runtime)
+    note("loading the model")
+    model, tokenizer = load_model(settings.model or str(demo_model_path()), task.auto_class)
+    teacher = Student(model, shape_of(model))
+    note("reading the data")
+    data = task.load(settings.data, tokenizer, model.config)
+    for line in data.notes:
+        note(line)
+    note("preparing the target")
+    causal = any(stack.causal for stack in teacher.shape.stacks)
+    default = Workload(tokens=128, generated=64) if causal else Workload(tokens=data.p90_tokens)
+    default = replace(default, threads=0)  # 0: not asked for
+    asked = Workload.parse(settings.workload, default) if settings.workload else default
+    profile = load_target(settings.target, asked.threads or None, note)
+    workload = replace(asked, threads=asked.threads or profile.threads)
+    if workload.tokens + workload.generated > teacher.shape.positions:
+        raise InputError(
+            f"workload {workload} needs {workload.tokens + workload.generated} positions, but the model has "
+            f"{teacher.shape.positions}: give fewer with --workload tokens=..."
+        )
+    folder = settings.out / "teacher"
+    folder.mkdir(parents=True, exist_ok=True)
+    cache = settings.out / "cache"
+    cache.mkdir(exist_ok=True)
+    pad_id = tokenizer.pad_token_id or 0
+    context = Context(teacher, task, data.train, pad_id, settings.seed, settings.device, {}, cache)
+    note("emitting the baseline")
+    baseline = runtime.emit(teacher, folder)
+    count = min(SCREEN_EXAMPLES, len(data.search))
+    chosen = np.sort(np.random.default_rng(settings.seed).permutation(len(data.search))[:count])
+    screen = replace(data.search.take(chosen), name="screen")
+    return Problem(
+        settings, space, task, data, screen, teacher, tokenizer, runtime, profile, workload, context, baseline, {}
+    )
+
+
+def clean_leftovers(out: Path) -> None:
+    """Remove what an interrupted run left half-written."""
+    for part in [*out.glob("candidates/.*"), *out.glob("scratch")]:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything a result depends on."""
+    import platform
+    from importlib.metadata import version
+
+    names = ("autolite", "torch", "transformers", "onnxruntime", "onnx", "optuna", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def provenance(problem: Problem) -> Provenance:
+    """Return what every candidate of this search came from."""
+    pair = problem.data.train.token_type_ids is not None
+    return Provenance(
+        problem.settings.model or "autolite-demo",
+        problem.task.name,
+        problem.profile.name,
+        str(problem.workload),
+        problem.data.fingerprint,
+        versions(),
+        problem.tokenizer,
+        ("input_ids", "attention_mask", *(["token_type_ids"] if pair else [])),
+    )
+
+
+def describe_model(problem: Problem) -> dict[str, Any]:
+    """Return what `front.json` says of the model."""
+    return {
+        "name": problem.settings.model or "autolite-demo",
+        "family": problem.teacher.shape.family,
+        "parameters": sum(p.numel() for p in problem.teacher.model.parameters()),
+    }

@@ -1,0 +1,251 @@
+"""One run: check, load, run the stages, choose the front, write it; or go on with what is there."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from autolite import registry
+from autolite.errors import InputError, NoCandidateError, RunError, StorageError
+from autolite.front import Candidate, Front, Result, read_front, write_json
+from autolite.hardware import load_target
+from autolite.pareto import nondominated
+from autolite.plan import Plan
+from autolite.search.problem import (
+    Problem,
+    check_same_run,
+    clean_leftovers,
+    describe_model,
+    fingerprint,
+    load_problem,
+    versions,
+)
+from autolite.search.progress import Clock, Observer, Snapshot, silent
+from autolite.search.settings import Budget, Settings
+from autolite.space import STAGES, Space, load_space
+from autolite.store import Store, storage_errors
+
+NEAREST_MISSES = 3
+
+
+def run(settings: Settings, observer: Observer = silent) -> Result:
+    """Run a search from ready settings; raises what `autolite.search` raises."""
+    started = time.monotonic()
+    registry.get("task", settings.task)
+    registry.get("runtime", settings.runtime)
+    space = load_space(settings.space)
+    if settings.target != "local":  # a wrong name or file is told at once; "local" may have to be measured first
+        load_target(settings.target)
+    with _locked(settings.out):
+        store = Store(settings.storage_url, settings.run_name)
+        try:
+            check_same_run(store, fingerprint(settings, space), settings.out)
+            if _finished(settings, store):
+                return _checked(Result(settings.out))
+            _search(settings, space, store, observer, started)
+        finally:
+            store.close()
+    return _checked(Result(settings.out))
+
+
+def _search(settings: Settings, space: Space, store: Store, observer: Observer, started: float) -> None:
+    from autolite.search.engine import Engine
+    from autolite.search.studies import open_studies
+
+    clean_leftovers(settings.out)
+    clock = Clock(store, settings.budget, started)
+
+    def note(text: str) -> None:
+        observer(Snapshot("profile", text, spent=clock.spent, left=clock.left))
+
+    problem = load_problem(settings, space, note)
+    _check_reachable(problem)
+    studies = open_studies(settings, problem.task)
+    engine = Engine(problem, studies, store, clock, observer)
+    try:
+        engine.run()
+    except KeyboardInterrupt:
+        engine.show(stage="stopping", doing="writing the best front so far", step=0, steps=0)
+        _write_front(problem, studies, store, clock, complete=False)
+        clock.save(force=True)
+        raise
+    engine.show(stage="finish", doing="scoring the finalists on the test split", step=0, steps=0)
+    _write_front(problem, studies, store, clock, complete=True)
+    store.put("finished", asdict(settings.budget))
+    clock.save(force=True)
+
+
+def _finished(settings: Settings, store: Store) -> bool:
+    """Whether this run ended under at least this budget; other constraints only choose anew among what is there."""
+    done = store.get("finished")
+    if done is None or settings.budget.exceeds(Budget(**done)) or not (settings.out / "front.json").is_file():
+        return False
+    return read_front(settings.out).constraints == settings.constraints
+
+
+def _checked(result: Result) -> Result:
+    front = result.front
+    if not front.candidates:
+        misses = front.nearest_misses
+        blocked = ", ".join(f"{k} by {v:.1%}" for k, v in misses[0]["blocked_by"].items()) if misses else "no trial"
+        raise NoCandidateError(
+            f"no candidate meets the constraints: the nearest misses {blocked}; {len(misses)} nearest misses are in "
+            f"{result.path / 'front.json'}. Relax that constraint, or go on with a larger --budget",
+            result.path,
+        )
+    return result
+
+
+def _check_reachable(problem: Problem, plans: int = 300) -> None:
+    """Refuse a limit that no plan of the space comes near, before anything is trained.
+
+    Raises:
+        InputError: naming the limit, and the least that the space reaches.
+    """
+    import optuna
+
+    from autolite.errors import PlanError
+    from autolite.search.evaluate import price
+
+    limits = problem.settings.constraints
+    wanted = {
+        "latency_ms": ("--max-latency", limits.max_latency_ms, "ms"),
+        "size_bytes": ("--max-size", limits.max_size_bytes, "bytes"),
+        "memory_bytes": ("--max-memory", limits.max_memory_bytes, "bytes"),
+    }
+    wanted = {metric: what for metric, what in wanted.items() if what[1] is not None}
+    if not wanted:
+        return
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    least = dict.fromkeys(wanted, float("inf"))
+    settings = problem.space.settings
+    smallest = {n: min(s.extremes(), key=lambda v: (isinstance(v, str), v)) for n, s in settings.items()}
+    drawn = [smallest, *problem.space.variants(smallest)]
+    drawn += [problem.space.suggest(study.ask(), "confirm") for _ in range(plans)]
+    for params in drawn:
+        try:
+            prices = price(problem, problem.shape(problem.space.plan(params, 1, 0)))
+        except PlanError:
+            continue
+        least = {metric: min(least[metric], prices[metric].low) for metric in wanted}
+    for metric, (option, limit, unit) in wanted.items():
+        if limit is not None and least[metric] > limit:
+            raise InputError(
+                f"{option} {limit:,.4g} {unit} cannot be met: the least that space '{problem.space.name}' reaches on "
+                f"{problem.profile.name} is {least[metric]:,.4g} {unit}; raise the limit or use another --space"
+            )
+
+
+def _write_front(problem: Problem, studies: Any, store: Store, clock: Clock, *, complete: bool) -> None:
+    """Choose the front among what was confirmed and write front.json; folders of dominated candidates go."""
+    from autolite.search.confirm import score_on_test
+
+    limits, out = problem.settings.constraints, problem.settings.out
+    candidates = [Candidate.from_json(t.user_attrs["candidate"]) for t in studies["confirm"].trials()]
+    if not candidates and not complete:
+        candidates = list(_early(problem, studies, store))
+    good = [c for c in candidates if not limits.violations(c)]
+    front = _front(good)
+    misses = [] if front else sorted(candidates, key=lambda c: sum(limits.violations(c).values()))[:NEAREST_MISSES]
+    if complete:
+        front = [replace(c, test=score_on_test(problem, c, store)) for c in front]
+    teacher = {"quality": asdict(problem.teacher_quality("selection", store)), "test": None}
+    if complete and front:
+        teacher["test"] = asdict(problem.teacher_quality("test", store))
+    base = _baseline(problem, candidates)
+    written = Front(
+        model=describe_model(problem),
+        task=problem.task.name,
+        target={"name": problem.profile.name, "runtime": problem.runtime.name, "unit": problem.profile.default_unit},
+        workload=asdict(problem.workload),
+        baseline=base,
+        teacher=teacher,
+        confidence={"level": 0.95, "quality": "paired bootstrap over examples", "latency": "see each source"},
+        constraints=limits,
+        candidates=tuple(sorted(front, key=lambda c: c.latency_ms.value)),
+        nearest_misses=tuple({**c.to_json(), "blocked_by": limits.violations(c)} for c in misses),
+        budget={
+            "asked": str(problem.settings.budget),
+            "spent_seconds": round(clock.spent, 1),
+            "trials": {stage: len(studies[stage].trials()) for stage in STAGES},
+        },
+        versions=versions(),
+        complete=complete,
+    )
+    write_json(out / "front.json", written.to_json())
+    wanted = {c.id for c in [*front, *misses]}
+    for folder in (out / "candidates").glob("*"):
+        if complete and folder.name not in wanted:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _front(candidates: list[Candidate]) -> list[Candidate]:
+    """The candidates that no other beats in quality, latency and size, by point estimates."""
+    if not candidates:
+        return []
+    points = [[-c.kept.value, c.latency_ms.value, c.size_bytes.value] for c in candidates]
+    return [c for c, best in zip(candidates, nondominated(points), strict=True) if best]
+
+
+def _early(problem: Problem, studies: Any, store: Store) -> Iterator[Candidate]:
+    """Candidates of an interrupted run that confirmed nothing yet: its best plans, with the training they had."""
+    from autolite.search.confirm import confirm
+    from autolite.search.stages import promote
+
+    for stage in ("recover", "screen"):
+        trials = studies[stage].trials()
+        if trials:
+            for trial in promote(problem, trials, 3, keep_floor=stage == "recover"):
+                plan = Plan.from_json(trial.user_attrs["plan"])
+                yield confirm(problem, plan, store, lambda done, total: None, stage)[0]
+            return
+
+
+def _baseline(problem: Problem, candidates: list[Candidate]) -> dict[str, Any]:
+    """What the candidates are compared with: the teacher's fp32 artifact; measured latency where it was measured."""
+    from autolite.search.evaluate import price
+
+    found = price(problem, problem.teacher.shape)
+    size = float(sum(f.stat().st_size for f in problem.baseline))
+    size_bytes = replace(found["size_bytes"], value=size, low=size, high=size, source="measured")
+    latency = found["latency_ms"]
+    measured = [c for c in candidates if c.faster.source == "measured"]
+    if measured:
+        # Each candidate was timed beside the baseline; their product is the baseline's own time in that run.
+        times = sorted(c.latency_ms.value * c.faster.value for c in measured)
+        middle = times[len(times) // 2]
+        latency = replace(latency, value=middle, low=times[0], high=times[-1], source="measured")
+    return {
+        "runtime": problem.runtime.name,
+        "latency_ms": latency.to_json(),
+        "size_bytes": size_bytes.to_json(),
+        "path": problem.baseline[0].relative_to(problem.settings.out).as_posix(),
+    }
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the run's folder: one process works on a run at a time."""
+    from filelock import FileLock, Timeout
+
+    with storage_errors(str(out)):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise RunError(f"{out} is a file, not a folder: choose another with --out") from None
+        except PermissionError:
+            raise StorageError(f"{out} cannot be written to: choose another folder with --out") from None
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"another process is working on {out}: wait for it, or choose another with --out") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,69 @@
+"""Scoring an artifact on a split, and the bootstrap intervals of what was scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autolite.front import Interval, Quality
+from autolite.measure import Runner
+from autolite.tasks.base import Split, Task
+
+BATCH = 32
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Score:
+    """Per-example sums [n, 2]; the quality ratio is the sum of column 0 over the sum of column 1."""
+
+    examples: NDArray[np.float64]
+
+    @property
+    def ratio(self) -> float:
+        """Accuracy, or the mean loss of a language model."""
+        top, bottom = self.examples.sum(0)
+        return float(top / bottom)
+
+
+def score(runner: Runner, task: Task, split: Split, pad_id: int) -> Score:
+    """Run an artifact over a split and score every example, in the split's order."""
+    examples = np.zeros((len(split), 2))
+    for batch in task.batches(split, BATCH, pad_id):
+        logits = runner.run(batch.inputs)["logits"]
+        examples[batch.indices] = task.score_examples(logits, batch.labels)
+    return Score(examples)
+
+
+def _resampled(scores: list[Score], seed: int) -> list[NDArray[np.float64]]:
+    """Ratios of each score over the same bootstrap resamples (Efron 1979), so that differences are paired."""
+    count = len(scores[0].examples)
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    sums = [weights @ s.examples for s in scores]
+    return [s[:, 0] / s[:, 1] for s in sums]
+
+
+def _interval(values: NDArray[np.float64], point: float) -> Interval:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return Interval(point, float(min(low, point)), float(max(high, point)))
+
+
+def quality(scored: Score, task: Task, split: str, seed: int) -> Quality:
+    """Return the task's metric with its 95 % bootstrap interval."""
+    (ratios,) = _resampled([scored], seed)
+    value = _interval(_each(task.summary, ratios), task.summary(scored.ratio))
+    return Quality(task.metric, task.direction, value.value, value.low, value.high, split)
+
+
+def kept(scored: Score, teacher: Score, task: Task, seed: int) -> Interval:
+    """Return the fraction of the teacher's quality kept with its 95 % paired-bootstrap interval."""
+    ours, theirs = _resampled([scored, teacher], seed)
+    values = np.array([task.kept(a, b) for a, b in zip(ours, theirs, strict=True)])
+    return _interval(values, task.kept(scored.ratio, teacher.ratio))
+
+
+def _each(function: Callable[[float], float], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.array([function(float(v)) for v in values])

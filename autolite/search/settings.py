@@ -1,0 +1,122 @@
+"""What the user asked for, checked and in one place before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from autolite.errors import InputError
+from autolite.front import Constraints
+from autolite.tasks.base import DataSpec
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_BYTES = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Wall-clock seconds from the command's start to the front, or a number of trials; one of the two."""
+
+    seconds: float | None = None
+    trials: int | None = None
+
+    def __str__(self) -> str:
+        if self.trials is not None:
+            return f"{self.trials}trials"
+        assert self.seconds is not None
+        for unit, size in (("h", 3600), ("m", 60)):
+            if self.seconds >= size and self.seconds % size == 0:
+                return f"{self.seconds / size:.0f}{unit}"
+        return f"{self.seconds:g}s"
+
+    def exceeds(self, other: Budget) -> bool:
+        """Whether this budget asks for more than `other`, which a run was finished with."""
+        if (self.trials is None) != (other.trials is None):
+            return True
+        return (self.trials or 0, self.seconds or 0) > (other.trials or 0, other.seconds or 0)
+
+
+def parse_budget(text: str) -> Budget:
+    """Read "90s", "15m", "1.5h", "1h30m" or "40trials".
+
+    Raises:
+        InputError: naming the value and the forms that are understood.
+    """
+    clean = text.strip().lower().replace(" ", "")
+    trials = re.fullmatch(r"(\d+)trials?", clean)
+    if trials and int(trials[1]) > 0:
+        return Budget(trials=int(trials[1]))
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", clean)
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if parts and "".join(n + u for n, u in parts) == clean and seconds >= 10:
+        return Budget(seconds=seconds)
+    raise InputError(f"budget '{text}' is not understood: write a time of at least 10 s (90s, 15m, 1h30m) or 40trials")
+
+
+def parse_fraction(text: str | float, name: str) -> float:
+    """Read "1%", "0.01" or 0.01 as a fraction in [0, 1).
+
+    Raises:
+        InputError: naming the option, the value and the range.
+    """
+    try:
+        clean = str(text).strip()
+        value = float(clean[:-1]) / 100 if clean.endswith("%") else float(clean)
+    except ValueError:
+        raise InputError(f"{name} '{text}' is not a number: write 1% or 0.01") from None
+    if not 0 <= value < 1:
+        raise InputError(f"{name} must be in [0%, 100%), but got '{text}': nothing can meet or violate that")
+    return value
+
+
+def parse_quantity(text: str | float, name: str, units: dict[str, float]) -> float:
+    """Read a positive number with one of `units` behind it.
+
+    Raises:
+        InputError: naming the option, the value and the units.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*([a-z]*)", str(text).strip().lower())
+    if match is None or match[2] not in units or float(match[1]) <= 0:
+        known = ", ".join(unit for unit in units if unit)
+        raise InputError(f"{name} '{text}' is not understood: write a positive number and one of {known}")
+    return float(match[1]) * units[match[2]]
+
+
+def parse_bytes(text: str | float, name: str) -> float:
+    """Read "6MB", "500kB", "1GiB" or a number of bytes."""
+    return parse_quantity(text, name, _BYTES)
+
+
+def parse_milliseconds(text: str | float, name: str) -> float:
+    """Read "5ms", "0.2s" or a number of milliseconds."""
+    return parse_quantity(text, name, {"": 1, "ms": 1, "s": 1000, "us": 1e-3})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One search, as asked for. `model` and `data.source` None mean the embedded demo."""
+
+    target: str
+    out: Path
+    model: str | None = None
+    data: DataSpec = field(default_factory=lambda: DataSpec(None))
+    task: str = "text-classification"
+    space: str = "default"
+    budget: Budget = field(default_factory=lambda: Budget(seconds=900))
+    constraints: Constraints = field(default_factory=Constraints)
+    workload: str | None = None
+    runtime: str = "onnxruntime"
+    storage: str | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    @property
+    def storage_url(self) -> str:
+        """The database's URL; a SQLite file in the run's folder unless the user gave one."""
+        return self.storage or f"sqlite:///{(self.out / 'study.db').resolve()}"
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run, the prefix of its studies."""
+        return self.out.resolve().name

@@ -1,0 +1,95 @@
+"""The layout: each module imports only from those above it, and nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import autolite
+
+ROOT = Path(autolite.__file__).parent
+# Each line may import from itself and the lines above it.
+LAYERS = [
+    "errors",
+    "registry",
+    "plan",
+    "families",
+    "architecture",
+    "parts",
+    "surgery",
+    "formats",
+    "measure",
+    "store",
+    "hf_quantizer transformers_hook reload",
+    "hardware",
+    "tasks",
+    "techniques",
+    "runtime",
+    "inference",
+    "space",
+    "compress",
+    "pareto",
+    "front",
+    "export",
+    "search",
+    "report",
+    "cli",
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
+FREE = {"testing", ""}  # helpers for tests may import anything; "" is the package itself
+
+
+def top(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def imported(file: Path) -> set[str]:
+    """The autolite modules a file imports when it runs, those under TYPE_CHECKING left out."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "autolite":
+            names = [f"autolite.{a.name}" for a in node.names] if node.module == "autolite" else [node.module]
+            found |= {top(name) for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {top(a.name) for a in node.names if a.name.split(".")[0] == "autolite"}
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.rglob("*.py")), ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_point_upwards(file: Path) -> None:
+    own = file.relative_to(ROOT).parts[0].removesuffix(".py")
+    if own in ("__init__", *FREE):
+        return
+    assert own in LEVEL, f"{own} has no place in the layout: give it one in LAYERS"
+    below = {name for name in imported(file) - FREE if LEVEL[name] > LEVEL[own]}
+    assert not below, f"{file.name} imports from below: {sorted(below)}"
+
+
+@pytest.mark.parametrize(
+    "command", ["import autolite", "from autolite import cli; cli.main(['--help'], standalone_mode=False)"]
+)
+def test_nothing_heavy_is_imported_early(command: str) -> None:
+    heavy = "torch transformers onnxruntime onnx optuna pandas datasets sqlalchemy pydantic numpy rich".split()
+    code = f"{command}\nimport sys\nprint('HEAVY', [m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in autolite.__all__:
+        assert getattr(autolite, name) is not None
+    with pytest.raises(AttributeError):
+        _ = autolite.no_such_name  # type: ignore[attr-defined]
