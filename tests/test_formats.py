@@ -83,7 +83,7 @@ def test_int4_is_off_by_half_a_step_where_it_does_not_clip(weight: torch.Tensor)
 @settings(max_examples=60, deadline=None)
 @given(weight=matrices)
 def test_int4_is_never_worse_than_one_scale_that_clips_nothing(weight: torch.Tensor) -> None:
-    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % GROUP)).reshape(len(weight), -1, GROUP)
     scale = padded.abs().amax(dim=2, keepdim=True) / 7
     plain = torch.where(scale > 0, (padded / scale).round() * scale, padded).flatten(1)[:, : weight.shape[1]]
     assert squared_error(weight, encode(weight, "int4")) <= float((plain - weight).square().mean()) * (1 + 1e-4) + 1e-12
@@ -133,6 +133,13 @@ def test_rows_are_encoded_independently() -> None:
     for name in FORMATS:
         whole, part = encode(weight, name), encode(weight[2:4], name)
         assert all(torch.equal(t[2:4], part.tensors[k]) for k, t in whole.tensors.items()), name
+
+
+@names
+def test_a_transposed_view_is_encoded_like_its_copy(name: str) -> None:
+    view = normal(48, 33).T
+    found, expected = encode(view, name), encode(view.contiguous(), name)
+    assert all(torch.equal(t, expected.tensors[k]) for k, t in found.tensors.items())
 
 
 def test_more_bits_mean_less_error_and_the_codebook_beats_the_plain_grid_on_heavy_tails() -> None:
