@@ -122,18 +122,14 @@ def predict(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str
     speeds = _speeds(profile, workload.threads)
     family = FAMILIES[shape.family]
     stored, read = _matrices(shape, speeds)
-    prompt = _pass(shape, family, speeds, read, workload.batch, workload.tokens, workload.tokens)
-    passes = [(prompt, 1.0)]
-    generates = shape.stacks[-1].causal and shape.outputs == shape.vocab
+    prompt, *steps = _passes(shape, speeds, workload)
     found: dict[str, tuple[float, float, bool]] = {}  # metric: value, relative uncertainty, floored
-    if generates:
-        context = workload.tokens + workload.generated // 2
-        step = _pass(shape, family, speeds, read, workload.batch, 1, context)
-        passes.append((step, float(workload.generated)))
-        found["ttft_ms"] = (prompt.total / 1e3, *_spread(speeds, [(prompt, 1.0)]))
-        found["tokens_per_second"] = (1e6 * workload.batch / step.total, *_spread(speeds, [(step, 1.0)]))
-    latency = sum(part.total * count for part, count in passes) / 1e3
-    sigma, weak = _spread(speeds, passes)
+    if steps:
+        step = steps[0][0]
+        found["ttft_ms"] = (prompt[0].total / 1e3, *_spread(speeds, _shares([prompt])))
+        found["tokens_per_second"] = (1e6 * workload.batch / step.total, *_spread(speeds, _shares(steps, 1.0)))
+    latency = sum(part.total * count for part, count in [prompt, *steps]) / 1e3
+    sigma, weak = _spread(speeds, _shares([prompt, *steps]))
     found["latency_ms"] = (latency, sigma, weak)
     found["energy_mj"] = (
         latency * speeds.watts,
@@ -149,6 +145,21 @@ def predict(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str
     return {metric: _measurement(metric, *found[metric], profile, workload) for metric in found}
 
 
+def predict_faster(baseline: ModelShape, shape: ModelShape, profile: Profile, workload: Workload) -> Measurement:
+    """Predict how many times faster `shape` is than `baseline`. What both owe to the same number cancels.
+
+    Raises:
+        TargetError: as `predict`.
+    """
+    speeds = _speeds(profile, workload.threads)
+    slow, fast = (_passes(each, speeds, workload) for each in (baseline, shape))
+    value = sum(t.total * n for t, n in slow) / sum(t.total * n for t, n in fast)
+    ours, theirs = _shares(fast), _shares(slow)
+    difference = {key: theirs.get(key, 0.0) - ours.get(key, 0.0) for key in ours | theirs}
+    sigma, weak = _spread(speeds, difference, models=2)
+    return _measurement("faster", value, sigma, weak, profile, workload)
+
+
 def _measurement(
     metric: str, value: float, sigma: float, floored: bool, profile: Profile, workload: Workload
 ) -> Measurement:
@@ -156,22 +167,39 @@ def _measurement(
     return Measurement(metric, value, value / factor, value * factor, "predicted", profile.runtime, str(workload))
 
 
-def _spread(speeds: _Speeds, passes: list[tuple[_Time, float]]) -> tuple[float, bool]:
-    """Relative uncertainty of the time of these passes, and whether anything behind it is uncalibrated."""
+def _passes(shape: ModelShape, speeds: _Speeds, workload: Workload) -> list[tuple[_Time, float]]:
+    """The pass over the prompt, once, and for language models a pass for one token, as often as one is generated."""
+    family, (_, read) = FAMILIES[shape.family], _matrices(shape, speeds)
+    prompt = _pass(shape, family, speeds, read, workload.batch, workload.tokens, workload.tokens)
+    if not (shape.stacks[-1].causal and shape.outputs == shape.vocab):
+        return [(prompt, 1.0)]
+    context = workload.tokens + workload.generated // 2
+    step = _pass(shape, family, speeds, read, workload.batch, 1, context)
+    return [(prompt, 1.0), (step, float(workload.generated))]
+
+
+def _shares(passes: list[tuple[_Time, float]], times: float | None = None) -> dict[str, float]:
+    """The share of the time that each number governs; `times` stands for every pass's own count."""
     parts: dict[str, float] = {}
     for time, count in passes:
         for key, microseconds in time.parts.items():
-            parts[key] = parts.get(key, 0.0) + count * microseconds
+            parts[key] = parts.get(key, 0.0) + (count if times is None else times) * microseconds
     total = sum(parts.values())
-    variance = speeds.sigmas["correction"] ** 2
+    return {key: microseconds / total for key, microseconds in parts.items()}
+
+
+def _spread(speeds: _Speeds, elasticities: dict[str, float], models: int = 1) -> tuple[float, bool]:
+    """Relative uncertainty of what changes with each number by these elasticities, and whether anything behind it is
+    uncalibrated; `models` is how many times enter whose own errors (the correction's sigma) are independent."""
+    variance = models * speeds.sigmas["correction"] ** 2
     # One kernel's peak governs all its parts together; its half sizes govern their own.
     for kernel in speeds.kernels:
-        governed = sum(parts.get(f"{kernel}.{part}", 0.0) for part in ("peak", "rows", "columns", "depth"))
-        variance += (governed / total * speeds.sigmas[f"{kernel}.peak"]) ** 2
-    for key, microseconds in parts.items():
+        governed = sum(elasticities.get(f"{kernel}.{part}", 0.0) for part in ("peak", "rows", "columns", "depth"))
+        variance += (governed * speeds.sigmas[f"{kernel}.peak"]) ** 2
+    for key, elasticity in elasticities.items():
         if not key.endswith(".peak"):
-            variance += (microseconds / total * speeds.sigmas[key]) ** 2
-    return math.sqrt(variance), any(key in speeds.weak for key in parts)
+            variance += (elasticity * speeds.sigmas[key]) ** 2
+    return math.sqrt(variance), any(key in speeds.weak for key in elasticities)
 
 
 @lru_cache(maxsize=64)
@@ -401,18 +429,3 @@ def _activations(shape: ModelShape, workload: Workload) -> float:
             cached += 2 * kv * workload.batch * context if stack.causal else 0
     logits = rows * shape.outputs if shape.stacks[-1].causal else 0
     return _BYTES * (max(alive, logits) + cached)
-
-
-def predict_faster(baseline: ModelShape, shape: ModelShape, profile: Profile, workload: Workload) -> Measurement:
-    """Predict how many times faster `shape` is than `baseline` on a target."""
-    slow, fast = (predict(s, profile, workload)["latency_ms"] for s in (baseline, shape))
-    value = slow.value / fast.value
-    return Measurement(
-        "faster",
-        value,
-        value * fast.value / fast.high,
-        value * fast.high / fast.value,
-        "predicted",
-        profile.runtime,
-        str(workload),
-    )

@@ -1,0 +1,132 @@
+"""Profiles: what is shipped is complete and sourced, and what is wrong in a file is named."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from autolite import registry
+from autolite.errors import TargetError
+from autolite.formats import FORMATS
+from autolite.hardware import load_target, target_names
+from autolite.hardware.profile import Profile, dump_profile, growth, load_profile, parse_profile, profile_names
+
+SHIPPED = profile_names()
+
+
+def shipped(name: str = "pixel8") -> dict[str, Any]:
+    data: dict[str, Any] = yaml.safe_load((registry.data_dir("hardware_profiles") / f"{name}.yaml").read_text())
+    return data
+
+
+def test_the_targets_of_the_readme_are_there() -> None:
+    assert {"pixel8", "raspberry-pi-5", "x86-avx512"} <= set(SHIPPED)
+    assert target_names() == [*SHIPPED, "local"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+class TestShipped:
+    def test_it_loads_under_its_file_name_and_runs_every_format(self, name: str) -> None:
+        profile = load_profile(name)
+        assert profile.name == name
+        assert set(profile.formats) == set(FORMATS)
+        assert profile.runtime in registry.names("runtime")
+        assert profile.threads == profile.unit.threads
+        assert load_target(name) == profile
+
+    def test_every_number_says_where_it_comes_from(self, name: str) -> None:
+        numbers = load_profile(name).numbers()
+        assert len(numbers) > 25
+        for path, number in numbers.items():
+            assert len(number.source) > 5, path
+            assert number.date <= datetime.date.today() or number.date.year < 2100, path
+            # Only what is exact by definition has no uncertainty, and a guess is never precise.
+            assert number.sigma > 0 or number.kind in ("derived", "datasheet"), path
+            assert number.kind != "assumed" or number.sigma >= 0.1, path
+
+    def test_it_is_written_and_read_back_equal(self, name: str) -> None:
+        profile = load_profile(name)
+        again = parse_profile(dump_profile(profile), "dump")
+        assert again.model_dump(exclude={"sources"}) == profile.model_dump(exclude={"sources"})
+        assert (again.digest == profile.digest) == (again == profile)
+
+    def test_small_integers_are_not_slower_than_floats(self, name: str) -> None:
+        peak = load_profile(name).unit.peak
+        assert peak["int8"].value > peak["fp32"].value
+
+
+def test_a_profile_of_your_own_is_a_path(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({**shipped(), "name": "mine"}))
+    assert load_target(file).name == load_target(str(file)).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dispatch": [3, "us", "assumed", "guess", "2026-01-01"]}, "this has 5 of the 6 parts"),
+        ({"dispatch": {"value": 3, "unit": "us", "kind": "assumed", "source": "x", "date": "2026-01-01"}}, "sigma"),
+        ({"dispatch": [3, "ms", "assumed", "guess", "2026-01-01", 0.1]}, "dispatch: the unit here is us, not ms"),
+        ({"dispatch": [-3, "us", "assumed", "guess", "2026-01-01", 0.1]}, "greater than or equal to 0, but got -3"),
+        ({"dispatch": [3, "us", "guessed", "guess", "2026-01-01", 0.1]}, "dispatch.kind"),
+        ({"dispatch": [3, "us", "assumed", "", "2026-01-01", 0.1]}, "dispatch.source"),
+        ({"dispatch": [3, "us", "assumed", "guess", "today", 0.1]}, "dispatch.date"),
+        ({"dispatch": [3, "us", "assumed", "guess", "2026-01-01", -0.1]}, "dispatch.sigma"),
+        ({"dispatch": [float("nan"), "us", "assumed", "guess", "2026-01-01", 0.1]}, "dispatch.value"),
+        ({"correction": [0, "1", "assumed", "guess", "2026-01-01", 0.1]}, "correction: must be above 0"),
+        ({"dispatch": 3}, "dispatch"),
+        ({"dispach": 3}, "dispach: Extra inputs are not permitted"),
+        ({"memory": None}, "memory"),
+        ({"default_unit": "bigg"}, "unknown default_unit 'bigg': did you mean 'big'?"),
+        ({"default_unit": "npu"}, "default_unit 'npu' is unavailable: the Edge TPU"),
+        ({"formats": {"fp32": "fp32", "int8": "int9"}}, "formats.int8 is priced as 'int9', which units.big.peak"),
+        ({"formats": {"int8": "int8"}}, "formats lacks fp32"),
+        ({"units": []}, "units"),
+        ({"efficiency": {}}, "which efficiency does not have: add it there"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_file(change: dict[str, Any], message: str) -> None:
+    text = yaml.safe_dump({**shipped(), **change})
+    with pytest.raises(TargetError) as caught:
+        parse_profile(text, "mine.yaml")
+    assert str(caught.value).startswith("mine.yaml: ")
+    assert message in str(caught.value)
+
+
+def test_a_unit_that_can_be_used_needs_all_its_numbers() -> None:
+    data = shipped()
+    del data["units"][0]["softmax"]
+    with pytest.raises(TargetError, match="unit big lacks softmax: give it, or say why the unit is `unavailable`"):
+        parse_profile(yaml.safe_dump(data), "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "is not YAML"), ("- 1", "holds list"), ("", "holds NoneType"), ("a: *b", "alias")]
+)
+def test_what_is_no_profile_at_all_is_refused(text: str, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        parse_profile(text, "mine.yaml")
+
+
+def test_unknown_targets_get_the_nearest_name() -> None:
+    with pytest.raises(TargetError, match=r"unknown target 'pixle8': did you mean 'pixel8'\? Known: .*local"):
+        load_target("pixle8")
+    with pytest.raises(TargetError, match=r"cannot read the hardware profile nowhere\.yaml"):
+        load_target("nowhere.yaml")
+
+
+def test_profiles_are_values() -> None:
+    one, same = load_profile("pixel8"), load_profile("pixel8")
+    assert one == same
+    assert hash(one) == hash(same)
+    other = one.model_copy(update={"name": "other"})
+    assert Profile.model_validate(other.model_dump()) != one
+
+
+def test_the_interval_of_a_log_normal() -> None:
+    assert growth(0) == 1
+    assert growth(0.1) == pytest.approx(1.2161, abs=1e-3)  # exp(1.96 * 0.09975)
