@@ -130,3 +130,11 @@ def test_profiles_are_values() -> None:
 def test_the_interval_of_a_log_normal() -> None:
     assert growth(0) == 1
     assert growth(0.1) == pytest.approx(1.2161, abs=1e-3)  # exp(1.96 * 0.09975)
+
+
+def test_the_guide_explains_every_field_and_target() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "targets.md").read_text(encoding="utf-8")
+    for name in target_names():
+        assert f"`{name}`" in guide
+    for path in load_profile("pixel8").numbers():
+        assert path.split(".")[-1] in guide or path.split(".")[-2] in guide, path
