@@ -49,10 +49,10 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = tiny_tokenizer([*GOOD, *BAD])
     model = tiny_model("bert", num_labels=2)
     model.train()
-    rows = sentences(600, 1)
+    rows = sentences(400, 1)
     torch.manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for start in range(0, 600, 50):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for start in [*range(0, 400, 50)] * 12:
         batch = rows[start : start + 50]
         inputs = tokenizer([str(r["text"]) for r in batch], padding=True, return_tensors="pt")
         loss = model(**inputs, labels=torch.tensor([r["label"] for r in batch])).loss

@@ -45,11 +45,11 @@ def test_an_artifact_of_two_plans_is_stored_once(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_database_is_named_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "study.db").write_bytes(b"this is not SQLite, but long enough to look like a file " * 20)
-    with pytest.raises(RunError, match="not a readable study.*--out"):
+    with pytest.raises(RunError, match=r"not a readable study.*--out"):
         Store(url(tmp_path), "run")
 
 
 @pytest.mark.parametrize("bad", ["nonsense", "mongodb://x/y", "sqlite:////no/such/folder/study.db"])
 def test_a_storage_url_that_cannot_be_used_is_refused(bad: str) -> None:
-    with pytest.raises(StorageError, match="storage URL|cannot be used"):
+    with pytest.raises(StorageError, match=r"storage URL|cannot be used"):
         Store(bad, "run")

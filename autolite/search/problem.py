@@ -165,7 +165,7 @@ def load_problem(settings: Settings, space: Space, note: Callable[[str], None]) 
         note(line)
     note("preparing the target")
     causal = any(stack.causal for stack in teacher.shape.stacks)
-    default = Workload(tokens=128, generated=64) if causal else Workload(tokens=data.p90_tokens)
+    default = Workload(tokens=128 if causal else data.p90_tokens)
     default = replace(default, threads=0)  # 0: not asked for
     asked = Workload.parse(settings.workload, default) if settings.workload else default
     profile = load_target(settings.target, asked.threads or None, note)

@@ -11,7 +11,7 @@ from autolite.front import Constraints
 from autolite.tasks.base import DataSpec
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_BYTES = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_BYTES = {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,11 @@ def parse_quantity(text: str | float, name: str, units: dict[str, float]) -> flo
         InputError: naming the option, the value and the units.
     """
     match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*([a-z]*)", str(text).strip().lower())
-    if match is None or match[2] not in units or float(match[1]) <= 0:
+    sizes = {unit.lower(): size for unit, size in units.items()}
+    if match is None or match[2] not in sizes or float(match[1]) <= 0:
         known = ", ".join(unit for unit in units if unit)
         raise InputError(f"{name} '{text}' is not understood: write a positive number and one of {known}")
-    return float(match[1]) * units[match[2]]
+    return float(match[1]) * sizes[match[2]]
 
 
 def parse_bytes(text: str | float, name: str) -> float:

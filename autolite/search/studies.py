@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,6 +95,8 @@ def open_studies(settings: Settings, task: Task) -> dict[Stage, StageStudy]:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # Multivariate TPE and metric names are "experimental" by name only; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     url = settings.storage_url
     directions = [task.direction, "minimize", "minimize"]
     try:

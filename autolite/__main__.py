@@ -1,0 +1,5 @@
+"""`python -m autolite`."""
+
+from autolite.cli import main
+
+main()

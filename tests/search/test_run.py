@@ -1,0 +1,216 @@
+"""A whole search as its user meets it: what it leaves, going on, growing, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import onnxruntime
+import optuna
+import pytest
+import torch
+import transformers
+from optuna.trial import TrialState
+
+import autolite
+from autolite.errors import AutoliteError, InputError, NoCandidateError, RunError
+from autolite.front import Result
+from autolite.search.progress import Snapshot
+from tests.conftest import write_jsonl
+from tests.search.conftest import RunSearch
+
+SCHEMA = Path(__file__).parents[2] / "docs" / "front.schema.json"
+
+
+def studies(run: Path) -> dict[str, optuna.Study]:
+    url = f"sqlite:///{run / 'study.db'}"
+    stages = ("screen", "recover", "confirm")
+    return {stage: optuna.load_study(study_name=f"{run.name}/{stage}", storage=url) for stage in stages}
+
+
+def completed(run: Path) -> list[optuna.trial.FrozenTrial]:
+    """Every evaluated trial of the three studies, the teachers left out."""
+    found = [t for study in studies(run).values() for t in study.get_trials(states=(TrialState.COMPLETE,))]
+    return [t for t in found if not t.user_attrs.get("teacher")]
+
+
+def test_front_json_is_what_the_schema_promises(finished: Result) -> None:
+    data = json.loads((finished.path / "front.json").read_text(encoding="utf-8"))
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(data, schema)
+    assert data["candidates"]
+    assert data["complete"]
+
+
+def test_no_candidate_of_the_front_beats_another(finished: Result) -> None:
+    points = [(-c.kept.value, c.latency_ms.value, c.size_bytes.value) for c in finished.front]
+    for one in points:
+        assert not any(all(a <= b for a, b in zip(o, one, strict=True)) and o != one for o in points)
+
+
+def test_the_budget_is_kept_to_the_trial_and_no_plan_is_tried_twice_in_a_study(finished: Result) -> None:
+    assert len(completed(finished.path)) == 8
+    for study in studies(finished.path).values():
+        digests = [t.user_attrs["plan_digest"] for t in study.trials if t.number and t.values]
+        assert len(set(digests)) == len(digests)
+
+
+def test_trial_0_of_each_study_is_the_teacher(finished: Result) -> None:
+    for study in studies(finished.path).values():
+        assert study.trials[0].user_attrs["teacher"]
+        assert study.trials[0].values[2] == (finished.path / "teacher" / "model.onnx").stat().st_size
+
+
+def test_every_candidate_runs_in_plain_onnxruntime_with_the_quality_and_size_that_is_claimed(
+    finished: Result, tiny_data: Path
+) -> None:
+    rows = [json.loads(line) for line in tiny_data.read_text(encoding="utf-8").splitlines()]
+    for candidate in finished.front:
+        folder = finished.path / candidate.path
+        session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        inputs = tokenizer([r["text"] for r in rows], padding=True, return_tensors="np")
+        names = {i.name for i in session.get_inputs()}
+        (logits,) = session.run(None, {k: v.astype(np.int64) for k, v in inputs.items() if k in names})
+        accuracy = float((logits.argmax(-1) == [r["label"] for r in rows]).mean())
+        assert candidate.test is not None
+        assert abs(accuracy - candidate.test.value) < 0.25  # other rows, and 40 of them only
+        assert candidate.size_bytes.value == (folder / "model.onnx").stat().st_size
+
+
+def test_every_candidate_reloads_in_transformers_and_in_the_pipeline(finished: Result) -> None:
+    for candidate in finished.front:
+        folder = finished.path / candidate.path
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        text = "w3 great w5 w7"
+        with torch.no_grad():
+            expected = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
+        (found,) = autolite.pipeline(str(folder))(text)
+        assert found["label"] in model.config.id2label.values()
+        # The artifact also quantizes activations; the reloaded model computes with them in float32.
+        assert abs(found["score"] - float(expected.max())) < 0.15
+        manifest = json.loads((folder / "autolite.json").read_text(encoding="utf-8"))
+        assert manifest["plan_digest"] == candidate.plan.digest
+
+
+def test_pick_and_export_give_a_folder_that_runs(finished: Result, tmp_path: Path) -> None:
+    picked = finished.pick(max_drop=0.9)
+    assert picked.candidate.latency_ms.value == min(c.latency_ms.value for c in finished.front)
+    out = picked.export(tmp_path / "deploy")
+    assert autolite.pipeline(str(out))("w1 great")[0]["score"] > 0.5
+    with pytest.raises(InputError, match="not an empty folder"):
+        picked.export(out)
+    with pytest.raises(NoCandidateError, match=r"max_size.*nearest"):
+        finished.pick(max_size_bytes=10)
+
+
+def test_the_frame_has_a_row_a_candidate(finished: Result) -> None:
+    frame = finished.front.to_frame()
+    assert list(frame["id"]) == [c.id for c in finished.front]
+
+
+def test_equal_plans_and_seeds_give_equal_results(finished: Result, run_search: RunSearch, tmp_path: Path) -> None:
+    again = run_search(out=tmp_path / "again")
+    ours, theirs = (strip(r.front.to_json()) for r in (again, finished))
+    assert ours == theirs
+
+
+def strip(front: dict[str, Any]) -> dict[str, Any]:
+    """A front without what differs between equal runs: the time spent."""
+    return {**front, "budget": {**front["budget"], "spent_seconds": 0}}
+
+
+def test_a_finished_run_answers_at_once_and_goes_on_when_the_budget_grows(
+    run_search: RunSearch, tmp_path: Path
+) -> None:
+    seen: list[Snapshot] = []
+    out = tmp_path / "grows"
+    first = run_search(out=out, budget="4trials")
+    before = {t.user_attrs["plan_digest"]: t.values for t in completed(out)}
+    run_search(out=out, budget="4trials", observer=seen.append)
+    assert not seen
+    run_search(out=out, budget="7trials", observer=seen.append)
+    after = {t.user_attrs["plan_digest"]: t.values for t in completed(out)}
+    assert len(before) == 4
+    assert len(after) == 7
+    assert before.items() <= after.items()
+    assert len(first.front) >= 1
+
+
+def test_constraints_that_nothing_meets_end_with_the_nearest_misses(run_search: RunSearch, tmp_path: Path) -> None:
+    out = tmp_path / "misses"
+    with pytest.raises(NoCandidateError, match="min_quality") as caught:
+        run_search(out=out, budget="3trials", min_quality=1.01)
+    front = autolite.read_front(out)
+    assert caught.value.exit_code == 3
+    assert not front.candidates
+    assert front.nearest_misses[0]["blocked_by"].keys() == {"min_quality"}
+    assert (out / front.nearest_misses[0]["path"] / "model.onnx").is_file()
+
+
+def test_a_limit_below_the_whole_space_is_refused_before_training(run_search: RunSearch, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--max-size.*cannot be met: the least"):
+        run_search(out=tmp_path / "r", max_size="1kB")
+    assert not (tmp_path / "r" / "students").exists()
+
+
+def test_another_model_in_the_same_folder_is_refused_and_nothing_is_lost(
+    finished: Result, run_search: RunSearch, tiny_data: Path, tmp_path: Path
+) -> None:
+    before = (finished.path / "front.json").read_bytes()
+    rows = [json.loads(line) for line in tiny_data.read_text(encoding="utf-8").splitlines()]
+    other = write_jsonl(tmp_path / "other.jsonl", rows[:-1])
+    with pytest.raises(RunError, match=r"another data .*--out"):
+        run_search(out=finished.path, data=other)
+    with pytest.raises(RunError, match="another target"):
+        run_search(out=finished.path, target="raspberry-pi-5")
+    assert (finished.path / "front.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "pixle8"}, "did you mean 'pixel8'"),
+        ({"space": "defualt"}, "did you mean 'default'"),
+        ({"task": "text-clasification"}, "did you mean 'text-classification'"),
+        ({"budget": "soon"}, "15m"),
+        ({"max_drop": "150%"}, "--max-drop"),
+        ({"data": "no/such/file.jsonl"}, "no/such/file.jsonl"),
+        ({"model": "no/such/folder"}, "no/such/folder"),
+        ({"data": None}, "data is missing"),
+        ({"label": "lable"}, "did you mean|label"),
+        ({"workload": "tokens=9999"}, "positions"),
+        ({"workload": "token=9"}, "tokens"),
+    ],
+)
+def test_bad_input_is_one_sentence(run_search: RunSearch, tmp_path: Path, change: Any, message: str) -> None:
+    with pytest.raises(AutoliteError, match=message) as caught:
+        run_search(out=tmp_path / "r", **change)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_study_that_is_no_database_is_named(run_search: RunSearch, tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    out.mkdir()
+    (out / "study.db").write_bytes(b"half a page of something that is no database at all " * 40)
+    with pytest.raises(RunError, match="not a readable study"):
+        run_search(out=out)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "fake"])
+def test_every_runtime_carries_a_search(run_search: RunSearch, tmp_path: Path, runtime: str) -> None:
+    result = run_search(out=tmp_path / runtime, runtime=runtime, budget="3trials")
+    assert result.front.target["runtime"] == runtime
+    assert len(completed(result.path)) == 3
+
+
+@pytest.mark.parametrize("target", ["pixel8", "raspberry-pi-5", "x86-avx512"])
+def test_every_target_carries_a_search(run_search: RunSearch, tmp_path: Path, target: str) -> None:
+    result = run_search(out=tmp_path / target, target=target, budget="2trials", space="quantize-only")
+    assert all(c.latency_ms.source == "predicted" for c in result.front)

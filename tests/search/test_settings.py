@@ -1,0 +1,63 @@
+"""What the user types is understood or refused with the value, the limit and an example."""
+
+from __future__ import annotations
+
+import pytest
+
+from autolite.errors import InputError
+from autolite.search.settings import (
+    Budget,
+    parse_budget,
+    parse_bytes,
+    parse_fraction,
+    parse_milliseconds,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("90s", Budget(seconds=90)),
+        ("15m", Budget(seconds=900)),
+        ("1.5h", Budget(seconds=5400)),
+        ("1h30m", Budget(seconds=5400)),
+        ("40trials", Budget(trials=40)),
+        ("1 trial", Budget(trials=1)),
+    ],
+)
+def test_a_budget_is_a_time_or_a_number_of_trials(text: str, budget: Budget) -> None:
+    assert parse_budget(text) == budget
+    assert parse_budget(str(budget)) == budget
+
+
+@pytest.mark.parametrize("text", ["", "15", "m", "5s", "0trials", "-3m", "15m20", "trials", "nan", "1e3m"])
+def test_other_budgets_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="15m"):
+        parse_budget(text)
+
+
+def test_a_budget_grows_only_by_more_of_the_same_or_by_another_kind() -> None:
+    assert Budget(trials=5).exceeds(Budget(trials=4))
+    assert not Budget(trials=4).exceeds(Budget(trials=4))
+    assert not Budget(seconds=60).exceeds(Budget(seconds=90))
+    assert Budget(seconds=60).exceeds(Budget(trials=90))
+
+
+def test_fractions_sizes_and_times() -> None:
+    assert parse_fraction("1%", "--max-drop") == pytest.approx(0.01)
+    assert parse_fraction(0.02, "--max-drop") == 0.02
+    assert parse_bytes("6MB", "--max-size") == 6e6
+    assert parse_bytes("1KiB", "--max-size") == 1024
+    assert parse_milliseconds("0.2s", "--max-latency") == pytest.approx(200)
+
+
+@pytest.mark.parametrize("text", ["150%", "-1%", "1", "one", ""])
+def test_an_impossible_drop_names_the_option_and_the_range(text: str) -> None:
+    with pytest.raises(InputError, match="--max-drop"):
+        parse_fraction(text, "--max-drop")
+
+
+@pytest.mark.parametrize("text", ["0", "-3MB", "6 parsecs", "MB"])
+def test_an_impossible_size_names_the_option_and_the_units(text: str) -> None:
+    with pytest.raises(InputError, match=r"--max-size.*MB"):
+        parse_bytes(text, "--max-size")

@@ -1,0 +1,55 @@
+"""How a budget is split, and which plans go on."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autolite.front import Constraints
+from autolite.search import stages
+from autolite.space import STAGES
+
+
+@given(st.integers(1, 500), st.booleans())
+def test_the_trials_of_the_stages_add_up_to_the_budget(total: int, trains: bool) -> None:
+    split = [stages.trials_for(stage, total, trains) for stage in STAGES]
+    assert sum(split) == total
+    assert min(split) >= 0
+    assert split[2] >= 1
+
+
+def trial(kept: float, latency: float, size: float, student: str) -> Any:
+    attributes = {"kept": kept, "latency_ms": latency, "student": student}
+    return SimpleNamespace(user_attrs=attributes, values=[kept, latency, size])
+
+
+@pytest.fixture
+def problem(monkeypatch: pytest.MonkeyPatch) -> Any:
+    base = {"latency_ms": SimpleNamespace(value=100.0), "size_bytes": SimpleNamespace(value=1000.0)}
+    monkeypatch.setattr(stages, "price", lambda problem, shape: base)
+    settings = SimpleNamespace(constraints=Constraints(max_drop=0.02))
+    return SimpleNamespace(settings=settings, teacher=SimpleNamespace(shape=None))
+
+
+def test_dominated_and_ruined_plans_are_not_promoted_before_good_ones(problem: Any) -> None:
+    good, smaller = trial(0.99, 20, 500, "a"), trial(0.97, 30, 100, "b")
+    dominated, ruined = trial(0.98, 50, 600, "c"), trial(0.50, 1, 10, "d")
+    chosen = stages.promote(problem, [ruined, dominated, smaller, good], 2, keep_floor=True)
+    assert {id(t) for t in chosen} == {id(good), id(smaller)}
+
+
+def test_one_student_is_promoted_once_while_there_are_others(problem: Any) -> None:
+    twins = [trial(0.99, 20, 500, "a"), trial(0.985, 20, 250, "a")]
+    other = trial(0.90, 19, 499, "b")
+    chosen = stages.promote(problem, [*twins, other], 2, keep_floor=False)
+    assert {t.user_attrs["student"] for t in chosen} == {"a", "b"}
+
+
+def test_objectives_are_relative_to_the_baseline(problem: Any) -> None:
+    found = stages.objectives(problem, [trial(0.9, 50, 250, "a")])
+    assert np.allclose(found, [[0.1, np.log(0.5), np.log(0.25)]])
