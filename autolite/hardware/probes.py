@@ -13,8 +13,8 @@ ROWS = (1, 16, 64, 128)
 SIZES = ((128, 512), (384, 384), (384, 1536), (1536, 384), (768, 3072))  # [k, n] of transformer layers, small to base
 HEADS = ((12, 32, 16), (12, 32, 64), (12, 32, 128), (4, 64, 64), (4, 32, 32), (12, 64, 128), (2, 64, 128))
 # ... heads, width of each, tokens
-LAYERS = (2, 4, 8, 16)  # pairs of [384, 1536] and [1536, 384] behind each other: do their weights stay in the cache?
-LAYER_ROWS = 16
+LAYERS = (1, 2, 4, 8, 16)  # pairs of [384, 1536] and [1536, 384] behind each other: do their weights stay in the cache?
+LAYER_ROWS = 64
 CHAIN = (2, 64)  # operators that compute next to nothing
 ACTIVATION, NORMALIZATION = (64, 1536), (64, 384)
 
@@ -116,7 +116,8 @@ def _session(products: Sequence[tuple[str, int, int]], threads: int) -> Any:
         w, s, b = f"w{i}", f"s{i}", f"b{i}"
         weights[b] = np.zeros(n, np.float32)
         if kernel == "fp32":
-            weights[w] = np.resize(normal, (n, k))
+            # Not equal ones: a runtime may pack and keep those once.
+            weights[w] = np.resize(np.roll(normal, i), (n, k))
             nodes.append(_node("Gemm", [x, w, b], [y], transB=1))
         elif kernel == "int8":
             weights[w], weights[s] = rng.integers(-127, 128, (k, n), dtype=np.int8), np.full(n, 0.001, np.float32)
