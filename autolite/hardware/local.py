@@ -21,7 +21,7 @@ from autolite.measure import Timing, host_lock, time_interleaved
 
 _SECONDS = 8.0
 _NOISE = 0.25
-_REVISION = 1  # of the probes and their fit: a cache file of another one is not read
+_REVISION = 2  # of the probes and their fit: a cache file of another one is not read
 
 
 def local_profile(

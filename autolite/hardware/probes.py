@@ -11,10 +11,10 @@ import numpy as np
 KERNELS = ("fp32", "int8", "int4")
 ROWS = (1, 16, 64, 128)
 SIZES = ((128, 512), (384, 384), (384, 1536), (1536, 384), (768, 3072))  # [k, n] of transformer layers, small to base
+# Heads, the width of each, tokens
 HEADS = ((12, 32, 16), (12, 32, 64), (12, 32, 128), (4, 64, 64), (4, 32, 32), (12, 64, 128), (2, 64, 128))
-# ... heads, width of each, tokens
-LAYERS = (1, 2, 4, 8, 16)  # pairs of [384, 1536] and [1536, 384] behind each other: do their weights stay in the cache?
-LAYER_ROWS = 64
+LAYERS = (1, 2, 4, 8, 16)  # pairs of [384, 1536] and [1536, 384] in a row: do their weights stay in the cache?
+LAYER_ROWS = 16
 CHAIN = (2, 64)  # operators that compute next to nothing
 ACTIVATION, NORMALIZATION = (64, 1536), (64, 384)
 
