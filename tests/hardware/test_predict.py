@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from autolite.architecture import LayerShape, ModelShape, Stack, shape_of
 from autolite.errors import TargetError
 from autolite.formats import FORMATS
-from autolite.hardware.predict import UNCALIBRATED, predict
+from autolite.hardware.predict import UNCALIBRATED, predict, predict_faster
 from autolite.hardware.profile import Number, Profile, load_profile, profile_names
 from autolite.measure import Workload
 from autolite.runtime.onnxruntime import OnnxRuntime
@@ -225,6 +225,23 @@ def test_the_interval_agrees_with_drawing_the_numbers_at_random() -> None:
     low, high = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975])).tolist()
     assert found.low == pytest.approx(low, rel=0.05)
     assert found.high == pytest.approx(high, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [bert_shape(), llama_shape()], ids=["bert", "llama"])
+def test_what_two_models_owe_to_the_same_number_cancels_in_their_ratio(shape: ModelShape) -> None:
+    # Uncertain only in what both are made of: the peaks are sure, the whole scale of the times is not.
+    data = recast(load_profile("raspberry-pi-5"), "calibrated", 0.3).model_dump()
+    data["correction"]["sigma"] = 0
+    profile, workload = Profile.model_validate(data), Workload(1, 64, 1, 8)
+    fewer = shape.with_layers(0, shape.stacks[0].layers[:2])
+    slow, fast = (predict(s, profile, workload)["latency_ms"] for s in (shape, fewer))
+    found = predict_faster(shape, fewer, profile, workload)
+    assert found.value == pytest.approx(slow.value / fast.value)
+    assert found.high / found.value < slow.high / slow.value
+    same = predict_faster(shape, shape, profile, workload)
+    assert (same.low, same.value, same.high) == pytest.approx((1, 1, 1))
+    unsure = predict_faster(shape, fewer, load_profile("pixel8"), workload)
+    assert unsure.high / unsure.value >= UNCALIBRATED - 1e-9
 
 
 def test_too_many_threads_and_formats_that_cannot_run_are_refused() -> None:
