@@ -40,13 +40,15 @@ def training(plan: Plan) -> int:
 def canonical(plan: Plan, shape: ModelShape) -> Plan:
     """Return the plan without the steps that change nothing, so that equal students have equal digests.
 
+    Training is left out while the student still is the teacher: it has nothing to learn from itself.
+
     Raises:
         PlanError: if a step cannot be applied to `shape`.
     """
-    kept = []
+    kept, teacher = [], shape
     for step in plan.steps:
         after = shape_after(Plan((step,)), shape)
-        if after != shape or training(Plan((step,))):
+        if after != shape or (shape != teacher and training(Plan((step,)))):
             kept.append(step)
         shape = after
     return replace(plan, steps=tuple(kept))

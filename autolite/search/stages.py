@@ -19,8 +19,10 @@ from autolite.space import Params, Stage
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-# Where each stage ends, as a share of a time budget; the rest is for the test split, measuring and writing.
-ENDS: dict[Stage, float] = {"screen": 0.25, "recover": 0.6, "confirm": 0.95}
+RESERVE = 0.05  # of a time budget: scoring the test split and writing
+# What each stage may use of the time that is left when it begins.
+TIME_SHARES: dict[Stage, float] = {"screen": 0.25, "recover": 0.45, "confirm": 1.0}
+UNTRAINED_SCREEN = 0.8  # nothing is trained, so the screen's scores are final and most of the time is its
 TRIAL_SHARES: dict[Stage, float] = {"recover": 0.3, "confirm": 0.2}
 FINALISTS_SHARE = 0.5  # of the confirm trials; the others are further number formats of the finalists' students
 
@@ -56,7 +58,7 @@ def decide(stage: Stage, problem: Problem, studies: dict[Stage, StageStudy], clo
     """Plan a stage from what the stages before it found and what they cost."""
     space, limits = problem.space, problem.space.stages[stage]
     total = clock.budget.trials
-    deadline = None if clock.budget.seconds is None else clock.budget.seconds * _end(stage, space.trains)
+    deadline = _deadline(stage, space.trains, clock)
     if stage == "recover" and not space.trains:
         return Decision(0, 0, deadline)
     count = limits.trials if total is None else trials_for(stage, total, space.trains)
@@ -77,8 +79,12 @@ def decide(stage: Stage, problem: Problem, studies: dict[Stage, StageStudy], clo
     return Decision(count, effort, deadline, tuple(queue))
 
 
-def _end(stage: Stage, trains: bool) -> float:
-    return 0.8 if stage == "screen" and not trains else ENDS[stage]
+def _deadline(stage: Stage, trains: bool, clock: Clock) -> float | None:
+    if clock.budget.seconds is None:
+        return None
+    share = UNTRAINED_SCREEN if stage == "screen" and not trains else TIME_SHARES[stage]
+    left = clock.budget.seconds * (1 - RESERVE) - clock.spent
+    return clock.spent + max(left, 0.0) * share
 
 
 def _effort(trials: Sequence[FrozenTrial]) -> int:
