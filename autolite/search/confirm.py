@@ -16,7 +16,7 @@ from autolite.measure import Measurement, faster, time_interleaved, timing_to_me
 from autolite.plan import Plan
 from autolite.search.evaluate import Evaluation, evaluate
 from autolite.search.problem import Problem, provenance
-from autolite.search.scoring import kept, quality, score
+from autolite.search.scoring import kept, quality, score, scoring_threads
 from autolite.store import Store, storage_errors
 
 TIMING_SECONDS = 4.0
@@ -78,7 +78,7 @@ def score_on_test(problem: Problem, candidate: Candidate, store: Store) -> Quali
     known = store.get(key)
     if known is None:
         file = problem.settings.out / candidate.path / candidate.artifacts[0]["files"][0]
-        runner = problem.runtime.load(file, threads=problem.workload.threads)
+        runner = problem.runtime.load(file, threads=scoring_threads())
         scored = score(runner, problem.task, problem.data.test, problem.context.pad_id)
         found = quality(scored, problem.task, "test", problem.settings.seed)
         teacher = problem.teacher_score("test", store)

@@ -15,7 +15,7 @@ from autolite.hardware.predict import predict
 from autolite.measure import Measurement
 from autolite.plan import Plan
 from autolite.search.problem import Problem
-from autolite.search.scoring import Score, score
+from autolite.search.scoring import Score, score, scoring_threads
 from autolite.techniques.base import Student
 
 
@@ -50,7 +50,7 @@ def evaluate(
     trained = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     files = problem.runtime.emit(student, folder)
-    runner = problem.runtime.load(files[0], threads=problem.workload.threads)
+    runner = problem.runtime.load(files[0], threads=scoring_threads())
     scored = score(runner, problem.task, problem.split(split), problem.context.pad_id)
     predicted = price(problem, student.shape)
     size = float(sum(f.stat().st_size for f in files))

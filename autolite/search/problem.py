@@ -22,7 +22,7 @@ from autolite.hardware.profile import Profile
 from autolite.measure import Workload
 from autolite.plan import Plan
 from autolite.runtime.base import Runtime
-from autolite.search.scoring import Score, quality, score
+from autolite.search.scoring import Score, quality, score, scoring_threads
 from autolite.search.settings import Settings
 from autolite.space import Space
 from autolite.store import Store
@@ -64,7 +64,7 @@ class Problem:
             try:
                 self.teacher_scores[name] = Score(np.load(file, allow_pickle=False))
             except (OSError, ValueError, EOFError):
-                runner = self.runtime.load(self.baseline[0], threads=self.workload.threads)
+                runner = self.runtime.load(self.baseline[0], threads=scoring_threads())
                 self.teacher_scores[name] = scored = score(runner, self.task, self.split(name), self.context.pad_id)
                 part = file.with_suffix(".part")
                 with part.open("wb") as stream:

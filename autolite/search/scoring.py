@@ -29,6 +29,13 @@ class Score:
         return float(top / bottom)
 
 
+def scoring_threads() -> int:
+    """All physical cores: the workload's threads are for timing, and do not change what is computed."""
+    import psutil
+
+    return psutil.cpu_count(logical=False) or 1
+
+
 def score(runner: Runner, task: Task, split: Split, pad_id: int) -> Score:
     """Run an artifact over a split and score every example, in the split's order."""
     examples = np.zeros((len(split), 2))

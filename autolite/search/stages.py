@@ -135,7 +135,7 @@ def _fit(
         overhead = sum(t.user_attrs["seconds"] - t.user_attrs["train_seconds"] for t in chosen)
         second_a_step = sum(t.user_attrs["train_seconds"] / max(t.user_attrs["effort"], 1) for t in chosen)
         effort = int((seconds - overhead) / max(second_a_step, 1e-6))
-        if effort >= 1.5 * floor or len(chosen) == 1:
+        if effort >= 2 * floor or len(chosen) == 1:
             return chosen, max(min(effort, ceiling), floor, 1)
         chosen = chosen[:-1]
 
