@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
-    from autolite.front import Candidate, Front
+    from autolite.front import Front
     from autolite.hardware.profile import Profile
-    from autolite.measure import Measurement
 
 
 def size(count: float) -> str:
@@ -21,55 +23,40 @@ def size(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def _with_interval(found: Measurement, unit: str) -> str:
-    return f"{found.value:.3g}{unit} ({found.low:.3g}-{found.high:.3g})"
-
-
-def front_table(front: Front) -> Table:
-    """Return one row a candidate, the fastest first, with the baseline above them."""
+def front_table(front: Front) -> Group:
+    """Return the front: a row a candidate, the fastest first, under the teacher's; then what was done to each."""
     source = front.candidates[0].latency_ms.source if front.candidates else "predicted"
-    work = front.workload
+    work, metric = front.workload, front.teacher["quality"]["metric"]
     table = Table(
         title=f"{front.model['name']} on {front.target['name']}: latency {source}, batch {work['batch']}, "
-        f"{work['tokens']} tokens, {work['threads']} threads",
+        f"{work['tokens']} tokens, {work['threads']} threads; intervals 95 %",
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
     )
-    metric = front.teacher["quality"]["metric"]
-    heads = ("id", metric, f"test {metric}", "kept (95 %)", "latency ms (95 %)", "faster", "size", "smaller", "what")
-    for head in heads:
-        last = head == "what"
-        table.add_column(head, justify="left" if last else "right", no_wrap=not last, ratio=1 if last else None)
+    for head in ("id", metric, "test", "kept", "latency ms", "faster", "size", "smaller"):
+        # On a narrow terminal the intervals go below their values.
+        table.add_column(head, justify="left" if head == "id" else "right", no_wrap=head not in ("kept", "latency ms"))
     base, teacher = front.baseline, front.teacher
+    tested = f"{teacher['test']['value']:.4g}" if teacher["test"] else "-"
+    latency, whole = f"{base['latency_ms']['value']:.3g}", base["size_bytes"]["value"]
     table.add_row(
-        "teacher",
-        f"{teacher['quality']['value']:.4g}",
-        f"{teacher['test']['value']:.4g}" if teacher["test"] else "-",
-        "100%",
-        f"{base['latency_ms']['value']:.3g}",
-        "1x",
-        size(base["size_bytes"]["value"]),
-        "1x",
-        "fp32 baseline",
-        style="dim",
-        end_section=True,
+        "teacher", f"{teacher['quality']['value']:.4g}", tested, "", latency, "", size(whole), "", style="dim"
     )
-    for candidate in front:
-        table.add_row(*_row(front, candidate))
-    return table
-
-
-def _row(front: Front, c: Candidate) -> list[str]:
-    return [
-        c.id,
-        f"{c.quality.value:.4g}",
-        f"{c.test.value:.4g}" if c.test else "-",
-        f"{c.kept.value:.1%} ({c.kept.low:.1%}-{c.kept.high:.1%})",
-        _with_interval(c.latency_ms, ""),
-        f"{c.faster.value:.2f}x",
-        size(c.size_bytes.value),
-        f"{front.baseline['size_bytes']['value'] / c.size_bytes.value:.2f}x",
-        c.plan.describe(),
-    ]
+    for c in front:
+        kept, latency = c.kept, c.latency_ms
+        table.add_row(
+            c.id,
+            f"{c.quality.value:.4g}",
+            f"{c.test.value:.4g}" if c.test else "-",
+            f"{kept.value:.1%} ({100 * kept.low:.1f}-{kept.high:.1%})",
+            f"{latency.value:.3g} ({latency.low:.3g}-{latency.high:.3g})",
+            f"{c.faster.value:.2f}x",
+            size(c.size_bytes.value),
+            f"{whole / c.size_bytes.value:.2f}x",
+        )
+    return Group(table, *(Text(f"{c.id}  {c.plan.describe()}") for c in front))
 
 
 def misses_table(front: Front) -> Table:
