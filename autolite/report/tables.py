@@ -35,11 +35,11 @@ def front_table(front: Front) -> Group:
         padding=(0, 1, 0, 0),
         show_edge=False,
     )
-    for head in ("id", metric, "test", "kept", "latency ms", "faster", "size", "smaller"):
+    base, teacher = front.baseline, front.teacher
+    scored = "test" if teacher["test"] else "quality"  # an interrupted run has not seen the test split
+    for head in ("id", f"{teacher[scored]['split']} {metric}", "kept", "latency ms", "faster", "size", "smaller"):
         # On a narrow terminal the intervals go below their values.
         table.add_column(head, justify="left" if head == "id" else "right", no_wrap=head not in ("kept", "latency ms"))
-    base, teacher = front.baseline, front.teacher
-    tested = f"{teacher['test']['value']:.4g}" if teacher["test"] else "-"
     latency, whole = f"{base['latency_ms']['value']:.3g}", base["size_bytes"]["value"]
     table.add_row(
         "teacher", f"{teacher['quality']['value']:.4g}", tested, "", latency, "", size(whole), "", style="dim"
@@ -48,8 +48,7 @@ def front_table(front: Front) -> Group:
         kept, latency = c.kept, c.latency_ms
         table.add_row(
             c.id,
-            f"{c.quality.value:.4g}",
-            f"{c.test.value:.4g}" if c.test else "-",
+            f"{(c.test or c.quality).value:.4g}",
             f"{kept.value:.1%} ({100 * kept.low:.1f}-{kept.high:.1%})",
             f"{latency.value:.3g} ({latency.low:.3g}-{latency.high:.3g})",
             f"{c.faster.value:.2f}x",
