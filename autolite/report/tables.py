@@ -41,9 +41,7 @@ def front_table(front: Front) -> Group:
         # On a narrow terminal the intervals go below their values.
         table.add_column(head, justify="left" if head == "id" else "right", no_wrap=head not in ("kept", "latency ms"))
     latency, whole = f"{base['latency_ms']['value']:.3g}", base["size_bytes"]["value"]
-    table.add_row(
-        "teacher", f"{teacher['quality']['value']:.4g}", tested, "", latency, "", size(whole), "", style="dim"
-    )
+    table.add_row("teacher", f"{teacher[scored]['value']:.4g}", "", latency, "", size(whole), "", style="dim")
     for c in front:
         kept, latency = c.kept, c.latency_ms
         table.add_row(
