@@ -12,12 +12,13 @@ from safetensors.torch import load, save
 
 from autolite import registry
 from autolite.architecture import ModelShape
-from autolite.errors import ModelError, StorageError
+from autolite.errors import ModelError
+from autolite.files import write_atomically
 from autolite.plan import Plan
 from autolite.surgery import clone, reshape
 from autolite.techniques.base import Context, Student
 from autolite.techniques.importance import weights_digest
-from autolite.techniques.teacher import fingerprint, write_atomically
+from autolite.techniques.teacher import fingerprint
 
 
 def shape_after(plan: Plan, shape: ModelShape) -> ModelShape:
@@ -117,10 +118,7 @@ def save_student(student: Student, file: Path, teacher: Student) -> None:
         for name, parameter in student.model.named_parameters()
         if not torch.equal(parameter, frame[name])
     }
-    try:
-        write_atomically(file, save(changed, {"shape": json.dumps(student.shape.to_json())}))
-    except OSError as error:
-        raise StorageError(f"cannot write the trained student to {file}: {error.strerror}; free some space") from error
+    write_atomically(file, save(changed, {"shape": json.dumps(student.shape.to_json())}))
 
 
 def load_student(file: Path, plan: Plan, teacher: Student) -> Student | None:

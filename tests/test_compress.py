@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def test_a_crash_while_writing_leaves_no_file(tmp_path: Path, monkeypatch: pytes
 
     context = context_of()
     student = compress(PLAN, context)
-    monkeypatch.setattr(Path, "replace", dies)
+    monkeypatch.setattr(os, "replace", dies)
     with pytest.raises(StorageError, match="No space left on device; free some space"):
         save_student(student, tmp_path / "student.safetensors", context.teacher)
     assert not list(tmp_path.iterdir())

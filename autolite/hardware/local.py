@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from autolite.errors import TargetError
+from autolite.errors import StorageError, TargetError
+from autolite.files import write_atomically
 from autolite.hardware.probes import ACTIVATION, CHAIN, KERNELS, LAYER_ROWS, LAYERS, NORMALIZATION, Probe, probes
 from autolite.hardware.profile import Profile, dump_profile, parse_profile
 from autolite.measure import Timing, host_lock, time_interleaved
@@ -65,11 +66,8 @@ def local_profile(
         if noise > _NOISE:
             say(f"other programs slowed the probes by {100 * noise:.0f} %: this machine is measured again next time")
             return profile
-        with suppress(OSError):  # a read-only home only means measuring again next time
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}.tmp")
-            partial.write_text(dump_profile(profile), encoding="utf-8")
-            partial.replace(file)
+        with suppress(StorageError):  # a read-only home only means measuring again next time
+            write_atomically(file, dump_profile(profile).encode())
     return profile
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -16,7 +15,7 @@ import psutil
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autolite.errors import StorageError
+from autolite.files import write_atomically
 from autolite.tasks.base import Batch, Split
 from autolite.techniques.base import Context
 
@@ -68,17 +67,6 @@ def fingerprint(split: Split) -> str:
             digest.update(np.concatenate(list(arrays)).astype(np.int64).tobytes())
     digest.update(np.asarray(split.labels).tobytes())
     return digest.hexdigest()[:12]
-
-
-def write_atomically(file: Path, data: bytes) -> None:
-    """Write `data` to `file` such that a reader, or a crash at any moment, sees all of it or nothing."""
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class TeacherOutputs:
@@ -165,12 +153,7 @@ class TeacherOutputs:
             table[self.batches[index].indices] = rows.numpy()
         stream = io.BytesIO()
         np.save(stream, table)
-        try:
-            write_atomically(self._file, stream.getvalue())
-        except OSError as error:
-            raise StorageError(
-                f"cannot write the teacher's outputs to {self._file}: {error.strerror}; free some space"
-            ) from error
+        write_atomically(self._file, stream.getvalue())
         self._unsaved = False
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -274,10 +275,10 @@ def test_a_damaged_file_is_made_again(make_context: MakeContext, tmp_path: Path,
 
 
 def test_a_full_disk_is_named(make_context: MakeContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> int:
+    def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     context = make_context(cache=tmp_path)
     with pytest.raises(StorageError, match="No space left on device; free some space"):
         DISTILL.apply(context.teacher, QUICK, context)
