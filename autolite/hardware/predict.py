@@ -21,17 +21,16 @@ from functools import lru_cache
 from autolite import formats
 from autolite.architecture import LayerShape, MatMul, ModelShape, Stack, matmuls
 from autolite.errors import TargetError
-from autolite.families import FAMILIES, Family, Head
+from autolite.families import FAMILIES, Family
+from autolite.hardware.footprint import BYTES, activations, file_size, head_of, matrices, square_layers
 from autolite.hardware.profile import Number, Profile, growth
 from autolite.measure import Measurement, Workload
 
 UNCALIBRATED = 1.5  # without measurements on the device no interval is narrower than this factor each way
 _CALIBRATED = ("measured", "calibrated")
-_BYTES = 4  # activations, norms, biases and positions are fp32
 
 # Operators of the emitted graph; those with a gate also turn queries and keys by their positions.
 _OPERATORS = {"attention": 9, "ffn": 6, "gated": 16, "around": 22}
-_GRAPH_BYTES = {"layer": 1900, "around": 2100}  # names, shapes and attributes of those operators in the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +119,7 @@ def predict(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str
             the target cannot run.
     """
     speeds = _speeds(profile, workload.threads)
-    family = FAMILIES[shape.family]
-    stored, read = _matrices(shape, speeds)
+    stored, read = matrices(shape, speeds.formats)
     prompt, *steps = _passes(shape, speeds, workload)
     found: dict[str, tuple[float, float, bool]] = {}  # metric: value, relative uncertainty, floored
     if steps:
@@ -136,9 +134,9 @@ def predict(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str
         math.hypot(sigma, speeds.sigmas["watts"]),
         weak or "watts" in speeds.weak,
     )
-    size = float(_size(shape, family, stored))
+    size = float(file_size(shape, stored))
     packed = profile.packing.value * sum(read.values())
-    memory = size + packed + _activations(shape, workload)
+    memory = size + packed + activations(shape, workload)
     packing = packed / memory * profile.packing.sigma
     found["memory_bytes"] = (memory, math.hypot(packing, 0.1), profile.packing.kind not in _CALIBRATED)
     found["size_bytes"] = (size, 0.0, False)
@@ -169,7 +167,7 @@ def _measurement(
 
 def _passes(shape: ModelShape, speeds: _Speeds, workload: Workload) -> list[tuple[_Time, float]]:
     """The pass over the prompt, once, and for language models a pass for one token, as often as one is generated."""
-    family, (_, read) = FAMILIES[shape.family], _matrices(shape, speeds)
+    family, (_, read) = FAMILIES[shape.family], matrices(shape, speeds.formats)
     prompt = _pass(shape, family, speeds, read, workload.batch, workload.tokens, workload.tokens)
     if not (shape.stacks[-1].causal and shape.outputs == shape.vocab):
         return [(prompt, 1.0)]
@@ -261,43 +259,16 @@ def _speeds(profile: Profile, threads: int) -> _Speeds:
     )
 
 
-def _head(shape: ModelShape, family: Family) -> Head | None:
-    if not shape.outputs:
-        return None
-    generates = family.causal and shape.outputs == shape.vocab
-    return next((head for head in family.heads if (head.pooling == "none") == generates), None)
-
-
-def _square(head: Head | None) -> int:
-    """Number of [hidden, hidden] matrices between the last layer and the head's own (BERT's pooler)."""
-    return len(head.dense) - 1 if head else 0
-
-
-def _matrices(shape: ModelShape, speeds: _Speeds) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes of each matrix of a product, by the name of its weights: in the file, and as the kernel reads it."""
-    stored, read = {}, {}
-    for product in matmuls(shape):
-        if product.format not in speeds.formats:
-            known = ", ".join(speeds.formats)
-            raise TargetError(f"the target cannot run the number format '{product.format}'; it runs {known}")
-        stored[product.weights] = formats.nbytes(product.format, product.n, product.k)
-        # A format priced as another one's kernel is decoded to it when the model is loaded (kmeans4 to fp32).
-        kernel = speeds.formats[product.format]
-        kernel = kernel if kernel in formats.FORMATS else product.format
-        read[product.weights] = formats.nbytes(kernel, product.n, product.k)
-    return stored, read
-
-
 def _pass(
     shape: ModelShape, family: Family, speeds: _Speeds, weights: dict[str, int], batch: int, tokens: int, context: int
 ) -> _Time:
     """Time of one pass over `tokens` new tokens a sequence that attend to `context` tokens, themselves included."""
     time = _Time(speeds, float(sum(weights.values())))
-    head = _head(shape, family)
+    head = head_of(shape)
     pooled = head is not None and head.pooling != "none"
     rows = batch * tokens
     tables = 1 + bool(family.position) + bool(family.token_type)
-    time.copy((5 * tables - 3) * _BYTES * rows * shape.embedding)  # rows looked up, and summed
+    time.copy((5 * tables - 3) * BYTES * rows * shape.embedding)  # rows looked up, and summed
     if family.embedding_norm:
         time.elements("normalization", rows * shape.embedding)
     if family.embedding_projection or family.patch:
@@ -314,7 +285,7 @@ def _pass(
     hidden = shape.stacks[-1].hidden
     if family.final_norm:
         time.elements("normalization", read * hidden)
-    for _ in range(_square(head)):
+    for _ in range(square_layers(head)):
         _dense(time, shape.head_format, read, hidden, hidden)
     for product in products:
         time.product(speeds.formats[product.format], read, product.k, product.n, weights[product.weights])
@@ -347,13 +318,13 @@ def _attention(
         query = layer.heads * layer.head_dim
         time.product(kernel, batch * read, qkv.k, query, nbytes * query / qkv.n)
         time.product(kernel, batch * tokens, qkv.k, qkv.n - query, nbytes * (qkv.n - query) / qkv.n)
-    past = 2 * _BYTES * context * layer.head_dim * layer.kv_heads / layer.heads
+    past = 2 * BYTES * context * layer.head_dim * layer.kv_heads / layer.heads
     time.product("attention", read, 2 * layer.head_dim, context, past, batch * layer.heads)
     time.elements("softmax", batch * layer.heads * read)
-    time.copy(2 * _BYTES * batch * tokens * qkv.n)  # split into query, key and value
+    time.copy(2 * BYTES * batch * tokens * qkv.n)  # split into query, key and value
     time.product(time.speeds.formats[out.format], batch * read, out.k, out.n, weights[out.weights])
     time.elements("normalization", batch * read * stack.hidden)
-    time.copy(3 * _BYTES * batch * read * stack.hidden)  # residual sum
+    time.copy(3 * BYTES * batch * read * stack.hidden)  # residual sum
     time.operators(_OPERATORS["attention"])
 
 
@@ -369,63 +340,8 @@ def _feed_forward(
     kernel = time.speeds.formats[first.format]
     time.product(kernel, rows, first.k, first.n, weights[first.weights])
     time.elements("activation", rows * layer.ffn)
-    time.copy((3 * layer.ffn * 2 if stack.gated else 0) * _BYTES * rows)  # split, and product with the gate
+    time.copy((3 * layer.ffn * 2 if stack.gated else 0) * BYTES * rows)  # split, and product with the gate
     time.product(kernel, rows, second.k, second.n, weights[second.weights])
     time.elements("normalization", rows * stack.hidden)
-    time.copy(3 * _BYTES * rows * stack.hidden)
+    time.copy(3 * BYTES * rows * stack.hidden)
     time.operators(_OPERATORS["gated" if stack.gated else "ffn"])
-
-
-def _size(shape: ModelShape, family: Family, stored: dict[str, int]) -> int:
-    """Bytes of the artifact: matrices and embedding in their formats, everything else in fp32, and the graph."""
-    hidden = shape.stacks[0].hidden
-    norm = 1 if family.rms_norm else 2
-    total = sum(stored.values())
-    floats = 0
-    if family.position:
-        floats += shape.positions * (hidden if family.patch else shape.embedding)
-    if family.token_type:
-        floats += (1 if family.positions_after_padding else 2) * shape.embedding
-    if family.embedding_norm:
-        floats += norm * shape.embedding
-    if family.embedding_projection or family.patch:
-        total += formats.nbytes(shape.embedding_format, hidden, shape.embedding)
-        floats += hidden * (2 if family.class_token else 1)
-    if shape.vocab and "embedding" not in stored:
-        total += formats.nbytes(shape.embedding_format, shape.vocab, shape.embedding)
-    seen: set[tuple[str, str, int]] = set()
-    for stack in shape.stacks:
-        norms = 2 * norm * stack.hidden + (2 * stack.layers[0].head_dim if family.query_norm else 0)
-        floats += norms * (1 if family.repeated else len(stack.layers))
-        for layer in stack.layers:
-            if (name := (stack.name, "attention", layer.attention)) not in seen:
-                seen.add(name)
-                qkv = (layer.heads + 2 * layer.kv_heads) * layer.head_dim
-                floats += qkv if not family.rms_norm or family.name == "qwen2" else 0
-                floats += 0 if family.rms_norm else stack.hidden
-            if (name := (stack.name, "ffn", layer.feed_forward)) not in seen:
-                seen.add(name)
-                floats += 0 if family.rms_norm else layer.ffn + stack.hidden
-    hidden = shape.stacks[-1].hidden
-    floats += norm * hidden if family.final_norm else 0
-    square = _square(_head(shape, family))
-    total += square * formats.nbytes(shape.head_format, hidden, hidden)
-    floats += square * hidden + (shape.outputs if not family.causal else 0)
-    layers = sum(len(stack.layers) for stack in shape.stacks)
-    return total + _BYTES * floats + layers * _GRAPH_BYTES["layer"] + _GRAPH_BYTES["around"]
-
-
-def _activations(shape: ModelShape, workload: Workload) -> float:
-    """Most bytes of activations alive at once, and the keys and values of a language model's context."""
-    rows = workload.batch * workload.tokens
-    context = workload.tokens + workload.generated
-    alive = cached = 0
-    for stack in shape.stacks:
-        for layer in stack.layers:
-            width, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-            scores = workload.batch * layer.heads * workload.tokens**2
-            inner = max(rows * (width + 2 * kv) + 2 * scores, 2 * rows * layer.ffn)
-            alive = max(alive, 2 * rows * stack.hidden + inner)
-            cached += 2 * kv * workload.batch * context if stack.causal else 0
-    logits = rows * shape.outputs if shape.stacks[-1].causal else 0
-    return _BYTES * (max(alive, logits) + cached)

@@ -1,0 +1,110 @@
+"""What a shape takes up: bytes of its file, of its matrices as the kernels read them, and of its activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from autolite import formats
+from autolite.architecture import ModelShape, matmuls
+from autolite.errors import TargetError
+from autolite.families import FAMILIES, Head
+from autolite.measure import Workload
+
+BYTES = 4  # activations, norms, biases and positions are fp32
+_GRAPH_BYTES = {"layer": 1900, "around": 2100}  # names, shapes and attributes of the operators in the file
+
+
+def head_of(shape: ModelShape) -> Head | None:
+    """Return the head that a model of this shape has, None if it is a bare encoder."""
+    family = FAMILIES[shape.family]
+    if not shape.outputs:
+        return None
+    generates = family.causal and shape.outputs == shape.vocab
+    return next((head for head in family.heads if (head.pooling == "none") == generates), None)
+
+
+def square_layers(head: Head | None) -> int:
+    """Return the number of [hidden, hidden] matrices between the last layer and the head's own (BERT's pooler)."""
+    return len(head.dense) - 1 if head else 0
+
+
+def matrices(shape: ModelShape, kernels: Mapping[str, str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the bytes of each product's matrix by the name of its weights: in the file, and as the kernel reads it.
+
+    Args:
+        shape: of the model.
+        kernels: the number formats the target runs, and the kernel class that each is priced as.
+
+    Raises:
+        TargetError: if the target cannot run one of the model's number formats.
+    """
+    stored, read = {}, {}
+    for product in matmuls(shape):
+        if product.format not in kernels:
+            known = ", ".join(kernels)
+            raise TargetError(f"the target cannot run the number format '{product.format}'; it runs {known}")
+        stored[product.weights] = formats.nbytes(product.format, product.n, product.k)
+        # A format priced as another one's kernel is decoded to it when the model is loaded (kmeans4 to fp32).
+        kernel = kernels[product.format]
+        kernel = kernel if kernel in formats.FORMATS else product.format
+        read[product.weights] = formats.nbytes(kernel, product.n, product.k)
+    return stored, read
+
+
+def file_size(shape: ModelShape, stored: Mapping[str, int]) -> int:
+    """Return the bytes of the artifact: matrices and embedding in their formats, everything else in fp32, the graph.
+
+    `stored` are the bytes of the products' matrices, as `matrices` gives them first.
+    """
+    family = FAMILIES[shape.family]
+    hidden = shape.stacks[0].hidden
+    norm = 1 if family.rms_norm else 2
+    total = sum(stored.values())
+    floats = 0
+    if family.position:
+        floats += shape.positions * (hidden if family.patch else shape.embedding)
+    if family.token_type:
+        floats += (1 if family.positions_after_padding else 2) * shape.embedding
+    if family.embedding_norm:
+        floats += norm * shape.embedding
+    if family.embedding_projection or family.patch:
+        total += formats.nbytes(shape.embedding_format, hidden, shape.embedding)
+        floats += hidden * (2 if family.class_token else 1)
+    if shape.vocab and "embedding" not in stored:
+        total += formats.nbytes(shape.embedding_format, shape.vocab, shape.embedding)
+    seen: set[tuple[str, str, int]] = set()
+    for stack in shape.stacks:
+        norms = 2 * norm * stack.hidden + (2 * stack.layers[0].head_dim if family.query_norm else 0)
+        floats += norms * (1 if family.repeated else len(stack.layers))
+        for layer in stack.layers:
+            if (name := (stack.name, "attention", layer.attention)) not in seen:
+                seen.add(name)
+                qkv = (layer.heads + 2 * layer.kv_heads) * layer.head_dim
+                floats += qkv if not family.rms_norm or family.name == "qwen2" else 0
+                floats += 0 if family.rms_norm else stack.hidden
+            if (name := (stack.name, "ffn", layer.feed_forward)) not in seen:
+                seen.add(name)
+                floats += 0 if family.rms_norm else layer.ffn + stack.hidden
+    hidden = shape.stacks[-1].hidden
+    floats += norm * hidden if family.final_norm else 0
+    square = square_layers(head_of(shape))
+    total += square * formats.nbytes(shape.head_format, hidden, hidden)
+    floats += square * hidden + (shape.outputs if not family.causal else 0)
+    layers = sum(len(stack.layers) for stack in shape.stacks)
+    return total + BYTES * floats + layers * _GRAPH_BYTES["layer"] + _GRAPH_BYTES["around"]
+
+
+def activations(shape: ModelShape, workload: Workload) -> float:
+    """Return the most bytes of activations alive at once, and the keys and values of a language model's context."""
+    rows = workload.batch * workload.tokens
+    context = workload.tokens + workload.generated
+    alive = cached = 0
+    for stack in shape.stacks:
+        for layer in stack.layers:
+            width, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+            scores = workload.batch * layer.heads * workload.tokens**2
+            inner = max(rows * (width + 2 * kv) + 2 * scores, 2 * rows * layer.ffn)
+            alive = max(alive, 2 * rows * stack.hidden + inner)
+            cached += 2 * kv * workload.batch * context if stack.causal else 0
+    logits = rows * shape.outputs if shape.stacks[-1].causal else 0
+    return BYTES * (max(alive, logits) + cached)
