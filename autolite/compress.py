@@ -78,10 +78,10 @@ def compress(plan: Plan, context: Context, students: Path | None = None) -> Stud
     if students is None or not training(trained) or plan.steps[:first] != trained.steps:
         return _apply(plan, context.teacher, context)
     file = students / f"{trained.digest}-{_provenance(context)}.safetensors"
-    student = load_student(file, trained, context.teacher)
+    student = read_weights(file, trained, context.teacher)
     if student is None:
         student = _apply(trained, context.teacher, context)
-        save_student(student, file, context.teacher)
+        write_weights(student, file, context.teacher)
     return _apply(replace(plan, steps=plan.steps[first:]), student, context)
 
 
@@ -106,7 +106,7 @@ def _frame(shape: ModelShape, teacher: Student) -> Student:
     return Student(model, shape)
 
 
-def save_student(student: Student, file: Path, teacher: Student) -> None:
+def write_weights(student: Student, file: Path, teacher: Student) -> None:
     """Write the weights in which `student` differs from the teacher cut to its shape; whole or not at all.
 
     Raises:
@@ -121,8 +121,8 @@ def save_student(student: Student, file: Path, teacher: Student) -> None:
     write_atomically(file, save(changed, {"shape": json.dumps(student.shape.to_json())}))
 
 
-def load_student(file: Path, plan: Plan, teacher: Student) -> Student | None:
-    """Return the student that `save_student` wrote, bit for bit; None if there is none or the file is damaged."""
+def read_weights(file: Path, plan: Plan, teacher: Student) -> Student | None:
+    """Return the student that `write_weights` wrote, bit for bit; None if there is none or the file is damaged."""
     shape = shape_after(plan, teacher.shape)
     try:
         tensors = load(file.read_bytes())

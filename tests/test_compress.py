@@ -15,7 +15,7 @@ import torch
 from autolite import compress as compress_module
 from autolite import registry
 from autolite.architecture import ModelShape, shape_of
-from autolite.compress import canonical, compress, load_student, save_student, shape_after, student_plan
+from autolite.compress import canonical, compress, read_weights, write_weights, shape_after, student_plan
 from autolite.errors import PlanError, StorageError
 from autolite.plan import Plan, make_step
 from autolite.tasks.base import Split
@@ -103,7 +103,7 @@ def test_equal_students_are_trained_once(trainings: list[int], tmp_path: Path) -
 def test_a_stored_student_comes_back_bit_for_bit(family: str, tmp_path: Path) -> None:
     context = context_of(family)
     student = compress(PLAN, context, tmp_path)
-    back = load_student(next(tmp_path.iterdir()), PLAN, context.teacher)
+    back = read_weights(next(tmp_path.iterdir()), PLAN, context.teacher)
     assert back is not None
     assert same(back, student)
     assert shape_of(back.model) == student.shape
@@ -114,7 +114,7 @@ def test_shared_weights_are_stored_once(tmp_path: Path) -> None:
     plan = Plan((make_step("share", {"part": "all", "groups": 1}), *PLAN.steps))
     student = compress(plan, context, tmp_path)
     (file,) = tmp_path.iterdir()
-    back = load_student(file, plan, context.teacher)
+    back = read_weights(file, plan, context.teacher)
     assert back is not None
     assert same(back, student)
     assert len(list(back.model.parameters())) == len(list(student.model.parameters()))
@@ -175,7 +175,7 @@ def test_a_crash_while_writing_leaves_no_file(tmp_path: Path, monkeypatch: pytes
     student = compress(PLAN, context)
     monkeypatch.setattr(os, "replace", dies)
     with pytest.raises(StorageError, match="No space left on device; free some space"):
-        save_student(student, tmp_path / "student.safetensors", context.teacher)
+        write_weights(student, tmp_path / "student.safetensors", context.teacher)
     assert not list(tmp_path.iterdir())
 
 
