@@ -44,8 +44,9 @@ class Stack:
 class ModelShape:
     """A whole model in numbers: enough to price a plan, to rebuild a reshaped model, and to draw it.
 
-    `embedding` is the width of the token embedding (ALBERT's is below `hidden`); `outputs` the width of the head
-    (labels, or the vocabulary for a language model); `tied` says that the head reuses the embedding's matrix;
+    `embedding` is the width of the token embedding (ALBERT's is below `hidden`); `positions` the rows of the position
+    table, of which not every one need be usable (`autolite.families.usable_positions`); `outputs` the width of the
+    head (labels, or the vocabulary for a language model); `tied` says that the head reuses the embedding's matrix;
     `source_layers` gives, for each layer kept, the index of the teacher's layer it came from (one tuple a stack).
     """
 

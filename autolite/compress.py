@@ -16,9 +16,9 @@ from autolite.errors import ModelError
 from autolite.files import write_atomically
 from autolite.plan import Plan
 from autolite.surgery import clone, reshape
+from autolite.tasks.encoding import fingerprint
 from autolite.techniques.base import Context, Student
 from autolite.techniques.importance import weights_digest
-from autolite.techniques.teacher import fingerprint
 
 
 def shape_after(plan: Plan, shape: ModelShape) -> ModelShape:
@@ -94,7 +94,7 @@ def _apply(plan: Plan, student: Student, context: Context) -> Student:
 def _provenance(context: Context) -> str:
     """Name the teacher and the data by their content."""
     if "provenance" not in context.memory:
-        teacher, data = weights_digest(context.teacher.model), fingerprint(context.train)
+        teacher, data = weights_digest(context.teacher.model), fingerprint([context.train])
         context.memory["provenance"] = f"{teacher[:8]}-{data[:8]}"
     return str(context.memory["provenance"])
 

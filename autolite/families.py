@@ -271,6 +271,18 @@ def family_of(config: Any) -> Family:
     return family
 
 
+def usable_positions(config: Any) -> int:
+    """Return how many tokens a model with this transformers configuration takes at once; 10**9 if it sets no limit.
+
+    A position table can have more rows: RoBERTa counts from `pad_token_id` + 1, so that of 514 rows 512 serve.
+
+    Raises:
+        ModelError: if its `model_type` is of no known family.
+    """
+    rows = getattr(config, "max_position_embeddings", None) or 10**9
+    return int(rows - (config.pad_token_id + 1 if family_for(config.model_type).positions_after_padding else 0))
+
+
 def head_for(family: Family, class_name: str) -> Head | None:
     """Return the head of the transformers class called `class_name`, or None for a bare model without one.
 

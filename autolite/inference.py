@@ -14,6 +14,7 @@ from autolite import registry
 from autolite.errors import AutoliteError, InputError, ModelError
 from autolite.measure import Runner
 from autolite.tasks.base import DataSpec
+from autolite.tasks.encoding import max_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -146,8 +147,6 @@ def pipeline(task: str | Path, folder: str | Path | None = None, threads: int = 
         raise ModelError(f"{place / MANIFEST} names no artifact that can be run: {artifact!r}") from error
     runner = runtime.load(file, threads)
     tokenizer, config = _load_rest(place)
-    from autolite.tasks.text_classification import max_tokens
-
     limit = max_tokens(DataSpec(None), tokenizer, config, 10**9)
     return _KINDS.get(name, Pipeline)(name, runner, tokenizer, config, limit)
 

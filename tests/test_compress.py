@@ -15,7 +15,7 @@ import torch
 from autolite import compress as compress_module
 from autolite import registry
 from autolite.architecture import ModelShape, shape_of
-from autolite.compress import canonical, compress, read_weights, write_weights, shape_after, student_plan
+from autolite.compress import canonical, compress, read_weights, shape_after, student_plan, write_weights
 from autolite.errors import PlanError, StorageError
 from autolite.plan import Plan, make_step
 from autolite.tasks.base import Split

@@ -1,10 +1,20 @@
 from types import SimpleNamespace
 
 import pytest
-from transformers import AlbertConfig, BertConfig, CamembertConfig, MistralConfig, T5Config, XLMRobertaConfig
+from transformers import (
+    AlbertConfig,
+    BertConfig,
+    CamembertConfig,
+    GPT2Config,
+    MistralConfig,
+    RobertaConfig,
+    T5Config,
+    ViTConfig,
+    XLMRobertaConfig,
+)
 
 from autolite.errors import ModelError
-from autolite.families import FAMILIES, family_of, head_for
+from autolite.families import FAMILIES, family_of, head_for, usable_positions
 
 
 @pytest.mark.parametrize(
@@ -36,6 +46,19 @@ def test_an_unknown_family_is_named_with_the_list_of_known_ones() -> None:
 def test_a_variant_that_works_differently_is_refused(config: object, reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
         family_of(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (BertConfig(), 512),
+        (RobertaConfig(max_position_embeddings=514), 512),
+        (GPT2Config(n_positions=1024), 1024),
+        (ViTConfig(), 10**9),
+    ],
+)
+def test_a_position_table_may_have_rows_that_no_token_uses(config: object, positions: int) -> None:
+    assert usable_positions(config) == positions
 
 
 def test_heads_go_by_class_name() -> None:

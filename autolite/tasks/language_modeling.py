@@ -11,7 +11,7 @@ import numpy as np
 from autolite.errors import DataError
 from autolite.tasks import data
 from autolite.tasks.base import Batch, DataSpec, Split, TaskData
-from autolite.tasks.text_classification import fingerprint, max_tokens, pad
+from autolite.tasks.encoding import fingerprint, max_tokens, pad, padded_batches
 
 if TYPE_CHECKING:
     import torch
@@ -77,17 +77,12 @@ class LanguageModeling:
         return TaskData(train, search_half, selection_half, test, digest, notes=tuple(notes))
 
     def batches(self, split: Split, size: int, pad_id: int) -> Iterator[Batch]:
-        """Yield right-padded batches of up to `size` blocks, shortest first; the same ones every time."""
-        order = np.argsort([len(ids) for ids in split.input_ids], kind="stable")
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            rows = [split.input_ids[i] for i in chosen]
-            inputs = {
-                "input_ids": pad(rows, pad_id),
-                "attention_mask": pad([np.ones_like(row) for row in rows], 0),
-            }
-            labels = pad([np.append(row[1:], IGNORED) for row in rows], IGNORED)
-            yield Batch(inputs, labels, chosen)
+        """Return right-padded batches of up to `size` blocks, shortest first; the same ones every time."""
+
+        def shifted(chosen: np.ndarray) -> np.ndarray:
+            return pad([np.append(split.input_ids[i][1:], IGNORED) for i in chosen], IGNORED)
+
+        return padded_batches(split, size, pad_id, shifted)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the mean cross-entropy (nats) of `logits` [batch, tokens, vocab], over the `labels` that ask."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +11,7 @@ import numpy as np
 from autolite.errors import DataError
 from autolite.tasks import data, demo
 from autolite.tasks.base import Batch, DataSpec, Split, TaskData
+from autolite.tasks.encoding import fingerprint, max_tokens, padded_batches
 
 if TYPE_CHECKING:
     import torch
@@ -74,17 +74,8 @@ class TextClassification:
         return TaskData(train, search, selection, test, digest, labels=names, notes=(*notes, *cuts))
 
     def batches(self, split: Split, size: int, pad_id: int) -> Iterator[Batch]:
-        """Yield right-padded batches of up to `size` examples, shortest first; the same ones every time."""
-        order = np.argsort([len(ids) for ids in split.input_ids], kind="stable")
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            inputs = {
-                "input_ids": pad([split.input_ids[i] for i in chosen], pad_id),
-                "attention_mask": pad([np.ones_like(split.input_ids[i]) for i in chosen], 0),
-            }
-            if split.token_type_ids is not None:
-                inputs["token_type_ids"] = pad([split.token_type_ids[i] for i in chosen], 0)
-            yield Batch(inputs, split.labels[chosen], chosen)
+        """Return right-padded batches of up to `size` examples, shortest first; the same ones every time."""
+        return padded_batches(split, size, pad_id, lambda chosen: split.labels[chosen])
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the mean cross-entropy (nats) of `logits` [batch, classes] against `labels` [batch]."""
@@ -115,42 +106,6 @@ class TextClassification:
         best = int(logits.argmax())
         id2label = config["id2label"]  # JSON makes strings of the integer keys
         return [{"label": id2label.get(best, id2label.get(str(best))), "score": float(shifted[best] / shifted.sum())}]
-
-
-def max_tokens(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, config: Any, default: int) -> int:
-    """Return how many tokens an example may have: `spec.max_length`, else `default` or what the model can take.
-
-    Raises:
-        DataError: if `spec.max_length` is above the model's limit, or too small for special tokens and a word.
-    """
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 10**9
-    if "roberta" in config.model_type or config.model_type == "camembert":
-        positions -= config.pad_token_id + 1  # RoBERTa counts positions from the padding id on
-    limit = int(min(positions, tokenizer.model_max_length))
-    if spec.max_length is None:
-        return min(limit, default)
-    if not 4 <= spec.max_length <= limit:
-        raise DataError(f"a length of {spec.max_length} tokens is outside 4 to {limit}, which this model can take")
-    return spec.max_length
-
-
-def pad(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
-    """Return the rows as one int64 array [rows, longest], filled with `value` on the right."""
-    out = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return out
-
-
-def fingerprint(splits: Sequence[Split]) -> str:
-    """Return the SHA-256 over every split's name, lengths, ids, token types and labels, in hexadecimal."""
-    digest = hashlib.sha256()
-    for split in splits:
-        digest.update(split.name.encode())
-        digest.update(np.array([len(ids) for ids in split.input_ids], dtype="<i8").tobytes())
-        for rows in (split.input_ids, split.token_type_ids or [], [split.labels]):
-            digest.update(np.concatenate([*rows, np.zeros(0, np.int64)]).astype("<i8").tobytes())
-    return digest.hexdigest()
 
 
 def _label_names(config: Any) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from autolite.surgery import LayerParts, clone, layers_of
+from autolite.tasks.encoding import fingerprint
 from autolite.techniques.base import Context, Student
-from autolite.techniques.teacher import fingerprint, to_tensors
+from autolite.techniques.teacher import to_tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,7 +46,7 @@ def importance(student: Student, kind: Kind, context: Context) -> Importance:
     """
     if kind == "magnitude":
         return magnitude(student.model)
-    key = f"taylor-{weights_digest(student.model)}-{fingerprint(context.train)}-{context.seed}"
+    key = f"taylor-{weights_digest(student.model)}-{fingerprint([context.train])[:12]}-{context.seed}"
     if key not in context.memory:
         count = len(context.train)
         chosen = np.random.default_rng(context.seed).choice(count, min(EXAMPLES, count), replace=False)

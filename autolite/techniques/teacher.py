@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +15,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autolite.files import write_atomically
-from autolite.tasks.base import Batch, Split
+from autolite.tasks.base import Batch
+from autolite.tasks.encoding import fingerprint
 from autolite.techniques.base import Context
 
 if TYPE_CHECKING:
@@ -57,16 +57,6 @@ def forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor], hidden: boo
     with sdpa_kernel(SDPBackend.MATH) if short_on_cpu else nullcontext():
         output = model(**inputs, output_hidden_states=True) if hidden else model(**inputs)
     return output.logits, tuple(output.hidden_states[1:]) if hidden else ()
-
-
-def fingerprint(split: Split) -> str:
-    """Return 12 hexadecimal digits of the SHA-256 of the split's token ids, types and labels."""
-    digest = hashlib.sha256(np.array([len(ids) for ids in split.input_ids], dtype=np.int64).tobytes())
-    for arrays in (split.input_ids, split.token_type_ids or ()):
-        if len(arrays):
-            digest.update(np.concatenate(list(arrays)).astype(np.int64).tobytes())
-    digest.update(np.asarray(split.labels).tobytes())
-    return digest.hexdigest()[:12]
 
 
 class TeacherOutputs:
@@ -162,7 +152,7 @@ def teacher_outputs(context: Context, batch_size: int) -> TeacherOutputs:
 
     They are kept by batch size because a row's last bits depend on the batch it was computed in.
     """
-    key = f"teacher-{fingerprint(context.train)}-{batch_size}"
+    key = f"teacher-{fingerprint([context.train])[:12]}-{batch_size}"
     name = f"{key}-{context.device}"
     if name not in context.memory:
         model: Any = context.teacher.model

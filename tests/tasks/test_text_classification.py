@@ -13,14 +13,13 @@ from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     PreTrainedTokenizerFast,
-    RobertaConfig,
     pipeline,
 )
 
 from autolite import registry
 from autolite.errors import DataError
 from autolite.tasks.base import DataSpec, Split, TaskData
-from autolite.tasks.text_classification import TextClassification, max_tokens
+from autolite.tasks.text_classification import TextClassification
 
 TASK = TextClassification()
 
@@ -232,15 +231,6 @@ def test_long_texts_are_cut_at_the_models_limit_and_counted(tmp_path: Path, toke
     data = load(source, tokenizer)
     assert max(len(i) for s in (data.train, data.search, data.selection, data.test) for i in s.input_ids) == 32
     assert "texts are cut at 32 tokens (1 of 41 reach that)" in data.notes
-
-
-def test_the_default_length_is_what_tokenizer_and_model_can_take_but_no_more_than_asked(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    assert max_tokens(DataSpec("d"), tokenizer, bert_config(), 256) == 32
-    assert max_tokens(DataSpec("d"), tokenizer, RobertaConfig(max_position_embeddings=514), 1000) == 512
-    assert max_tokens(DataSpec("d"), tokenizer, RobertaConfig(max_position_embeddings=514), 256) == 256
-    assert max_tokens(DataSpec("d", max_length=7), tokenizer, bert_config(), 256) == 7
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20), size=st.integers(1, 7), typed=st.booleans())
