@@ -101,7 +101,7 @@ def read_file(path: Path) -> Table:
     """
     kind = _kind(path)
     if kind is None:
-        raise DataError(f"cannot tell the format of '{path}'; known: {', '.join(FORMATS)}, and each with .gz")
+        raise DataError(f"cannot tell the format of '{path}'; known: {', '.join(EXTENSIONS)}, and each with .gz")
     try:
         content = path.read_bytes()
         if path.suffix.lower() == ".gz":
@@ -126,7 +126,7 @@ def read_file(path: Path) -> Table:
 
 def _kind(path: Path) -> str | None:
     suffixes = [s.lower() for s in path.suffixes if s.lower() != ".gz"]
-    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
+    return suffixes[-1] if suffixes and suffixes[-1] in EXTENSIONS else None
 
 
 def _lines(text: str) -> list[str]:
@@ -205,7 +205,7 @@ READERS: dict[str, Callable[[str, Path], Columns]] = {
     ".tsv": _separated,
     ".txt": lambda text, _path: {"text": _lines(text)},
 }
-FORMATS = (*READERS, ".parquet")
+EXTENSIONS = (*READERS, ".parquet")
 
 
 def _read_folder(folder: Path) -> dict[str, Table]:

@@ -66,7 +66,7 @@ def read_corpus(stdlib: Path | None = None, parts: dict[str, tuple[str, ...]] | 
     for label, modules in (parts or PARTS).items():
         for file in sorted(f for module in modules for f in _sources(root, module)):
             for member, docstring in _docstrings(file, root):
-                for text in cut(docstring):
+                for text in passages(docstring):
                     found.setdefault(text.lower(), []).append(Passage(label, member, text))
     return sorted(min(same) for same in found.values() if len({p.label for p in same}) == 1)
 
@@ -76,10 +76,10 @@ def demo_model_path() -> Path:
     return Path(__file__).parent.parent / "demo"
 
 
-def cut(docstring: str) -> Iterator[str]:
+def passages(docstring: str) -> Iterator[str]:
     """Yield the docstring in passages of up to `PASSAGE_WORDS` words, cut between paragraphs where possible.
 
-    >>> list(cut("Return the   length of the proxy object, once more."))
+    >>> list(passages("Return the   length of the proxy object, once more."))
     ['Return the length of the proxy object, once more.']
     """
     words: list[str] = []

@@ -94,10 +94,10 @@ def test_what_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
 
 def test_long_docstrings_are_cut_between_paragraphs() -> None:
     paragraphs = [" ".join(f"{name}{i}" for i in range(40)) for name in "abc"]
-    assert list(demo.cut("\n\n".join(paragraphs))) == paragraphs
+    assert list(demo.passages("\n\n".join(paragraphs))) == paragraphs
     long = " ".join(map(str, range(150)))
-    assert [len(text.split()) for text in demo.cut(long)] == [64, 64, 22]
-    assert list(demo.cut("only a few words")) == []
+    assert [len(text.split()) for text in demo.passages(long)] == [64, 64, 22]
+    assert list(demo.passages("only a few words")) == []
 
 
 def test_no_module_of_the_library_is_imported_for_it() -> None:
