@@ -115,9 +115,9 @@ class LanguageModelingPipeline(Pipeline):
         return float(task.summary(total[0] / total[1]))
 
 
-_KINDS: dict[str, type[Pipeline]] = {
+_KINDS: dict[str, type[Pipeline]] = {  # by the task's `pipeline_tag`
     "text-classification": TextClassificationPipeline,
-    "language-modeling": LanguageModelingPipeline,
+    "text-generation": LanguageModelingPipeline,
 }
 
 
@@ -148,7 +148,7 @@ def pipeline(task: str | Path, folder: str | Path | None = None, threads: int = 
     runner = runtime.load(file, threads)
     tokenizer, config = _load_rest(place)
     limit = max_tokens(DataSpec(None), tokenizer, config, 10**9)
-    return _KINDS.get(name, Pipeline)(name, runner, tokenizer, config, limit)
+    return _KINDS.get(registry.get("task", name).pipeline_tag, Pipeline)(name, runner, tokenizer, config, limit)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from autolite.measure import Workload
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +76,7 @@ class TaskData:
 
     @property
     def p90_tokens(self) -> int:
-        """The 90th percentile of the training examples' lengths in tokens: the default workload."""
+        """The 90th percentile of the training examples' lengths in tokens."""
         return int(np.percentile([len(ids) for ids in self.train.input_ids], 90))
 
 
@@ -83,11 +85,17 @@ class Task(Protocol):
 
     name: str
     auto_class: str  # "AutoModelForSequenceClassification"
+    pipeline_tag: str  # the hub's name for what such a model does: "text-classification", "text-generation"
+    default_space: str  # name of the search space that suits its models best
     metric: str  # "accuracy", "perplexity"
     direction: Literal["maximize", "minimize"]
 
     def load(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, config: Any) -> TaskData:
         """Read, check and tokenise the data. Raises DataError naming the file, column, row or label."""
+        ...
+
+    def workload(self, data: TaskData) -> Workload:
+        """Return the call whose latency is meant unless the user names another."""
         ...
 
     def batches(self, split: Split, size: int, pad_id: int) -> Iterator[Batch]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from autolite.errors import DataError
+from autolite.measure import Workload
 from autolite.tasks import data
 from autolite.tasks.base import Batch, DataSpec, Split, TaskData
 from autolite.tasks.encoding import fingerprint, max_tokens, pad, padded_batches
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BLOCK = 256
+PROMPT = 128  # tokens of the default workload
 IGNORED = -100
 CHUNK = 10_000  # characters tokenised at once: a whole book in one call is slow, a line at a time makes other tokens
 
@@ -32,6 +34,8 @@ class LanguageModeling:
 
     name = "language-modeling"
     auto_class = "AutoModelForCausalLM"
+    pipeline_tag = "text-generation"
+    default_space = "decoder"
     metric = "perplexity"
     direction: Literal["maximize", "minimize"] = "minimize"
 
@@ -75,6 +79,10 @@ class LanguageModeling:
         )
         digest = fingerprint((train, search_half, selection_half, test))
         return TaskData(train, search_half, selection_half, test, digest, notes=tuple(notes))
+
+    def workload(self, data: TaskData) -> Workload:
+        """A prompt of 128 tokens, whatever the data's blocks are."""
+        return Workload(tokens=PROMPT)
 
     def batches(self, split: Split, size: int, pad_id: int) -> Iterator[Batch]:
         """Return right-padded batches of up to `size` blocks, shortest first; the same ones every time."""

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from autolite import registry
 from autolite.errors import DataError
+from autolite.measure import Workload
 from autolite.tasks.base import DataSpec, Split
 from autolite.tasks.language_modeling import LanguageModeling
 
@@ -76,6 +77,13 @@ def test_equal_seeds_give_equal_data(tmp_path: Path, tokenizer: PreTrainedTokeni
         for seed in (0, 0, 1)
     ]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_workload_is_a_prompt_whatever_the_blocks_are(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "book.txt").write_text(book(400))
+    data = TASK.load(DataSpec(str(tmp_path / "book.txt")), tokenizer, gpt2_config())
+    assert data.p90_tokens == 16
+    assert TASK.workload(data) == Workload(batch=1, tokens=128)
 
 
 def test_a_split_that_is_too_short_says_so(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -18,6 +18,7 @@ from transformers import (
 
 from autolite import registry
 from autolite.errors import DataError
+from autolite.measure import Workload
 from autolite.tasks.base import DataSpec, Split, TaskData
 from autolite.tasks.text_classification import TextClassification
 
@@ -73,6 +74,11 @@ def test_one_file_becomes_four_splits_that_share_nothing(tmp_path: Path, tokeniz
         "test: 20 rows, 10% cut from train by seed 0",
         "validation: 18 rows, 10% cut from train by seed 0",
     )
+
+
+def test_the_workload_is_a_text_than_which_nine_of_ten_are_no_longer() -> None:
+    split = Split("train", [np.arange(n) for n in range(1, 12)], None, np.zeros(11, np.int64))
+    assert TASK.workload(TaskData(split, split, split, split, "")) == Workload(batch=1, tokens=10)
 
 
 def test_equal_seeds_give_equal_data_and_other_seeds_and_contents_other_fingerprints(
