@@ -73,13 +73,12 @@ def load_student(folder: str | Path) -> tuple[PreTrainedModel, ModelShape]:
     return model, ModelShape.from_json(manifest["shape"])
 
 
-def load_model(model: str, task_auto_class: str, **overrides: Any) -> tuple[PreTrainedModel, Any]:
+def load_model(model: str, task_auto_class: str) -> tuple[PreTrainedModel, Any]:
     """Load a trained model in float32 and evaluation mode, and its tokenizer (None for images).
 
     Args:
         model: a folder, or a name on the Hugging Face hub.
         task_auto_class: the transformers class for the task, "AutoModelForSequenceClassification".
-        overrides: further arguments of `from_pretrained`.
 
     Raises:
         ModelError: if it is not found, of an unknown family, has pickle weights only, is corrupt, or its head for the
@@ -106,7 +105,7 @@ def load_model(model: str, task_auto_class: str, **overrides: Any) -> tuple[PreT
     head_for(family, kind.__name__)
     if folder.is_dir():
         _require_safetensors(folder)
-    loaded, missing = _load(auto, model, **overrides)
+    loaded, missing = _load(auto, model)
     body = f"{loaded.base_model_prefix}."
     if any(name.startswith(body) and "pooler" not in name for name in missing):
         raise ModelError(f"'{model}' is incomplete: {_some(missing)} are missing from its weights; download it again")
@@ -130,13 +129,12 @@ def _tokenizer(model: str, loaded: PreTrainedModel) -> Any:
     return tokenizer
 
 
-def _load(kind: Any, model: str, **overrides: Any) -> tuple[PreTrainedModel, set[str]]:
+def _load(kind: Any, model: str) -> tuple[PreTrainedModel, set[str]]:
     """Call `from_pretrained` safely; return the model and the names its weights lack."""
-    arguments = {"dtype": "float32", **overrides}
     try:
         with _quietly():
             loaded, info = kind.from_pretrained(
-                model, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **arguments
+                model, dtype="float32", use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
     except ModelError:
         raise

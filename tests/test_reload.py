@@ -211,7 +211,7 @@ def test_a_missing_folder_is_named(name: str) -> None:
 
 def test_a_name_that_the_hub_cannot_give_is_named() -> None:
     with pytest.raises(ModelError, match="'autolite-test/nothing-like-this'"):
-        load_model("autolite-test/nothing-like-this", CLASSIFIER, local_files_only=True)
+        load_model("autolite-test/nothing-like-this", CLASSIFIER)
 
 
 def test_pickle_weights_are_never_opened(teacher_folder: Path) -> None:
