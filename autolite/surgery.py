@@ -18,45 +18,7 @@ from transformers import PreTrainedModel
 from autolite.architecture import SOURCE_LAYERS, ModelShape, shape_of
 from autolite.errors import ModelError
 from autolite.families import Family, family_of
-from autolite.parts import (
-    EmbeddingParts,
-    HeadParts,
-    LayerParts,
-    Matrix,
-    Norm,
-    attention_paths,
-    embeddings_of,
-    ffn_paths,
-    head_of,
-    is_conv1d,
-    layer_modules,
-    layer_of,
-    layers_of,
-    matrices_of,
-    part,
-)
-
-__all__ = [
-    "EmbeddingParts",
-    "HeadParts",
-    "LayerParts",
-    "Matrix",
-    "Norm",
-    "attention_paths",
-    "clone",
-    "embeddings_of",
-    "ffn_paths",
-    "head_of",
-    "keep_heads",
-    "keep_layers",
-    "keep_neurons",
-    "layer_modules",
-    "layer_of",
-    "layers_of",
-    "matrices_of",
-    "reshape",
-    "share_layers",
-]
+from autolite.parts import attention_paths, ffn_paths, is_conv1d, layer_modules, layer_of, part
 
 
 def _select(module: Any, index: Tensor, side: Literal["out", "in"]) -> None:

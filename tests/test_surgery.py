@@ -13,21 +13,8 @@ from torch.nn import functional as F
 from autolite.architecture import shape_of
 from autolite.errors import ModelError
 from autolite.families import FAMILIES, family_of
-from autolite.surgery import (
-    LayerParts,
-    Matrix,
-    Norm,
-    clone,
-    embeddings_of,
-    head_of,
-    keep_heads,
-    keep_layers,
-    keep_neurons,
-    layers_of,
-    matrices_of,
-    reshape,
-    share_layers,
-)
+from autolite.parts import LayerParts, Matrix, Norm, embeddings_of, head_of, layers_of, matrices_of
+from autolite.surgery import clone, keep_heads, keep_layers, keep_neurons, reshape, share_layers
 from autolite.testing import PAD, tiny_inputs, tiny_model
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -17,9 +17,9 @@ from onnx import TensorProto
 from autolite.errors import ModelError, unknown
 from autolite.families import family_of
 from autolite.formats import Encoded
+from autolite.parts import EmbeddingParts, HeadParts, LayerParts, Norm, embeddings_of, head_of, layers_of
 from autolite.runtime.graph import CONTRIB, Graph
 from autolite.runtime.linear import linear, lookup
-from autolite.surgery import EmbeddingParts, HeadParts, LayerParts, Norm, embeddings_of, head_of, layers_of
 from autolite.techniques.base import Student
 
 FILE = "model.onnx"

@@ -9,8 +9,8 @@ from onnx import TensorProto
 
 from autolite.errors import ModelError
 from autolite.formats import GROUP, Encoded, encode
+from autolite.parts import Matrix
 from autolite.runtime.graph import CONTRIB, Graph
-from autolite.surgery import Matrix
 
 Rows = tuple[int, int]
 

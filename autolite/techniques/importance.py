@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from autolite.surgery import LayerParts, clone, layers_of
+from autolite.parts import LayerParts, layers_of
+from autolite.surgery import clone
 from autolite.tasks.encoding import fingerprint
 from autolite.techniques.base import Context, Student
 from autolite.techniques.teacher import to_tensors

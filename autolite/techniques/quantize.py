@@ -11,7 +11,7 @@ from autolite import formats, plan
 from autolite.architecture import ModelShape
 from autolite.errors import PlanError
 from autolite.formats import FORMATS
-from autolite.surgery import matrices_of
+from autolite.parts import matrices_of
 from autolite.techniques.base import Context, Student
 
 

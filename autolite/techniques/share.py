@@ -14,7 +14,8 @@ from autolite import plan
 from autolite.architecture import LayerShape, ModelShape, numbered
 from autolite.errors import PlanError
 from autolite.families import family_of
-from autolite.surgery import attention_paths, clone, ffn_paths, layer_modules, share_layers
+from autolite.parts import attention_paths, ffn_paths, layer_modules
+from autolite.surgery import clone, share_layers
 from autolite.techniques.base import Context, Student
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from autolite import surgery
+from autolite import parts, surgery
 from autolite.architecture import shape_of
 from autolite.errors import ModelError, StorageError
 from autolite.formats import decode, nbytes
@@ -41,7 +41,7 @@ def decoded(student: Student) -> PreTrainedModel:
     """A copy of the model that holds what its formats can represent."""
     model = surgery.clone(student.model)
     with torch.no_grad():
-        for group in surgery.matrices_of(model).values():
+        for group in parts.matrices_of(model).values():
             for key, matrix in group.items():
                 if key in student.encoded:
                     matrix.weight.copy_(decode(student.encoded[key]))
@@ -109,7 +109,7 @@ def test_shared_layers_are_stored_once(family: str, form: str, tmp_path: Path) -
     formats = {"attention": form, "ffn": form}
     whole = stored(emit(student_of(own, **formats), tmp_path / "own")[0])
     file = emit(student_of(shared, **formats), tmp_path / "shared")[0]
-    layers = surgery.layers_of(own)
+    layers = parts.layers_of(own)
     matrices = [m for layer in layers[:2] for m in layer.attention_matrices] + [*layers[0].ffn_matrices]
     saved = sum(nbytes(form, *m.weight.shape) + (0 if m.bias is None else m.bias.nbytes) for m in matrices)
     assert whole - stored(file) == saved
@@ -143,11 +143,11 @@ def test_codes_are_stored_as_they_were_encoded(tmp_path: Path) -> None:
     student = student_of(tiny_model("bert"), attention="int8", ffn="int4", embedding="int8", head="kmeans4")
     (file,) = emit(student, tmp_path)
     content = file.read_bytes()
-    layer = surgery.layers_of(student.model)[0]
+    layer = parts.layers_of(student.model)[0]
     merged = torch.cat([student.encoded[m.key].tensors["codes"] for m in (layer.query, layer.key, layer.value)])
     assert merged.T.contiguous().numpy().tobytes() in content
     assert student.encoded[layer.ffn_in.key].tensors["codes"].numpy().tobytes() in content
-    pooler = surgery.head_of(student.model).dense[0][0]
+    pooler = parts.head_of(student.model).dense[0][0]
     assert student.encoded[pooler.key].tensors["codes"].numpy().tobytes() in content
 
 

@@ -12,10 +12,10 @@ import torch
 
 from autolite.errors import ModelError
 from autolite.formats import FORMATS, GROUP, decode, encode
+from autolite.parts import Matrix
 from autolite.runtime.graph import Graph
 from autolite.runtime.linear import linear, lookup
 from autolite.runtime.onnxruntime import OnnxRuntime
-from autolite.surgery import Matrix
 
 widths = pytest.mark.parametrize("k", [32, 64, 45, 7], ids="k={}".format)
 formats = pytest.mark.parametrize("form", FORMATS)

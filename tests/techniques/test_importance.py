@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from autolite.families import family_of
-from autolite.surgery import keep_neurons, layer_modules, share_layers
+from autolite.parts import layer_modules
+from autolite.surgery import keep_neurons, share_layers
 from autolite.techniques.base import Context
 from autolite.techniques.importance import importance, magnitude, taylor, weights_digest
 

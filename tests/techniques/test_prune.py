@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from autolite.architecture import LayerShape, ModelShape, Stack, shape_of
 from autolite.errors import PlanError
 from autolite.families import FAMILIES, family_of
+from autolite.parts import layer_modules
 from autolite.plan import make_step
-from autolite.surgery import layer_modules, share_layers
+from autolite.surgery import share_layers
 from autolite.techniques.base import Context, Student
 from autolite.techniques.importance import importance
 from autolite.techniques.prune import Prune, PruneConfig, kept_heads, kept_layers, kept_neurons

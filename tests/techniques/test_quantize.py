@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from autolite import surgery
+from autolite import parts, surgery
 from autolite.architecture import shape_of
 from autolite.errors import PlanError
 from autolite.formats import decode
@@ -34,7 +34,7 @@ def quantize(student: Student, config: QuantizeConfig) -> Student:
 def test_every_matrix_is_encoded_in_the_format_of_its_group(family: str) -> None:
     student = student_of(family)
     result = quantize(student, ALL)
-    groups = surgery.matrices_of(student.model)
+    groups = parts.matrices_of(student.model)
     found = {group: {result.encoded[key].format for key in matrices} for group, matrices in groups.items()}
     assert found == {"attention": {"int4"}, "ffn": {"kmeans4"}, "embedding": {"int8"}, "head": {"int8"}}
     assert set(result.encoded) == {key for matrices in groups.values() for key in matrices}
@@ -67,7 +67,7 @@ def test_fp32_encodes_nothing_and_a_later_step_replaces_an_earlier_one() -> None
     assert not quantize(student, QuantizeConfig()).encoded
     again = quantize(quantize(student, ALL), QuantizeConfig(attention="int8"))
     assert {e.format for e in again.encoded.values()} == {"int8"}
-    assert set(again.encoded) == set(surgery.matrices_of(student.model)["attention"])
+    assert set(again.encoded) == set(parts.matrices_of(student.model)["attention"])
 
 
 def test_shared_matrices_are_encoded_once() -> None:

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from autolite.architecture import LayerShape, ModelShape, Stack, shape_of
 from autolite.errors import PlanError
 from autolite.families import FAMILIES
+from autolite.parts import layers_of
 from autolite.plan import make_step
-from autolite.surgery import keep_neurons, layers_of
+from autolite.surgery import keep_neurons
 from autolite.techniques.base import Student
 from autolite.techniques.share import Share, ShareConfig
 from autolite.testing import tiny_inputs, tiny_model
