@@ -14,7 +14,7 @@ BYTES = 4  # activations, norms, biases and positions are fp32
 _GRAPH_BYTES = {"layer": 1900, "around": 2100}  # names, shapes and attributes of the operators in the file
 
 
-def head_of(shape: ModelShape) -> Head | None:
+def head_of_shape(shape: ModelShape) -> Head | None:
     """Return the head that a model of this shape has, None if it is a bare encoder."""
     family = FAMILIES[shape.family]
     if not shape.outputs:
@@ -87,7 +87,7 @@ def file_size(shape: ModelShape, stored: Mapping[str, int]) -> int:
                 floats += 0 if family.rms_norm else layer.ffn + stack.hidden
     hidden = shape.stacks[-1].hidden
     floats += norm * hidden if family.final_norm else 0
-    square = square_layers(head_of(shape))
+    square = square_layers(head_of_shape(shape))
     total += square * formats.nbytes(shape.head_format, hidden, hidden)
     floats += square * hidden + (shape.outputs if not family.causal else 0)
     layers = sum(len(stack.layers) for stack in shape.stacks)

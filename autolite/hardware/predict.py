@@ -22,7 +22,7 @@ from autolite import formats
 from autolite.architecture import LayerShape, MatMul, ModelShape, Stack, matmuls
 from autolite.errors import TargetError
 from autolite.families import FAMILIES, Family
-from autolite.hardware.footprint import BYTES, activations, file_size, head_of, matrices, square_layers
+from autolite.hardware.footprint import BYTES, activations, file_size, head_of_shape, matrices, square_layers
 from autolite.hardware.profile import Number, Profile, growth
 from autolite.measure import Measurement, Workload
 
@@ -264,7 +264,7 @@ def _pass(
 ) -> _Time:
     """Time of one pass over `tokens` new tokens a sequence that attend to `context` tokens, themselves included."""
     time = _Time(speeds, float(sum(weights.values())))
-    head = head_of(shape)
+    head = head_of_shape(shape)
     pooled = head is not None and head.pooling != "none"
     rows = batch * tokens
     tables = 1 + bool(family.position) + bool(family.token_type)
