@@ -81,7 +81,7 @@ class LanguageModeling:
         return TaskData(train, search_half, selection_half, test, digest, notes=tuple(notes))
 
     def workload(self, data: TaskData) -> Workload:
-        """A prompt of 128 tokens, whatever the data's blocks are."""
+        """Return a call for one prompt of 128 tokens, whatever the length of the data's blocks."""
         return Workload(tokens=PROMPT)
 
     def batches(self, split: Split, size: int, pad_id: int) -> Iterator[Batch]:

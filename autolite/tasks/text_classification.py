@@ -77,7 +77,7 @@ class TextClassification:
         return TaskData(train, search, selection, test, digest, labels=names, notes=(*notes, *cuts))
 
     def workload(self, data: TaskData) -> Workload:
-        """Nine of ten of the data's own texts are no longer than this one."""
+        """Return a call for one text of the 90th percentile of the training examples' lengths."""
         return Workload(tokens=data.p90_tokens)
 
     def batches(self, split: Split, size: int, pad_id: int) -> Iterator[Batch]:
