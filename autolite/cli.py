@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -97,8 +99,6 @@ def search(as_json: bool, quiet: bool, **options: Any) -> None:
     Exit codes: 0 a front; 3 no candidate meets the constraints (nearest misses written);
                 2 bad usage or input; 130 interrupted, front written.
     """
-    import json
-
     import autolite
     from autolite.front import read_front
     from autolite.report.live import watch
@@ -109,14 +109,18 @@ def search(as_json: bool, quiet: bool, **options: Any) -> None:
         with watch(console, quiet=quiet, as_json=as_json) as observer:
             result = autolite.search(**options, observer=observer)
     except KeyboardInterrupt:
+        if as_json:
+            click.echo(json.dumps({"event": "interrupted"}))
         click.echo("interrupted: what was found is kept; the same command goes on from here", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except NoCandidateError as error:
-        if error.run is not None and not quiet and not as_json:
+        if error.run is not None and as_json:
+            click.echo(_front_event(error.run))
+        elif error.run is not None and not quiet:
             console.print(misses_table(read_front(error.run)))
         raise
     if as_json:
-        click.echo(json.dumps({"event": "front", "path": str(result.path), **result.front.to_json()}))
+        click.echo(_front_event(result.path))
     elif quiet:
         click.echo(result.path)
     else:
@@ -124,6 +128,10 @@ def search(as_json: bool, quiet: bool, **options: Any) -> None:
         spent = result.front.budget
         click.echo(f"{result.path}/front.json: {len(result.front)} candidates after {spent['spent_seconds']:.0f} s")
         click.echo(f"next: autolite export {result.path} --max-drop 1% deploy/")
+
+
+def _front_event(run: Path) -> str:
+    return json.dumps({"event": "front", "path": str(run), **json.loads((run / "front.json").read_text("utf-8"))})
 
 
 @main.command()
@@ -137,9 +145,6 @@ def front(run: str, as_json: bool) -> None:
     Example:
       autolite front runs/demo-pixel8
     """
-    import json
-    from pathlib import Path
-
     from autolite.front import read_front
     from autolite.report.tables import front_table, misses_table
 
@@ -169,8 +174,6 @@ def export(run: str, out: str, max_drop: str | None, max_latency: str | None, ma
       autolite export runs/demo-pixel8 --max-drop 1% deploy/
       autolite export runs/demo-pixel8 --max-drop 3% --by size deploy-small/
     """
-    from pathlib import Path
-
     from autolite.front import Result
     from autolite.search.settings import parse_bytes, parse_fraction, parse_milliseconds
 
@@ -210,7 +213,12 @@ def targets(context: click.Context) -> None:
 @click.argument("name")
 @_reported
 def show_target(name: str) -> None:
-    """Show every number of a target with its source; "local" measures this machine first."""
+    r"""Show every number of a target with its source; "local" measures this machine first.
+
+    \b
+    Example:
+      autolite targets show raspberry-pi-5
+    """
     from autolite.hardware import load_target
     from autolite.report.tables import profile_table
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from autolite.files import sha256
 from autolite.formats import decode
 from autolite.front import Candidate, write_json
+from autolite.parts import matrices_of
 from autolite.reload import save_student
-from autolite.surgery import clone, matrices_of
+from autolite.surgery import clone
+from autolite.tasks.base import Task
 from autolite.techniques.base import Student
 
 if TYPE_CHECKING:
@@ -26,19 +28,13 @@ class Provenance:
     """What a candidate came from: enough to make it again."""
 
     model: str
-    task: str
+    task: Task
     target: str
     workload: str
     data_fingerprint: str
     versions: dict[str, str]
     tokenizer: PreTrainedTokenizerBase
     inputs: tuple[str, ...]
-
-
-def sha256(file: Path) -> str:
-    """Return the SHA-256 of a file's content, hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def decoded(student: Student) -> PreTrainedModel:
@@ -64,7 +60,7 @@ def write_candidate(folder: Path, student: Student, candidate: Candidate, made: 
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "id": candidate.id,
-        "task": made.task,
+        "task": made.task.name,
         "plan": candidate.plan.to_json(),
         "plan_digest": candidate.plan.digest,
         "shape": student.shape.to_json(),
@@ -89,7 +85,7 @@ def _card(candidate: Candidate, made: Provenance) -> str:
     return f"""---
 base_model: {made.model}
 library_name: autolite
-pipeline_tag: {made.task if made.task == "text-classification" else "text-generation"}
+pipeline_tag: {made.task.pipeline_tag}
 ---
 # {candidate.id}: {Path(made.model).name}, compressed by AutoLite for {made.target}
 
@@ -114,15 +110,9 @@ autolite.pipeline(".")("some text")                    # ONNX Runtime
 import onnxruntime                                       # plain
 session = onnxruntime.InferenceSession("{file}")         # int64 input_ids, attention_mask{call} -> float32 logits
 
-from transformers import AutoTokenizer, {_auto_class(made.task)}
-model = {_auto_class(made.task)}.from_pretrained(".")    # after `import autolite`
+from transformers import AutoTokenizer, {made.task.auto_class}
+model = {made.task.auto_class}.from_pretrained(".")    # after `import autolite`
 ```
 
 Plan {candidate.plan.digest}, seed {candidate.plan.seed}; autolite.json has the whole plan, versions and checksums.
 """
-
-
-def _auto_class(task: str) -> str:
-    from autolite import registry
-
-    return str(registry.get("task", task).auto_class)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from autolite.errors import InputError, NoCandidateError, RunError
+from autolite.files import write_atomically
 from autolite.measure import Measurement
 from autolite.plan import Plan
 from autolite.store import storage_errors
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
+MEASURED = ("latency_ms", "p90_ms", "faster", "size_bytes", "memory_bytes", "energy_mj", "ttft_ms", "tokens_per_second")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,32 +56,36 @@ class Constraints:
     max_memory_bytes: float | None = None
     strict: bool = False
 
-    def violations(self, candidate: Candidate) -> dict[str, float]:
-        """Return by how much each constraint is violated, relative to its limit; empty if all hold."""
-        kept = candidate.kept.low if self.strict else candidate.kept.value
+    def excesses(self, candidate: Candidate) -> dict[str, float]:
+        """Return for each limit that is set how far the candidate is beyond it, relative to the limit; <= 0 holds."""
         found: dict[str, float] = {}
-        if self.max_drop is not None and kept < 1 - self.max_drop - 1e-9:
+        if self.max_drop is not None:
+            kept = candidate.kept.low if self.strict else candidate.kept.value
             found["max_drop"] = 1 - self.max_drop - kept
-        quality = candidate.quality
         if self.min_quality is not None:
-            gap = self.min_quality - quality.value
-            gap = gap if quality.direction == "maximize" else -gap
-            if gap > 1e-9:
-                found["min_quality"] = gap / max(abs(self.min_quality), 1e-9)
+            sign = 1 if candidate.quality.direction == "maximize" else -1
+            found["min_quality"] = (
+                sign * (self.min_quality - candidate.quality.value) / max(abs(self.min_quality), 1e-9)
+            )
         limits = (
             ("max_latency", self.max_latency_ms, candidate.latency_ms.value),
             ("max_size", self.max_size_bytes, candidate.size_bytes.value),
             ("max_memory", self.max_memory_bytes, candidate.memory_bytes.value),
         )
-        for name, limit, value in limits:
-            if limit is not None and value > limit:
-                found[name] = value / limit - 1
-        return found
+        return found | {name: value / limit - 1 for name, limit, value in limits if limit is not None}
+
+    def violations(self, candidate: Candidate) -> dict[str, float]:
+        """Return the excesses of the limits that are violated; empty if all hold."""
+        return {name: excess for name, excess in self.excesses(candidate).items() if excess > 1e-9}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One compressed model, confirmed: its folder, what was done to it, and what it is worth."""
+    """One compressed model, confirmed: its folder, what was done to it, and what it is worth.
+
+    `ties` are the candidates of the front whose intervals of quality kept overlap with this one's: between them the
+    data cannot tell which is better.
+    """
 
     id: str
     path: str
@@ -93,8 +98,10 @@ class Candidate:
     size_bytes: Measurement
     memory_bytes: Measurement
     energy_mj: Measurement
+    p90_ms: Measurement | None = None
     ttft_ms: Measurement | None = None
     tokens_per_second: Measurement | None = None
+    ties: tuple[str, ...] = ()
     artifacts: tuple[dict[str, Any], ...] = ()
     seeds: tuple[int, ...] = (0,)
     stage: str = "confirm"
@@ -107,13 +114,17 @@ class Candidate:
             value = getattr(self, field.name)
             if field.name not in ("id", "path", "plan"):
                 data[field.name] = asdict(value) if hasattr(value, "__dataclass_fields__") else value
-        return {**data, "artifacts": list(self.artifacts), "seeds": list(self.seeds)}
+        return {**data, "artifacts": list(self.artifacts), "seeds": list(self.seeds), "ties": list(self.ties)}
+
+    def measurements(self) -> list[Measurement]:
+        """Return every number that it has."""
+        found = (getattr(self, name) for name in MEASURED)
+        return [number for number in found if number is not None]
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Candidate:
         """Rebuild a candidate from `to_json`'s form."""
-        names = ("latency_ms", "faster", "size_bytes", "memory_bytes", "energy_mj", "ttft_ms", "tokens_per_second")
-        measured: dict[str, Any] = {name: Measurement(**data[name]) if data[name] else None for name in names}
+        measured: dict[str, Any] = {name: Measurement(**data[name]) if data[name] else None for name in MEASURED}
         return cls(
             id=data["id"],
             path=data["path"],
@@ -123,6 +134,7 @@ class Candidate:
             kept=Interval(**data["kept"]),
             artifacts=tuple(data["artifacts"]),
             seeds=tuple(data["seeds"]),
+            ties=tuple(data["ties"]),
             stage=data["stage"],
             **measured,
         )
@@ -263,13 +275,18 @@ class PickedCandidate:
             InputError: if `out` exists and is not an empty folder.
             RunError: if the candidate's folder is not there any more.
         """
-        target = Path(out)
+        target = Path(out).expanduser()
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise InputError(f"{target} exists and is not an empty folder: choose another, or remove it first")
         if not self.folder.is_dir():
             raise RunError(f"the candidate's folder {self.folder} is gone: run the search again to make it anew")
+        part = target.with_name(f".{target.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
         with storage_errors(str(target)):
-            shutil.copytree(self.folder, target, dirs_exist_ok=True)
+            shutil.copytree(self.folder, part)
+            if target.exists():
+                target.rmdir()
+            part.replace(target)
         return target
 
 
@@ -286,16 +303,10 @@ def read_front(run: Path) -> Front:
         raise RunError(f"{run} has no front.json: the search has not ended; type the same search command to go on")
     try:
         return Front.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{file} cannot be read ({error!r}): type the same search command to write it anew") from error
 
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON so that `path` is either the old file or the whole new one, even after `kill -9`."""
-    part = path.with_name(path.name + ".part")
-    with storage_errors(str(path)):
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+    write_atomically(path, json.dumps(data, indent=1, allow_nan=False).encode())

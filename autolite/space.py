@@ -76,7 +76,7 @@ class Setting(BaseModel):
         return (self.low, self.high)
 
 
-class Trials(BaseModel):
+class StageLimits(BaseModel):
     """How many trials a stage runs at most under a time budget, and how much training each gets by default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -92,7 +92,7 @@ class Space(BaseModel):
     name: str
     description: str
     steps: tuple[dict[str, dict[str, Setting | Scalar]], ...]
-    stages: dict[Stage, Trials]
+    stages: dict[Stage, StageLimits]
     start: tuple[dict[str, Scalar], ...] = ()
 
     @property

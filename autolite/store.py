@@ -66,27 +66,31 @@ class ArtifactOfPlan(Base):
     sha256: Mapped[str] = mapped_column(ForeignKey("autolite_artifact.sha256"), primary_key=True)
 
 
+FULL = "the disk is full while writing {}: free some space and type the same command again; what was found is kept"
+
+
 @contextmanager
 def storage_errors(what: str) -> Iterator[None]:
-    """Turn a full disk or a broken database into one clear StorageError or RunError."""
+    """Turn a full disk, a file that cannot be written or a broken database into one clear StorageError or RunError."""
     try:
-        yield
+        try:
+            yield
+        except Exception as error:
+            # Optuna hides SQLAlchemy's error behind one of its own, which says nothing.
+            if type(error).__name__ == "StorageInternalError" and error.__cause__ is not None:
+                raise error.__cause__ from None
+            raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(
-                f"the disk is full while writing {what}: free some space and type the same command again; "
-                "every finished trial is kept"
-            ) from error
-        raise
+        # shutil gathers the errors of a copied tree in a list and has no errno of its own.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or f"[Errno {errno.ENOSPC}]" in str(error):
+            raise StorageError(FULL.format(what)) from error
+        raise StorageError(f"{what} cannot be read or written: {error}") from error
     except (ArgumentError, NoSuchModuleError) as error:
         raise StorageError(f"not a usable storage URL for {what}: {error}") from error
     except DatabaseError as error:
         reason = str(error.orig or error).splitlines()[0]
         if "full" in reason:
-            raise StorageError(
-                f"the disk is full while writing {what}: free some space and type the same command again; "
-                "every finished trial is kept"
-            ) from error
+            raise StorageError(FULL.format(what)) from error
         if any(text in reason for text in ("not a database", "malformed", "no such table", "no such column")):
             raise RunError(
                 f"{what} is not a readable study ({reason}): move it away, or choose another directory with --out"

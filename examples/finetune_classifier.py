@@ -22,6 +22,7 @@ from autolite.errors import AutoliteError
 from autolite.tasks import data
 from autolite.tasks.base import Batch, DataSpec, Split
 from autolite.tasks.text_classification import TextClassification
+from autolite.techniques.teacher import autocast, to_tensors
 
 TASK = TextClassification()
 POOL = 50  # batches shuffled together before they are sorted by length: random order, little padding
@@ -49,25 +50,15 @@ def shuffled(split: Split, size: int, pad_id: int, rng: random.Random) -> Iterat
     yield from batches
 
 
-def tensors(batch: Batch, device: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    inputs = {name: torch.from_numpy(array).to(device) for name, array in batch.inputs.items()}
-    return inputs, torch.from_numpy(batch.labels).to(device)
-
-
 def accuracy(model: PreTrainedModel, splits: list[Split], size: int, pad_id: int, device: str) -> float:
     """Return the accuracy over all `splits` together."""
     model.train(False)
     total = np.zeros(2)
     with torch.inference_mode():
         for batch in (b for split in splits for b in TASK.batches(split, size, pad_id)):
-            inputs, _ = tensors(batch, device)
+            inputs, _ = to_tensors(batch, device)
             total += TASK.score_examples(model(**inputs).logits.float().cpu().numpy(), batch.labels).sum(0)
     return TASK.summary(float(total[0] / total[1]))
-
-
-def has_bfloat16(device: str) -> bool:
-    """Whether the processor multiplies bfloat16 in hardware; elsewhere autocast only costs time."""
-    return torch.cuda.is_bf16_supported() if device == "cuda" else bool(torch.cpu._is_avx512_bf16_supported())
 
 
 @click.command()
@@ -129,8 +120,8 @@ def main(
     for epoch in range(1, epochs + 1):
         model.train()
         for batch in shuffled(train, batch_size, pad_id, rng):
-            inputs, labels = tensors(batch, device)
-            with torch.autocast(device, torch.bfloat16, enabled=has_bfloat16(device)):
+            inputs, labels = to_tensors(batch, device)
+            with autocast(device):
                 logits = model(**inputs).logits
             loss = TASK.loss(logits, labels)
             optimizer.zero_grad()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import sqlite3
 from pathlib import Path
 
+import optuna
 import pytest
 
 from autolite.errors import RunError, StorageError
 from autolite.measure import Measurement
-from autolite.store import Store
+from autolite.store import Store, storage_errors
 
 
 def url(folder: Path) -> str:
@@ -41,6 +44,34 @@ def test_an_artifact_of_two_plans_is_stored_once(tmp_path: Path) -> None:
     store = Store(url(tmp_path), "run")
     for digest in ("one", "two", "one"):
         store.add_artifact(digest, file, "hash")
+    store.close()
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        count = {
+            table: database.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+            for table in ("autolite_artifact", "autolite_plan_artifact")
+        }
+    assert count == {"autolite_artifact": 1, "autolite_plan_artifact": 2}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Quota")])
+def test_a_full_disk_is_named_with_the_remedy(error: OSError) -> None:
+    with pytest.raises(StorageError, match=r"disk is full .*free some space"), storage_errors("runs/x"):
+        raise error
+
+
+def test_a_full_database_is_named_through_what_optuna_makes_of_it(tmp_path: Path) -> None:
+    storage = optuna.storages.RDBStorage(url(tmp_path))
+    study = optuna.create_study(storage=storage)
+    with storage.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA max_page_count = 1")
+
+    def fill() -> None:
+        with storage_errors(url(tmp_path)):
+            for _ in range(200):
+                study.ask().set_user_attr("large", "x" * 2000)
+
+    with pytest.raises(StorageError, match="disk is full"):
+        fill()
 
 
 def test_a_file_that_is_no_database_is_named_with_the_remedy(tmp_path: Path) -> None:

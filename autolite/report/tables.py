@@ -40,8 +40,17 @@ def front_table(front: Front) -> Group:
     for head in ("id", f"{teacher[scored]['split']} {metric}", "kept", "latency ms", "faster", "size", "smaller"):
         # On a narrow terminal the intervals go below their values.
         table.add_column(head, justify="left" if head == "id" else "right", no_wrap=head not in ("kept", "latency ms"))
-    latency, whole = f"{base['latency_ms']['value']:.3g}", base["size_bytes"]["value"]
-    table.add_row("teacher", f"{teacher[scored]['value']:.4g}", "", latency, "", size(whole), "", style="dim")
+    whole = base["size_bytes"]["value"]
+    table.add_row(
+        "teacher",
+        f"{teacher[scored]['value']:.4g}",
+        "",
+        f"{base['latency_ms']['value']:.3g}",
+        "",
+        size(whole),
+        "",
+        style="dim",
+    )
     for c in front:
         kept, latency = c.kept, c.latency_ms
         table.add_row(
@@ -53,7 +62,11 @@ def front_table(front: Front) -> Group:
             size(c.size_bytes.value),
             f"{whole / c.size_bytes.value:.2f}x",
         )
-    return Group(table, *(Text(f"{c.id}  {c.plan.describe()}") for c in front))
+    notes = [f"{c.id}  {c.plan.describe()}" for c in front]
+    tied = sorted({c.id for c in front if c.ties})
+    if tied:
+        notes.append(f"In quality the data cannot tell these apart: {', '.join(tied)}")
+    return Group(table, *map(Text, notes))
 
 
 def misses_table(front: Front) -> Table:

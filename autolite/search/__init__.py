@@ -70,6 +70,7 @@ def search(
         RunError: if the run's folder belongs to another search.
         NoCandidateError: if no candidate meets the constraints; the nearest misses are in `front.json`.
     """
+    from autolite import registry
     from autolite.errors import InputError
     from autolite.front import Constraints
     from autolite.search.progress import silent
@@ -81,14 +82,13 @@ def search(
     if (model is None) != (data is None):
         missing = "data" if data is None else "model"
         raise InputError(f"{missing} is missing: give both a model and data, or neither for the embedded demo")
-    causal = task == "language-modeling"
     settings = Settings(
         target=target,
         out=Path(out) if out else Path("runs") / f"{name}-{Path(target).stem}",
         model=None if model is None else str(model),
         data=DataSpec(None if data is None else str(data), text, text_pair, label, max_length, seed),
         task=task,
-        space=space or ("decoder" if causal else "quick" if model is None else "default"),
+        space=space or ("quick" if model is None else registry.get("task", task).default_space),
         budget=parse_budget(budget or (DEMO_BUDGET if model is None else DEFAULT_BUDGET)),
         constraints=Constraints(
             None if max_drop is None else parse_fraction(max_drop, "--max-drop"),

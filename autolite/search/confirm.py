@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -23,7 +22,7 @@ TIMING_SECONDS = 4.0
 
 
 def confirm(
-    problem: Problem, plan: Plan, store: Store, progress: Callable[[int, int], None], stage: str = "confirm"
+    problem: Problem, plan: Plan, progress: Callable[[int, int], None], stage: str = "confirm"
 ) -> tuple[Candidate, Evaluation]:
     """Make a candidate of a plan: its whole folder under `candidates/`, and its entry for the front.
 
@@ -35,7 +34,7 @@ def confirm(
     part = settings.out / "candidates" / f".{name}"
     shutil.rmtree(part, ignore_errors=True)
     found = evaluate(problem, plan, "selection", part, progress)
-    teacher = problem.teacher_score("selection", store)
+    teacher = problem.teacher_score("selection")
     runtime = f"{problem.runtime.name} {problem.runtime.version}"
     numbers = {
         **found.predicted,
@@ -58,14 +57,13 @@ def confirm(
         energy_mj=numbers["energy_mj"],
         ttft_ms=numbers.get("ttft_ms"),
         tokens_per_second=numbers.get("tokens_per_second"),
+        p90_ms=numbers.get("p90_ms"),
         artifacts=({"runtime": problem.runtime.name, "version": problem.runtime.version, "files": files},),
         seeds=(plan.seed,),
         stage=stage,
     )
     with storage_errors(str(part)):
         export.write_candidate(part, found.student, candidate, provenance(problem))
-    for file in found.files:
-        store.add_artifact(plan.digest, file, export.sha256(file))
     final = settings.out / candidate.path
     shutil.rmtree(final, ignore_errors=True)
     part.replace(final)
@@ -81,17 +79,9 @@ def score_on_test(problem: Problem, candidate: Candidate, store: Store) -> Quali
         runner = problem.runtime.load(file, threads=scoring_threads())
         scored = score(runner, problem.task, problem.data.test, problem.context.pad_id)
         found = quality(scored, problem.task, "test", problem.settings.seed)
-        teacher = problem.teacher_score("test", store)
-        fraction = kept(scored, teacher, problem.task, problem.settings.seed)
-        known = {"quality": _plain(found), "kept": _plain(fraction)}
+        known = asdict(found)
         store.put(key, known)
-    return Quality(**known["quality"])
-
-
-def _plain(value: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(value)
+    return Quality(**known)
 
 
 def _measure(problem: Problem, found: Evaluation, runtime: str) -> dict[str, Measurement]:
@@ -121,4 +111,4 @@ def _measure(problem: Problem, found: Evaluation, runtime: str) -> dict[str, Mea
         numbers["ttft_ms"] = replace(measured["latency_ms"], metric="ttft_ms")
     if workload.generated:  # the artifact has no key/value cache yet: what it generates is only predicted
         return numbers
-    return {**numbers, "latency_ms": measured["latency_ms"], "faster": ratio}
+    return {**numbers, **measured, "faster": ratio}

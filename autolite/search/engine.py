@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
+import shutil
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from optuna.trial import TrialState
+
 from autolite.compress import canonical, student_plan
 from autolite.errors import PlanError
+from autolite.files import sha256
+from autolite.front import Candidate
 from autolite.measure import Measurement
 from autolite.pareto import nondominated
 from autolite.plan import Plan
 from autolite.search.confirm import confirm
-from autolite.search.evaluate import Evaluation, discard, evaluate, price
+from autolite.search.evaluate import Evaluation, evaluate, price
 from autolite.search.problem import Problem
 from autolite.search.progress import Clock, FrontRow, Observer, Snapshot
 from autolite.search.scoring import kept
-from autolite.search.stages import Decision, decide, objectives
-from autolite.search.studies import MAX_DUPLICATES, StageStudy
+from autolite.search.stages import Decision, decide, expected_seconds, objectives
+from autolite.search.studies import StageStudy
 from autolite.space import STAGES, Stage
 from autolite.store import Store
 
@@ -25,7 +31,8 @@ if TYPE_CHECKING:
     from optuna import Trial
 
 SPLITS: dict[Stage, str] = {"screen": "screen", "recover": "search", "confirm": "selection"}
-EXPLORE_AFTER = 5  # duplicates in a row before the sampler is replaced by a random one
+EXPLORE_AFTER = 5  # fruitless trials in a row before the sampler is replaced by a random one
+MAX_FRUITLESS = 60
 
 
 class Engine:
@@ -46,8 +53,7 @@ class Engine:
             self._teacher(stage)
             decision = self._decision(stage)
             self._planned[stage] = decision.trials
-            for params in decision.queue:
-                self.studies[stage].enqueue(params)
+            self.studies[stage].enqueue(decision.queue, str(self.clock.budget))
             self._run_stage(stage, decision)
 
     def show(self, **changes: Any) -> None:
@@ -61,7 +67,7 @@ class Engine:
 
     def _teacher(self, stage: Stage) -> None:
         problem, split = self.problem, SPLITS[stage]
-        quality = problem.teacher_quality(split, self.store)
+        quality = problem.teacher_quality(split)
         predicted = price(problem, problem.teacher.shape)
         size = float(sum(f.stat().st_size for f in problem.baseline))
         attributes = {"teacher": True, "plan": Plan(seed=problem.settings.seed).to_json(), "stage": stage}
@@ -80,28 +86,33 @@ class Engine:
     def _run_stage(self, stage: Stage, decision: Decision) -> None:
         study = self.studies[stage]
         for trial in study.unfinished():
-            self._run_trial(stage, trial, decision)
-        duplicates = 0
-        while duplicates < MAX_DUPLICATES and self._time_for_another(stage, decision):
-            trial = study.ask(explore=duplicates >= EXPLORE_AFTER)
-            duplicates = 0 if self._run_trial(stage, trial, decision) else duplicates + 1
+            if self._in_time(stage, decision):
+                self._run_trial(stage, trial, decision)
+            else:
+                study.study.tell(trial, state=TrialState.FAIL)
+        fruitless = 0  # trials in a row that were seen before or cannot be: the space is exhausted when they are many
+        while fruitless < MAX_FRUITLESS and self._time_for_another(stage, decision):
+            trial = study.ask(explore=fruitless >= EXPLORE_AFTER)
+            fruitless = 0 if self._run_trial(stage, trial, decision) else fruitless + 1
 
     def _time_for_another(self, stage: Stage, decision: Decision) -> bool:
         study = self.studies[stage]
-        done = study.trials()
-        if len(done) >= decision.trials:
+        if len(study.trials()) >= decision.trials:
             return False
-        if decision.deadline is None:
+        # Under a time budget the later stages only run what was promoted; there is no time to explore any more.
+        open_end = decision.deadline is None or stage == "screen" or study.waiting() > 0
+        return open_end and self._in_time(stage, decision)
+
+    def _in_time(self, stage: Stage, decision: Decision) -> bool:
+        """Whether a trial like the last ones ends before the deadline; a stage always does one, so that a tight budget
+        still ends with a model."""
+        if decision.deadline is None or not self.studies[stage].trials():
             return True
-        if stage != "screen" and not study.waiting():
-            return False
-        # A stage always does one trial, so that a tight budget still ends with a model.
-        costs = [float(t.user_attrs["seconds"]) for t in done[-5:]]
-        expected = sum(costs) / len(costs) if costs else 0.0
-        return not done or self.clock.spent + expected <= decision.deadline
+        expected = expected_seconds(self.problem, self.studies[stage], decision, str(self.clock.budget))
+        return self.clock.spent + expected <= decision.deadline
 
     def _run_trial(self, stage: Stage, trial: Trial, decision: Decision) -> bool:
-        """Evaluate one trial and tell it; returns False for a plan that this study has seen before."""
+        """Evaluate one trial and tell it; returns False for a plan that was seen before or cannot be evaluated."""
         problem, study = self.problem, self.studies[stage].study
         params = problem.space.suggest(trial, stage)
         plan = problem.space.plan(params, decision.effort, problem.settings.seed)
@@ -109,41 +120,56 @@ class Engine:
             shape = problem.shape(plan)
         except PlanError as error:
             self._tell_infeasible(stage, trial, plan, price(problem, problem.teacher.shape), {"plan": 1.0}, str(error))
-            return True
+            return False
         plan = canonical(plan, problem.teacher.shape)
         twin = next((t for t in self.studies[stage].trials() if t.user_attrs["plan_digest"] == plan.digest), None)
         if twin is not None:
             trial.set_user_attr("duplicate_of", twin.number)
-            self._drop(study, trial)
+            study.tell(trial, state=TrialState.PRUNED)
             return False
         predicted = price(problem, shape)
         violated = self._certain_violations(predicted)
         if violated:
             self._tell_infeasible(stage, trial, plan, predicted, violated, "the predicted price is above the limit")
-            return True
+            return False
         self.show(stage=stage, doing=f"trial {trial.number}", step=0, steps=decision.effort)
-        if stage == "confirm":
-            candidate, evaluation = confirm(problem, plan, self.store, self._progress)
-            trial.set_user_attr("candidate", candidate.to_json())
-            latency = candidate.latency_ms
-        else:
-            folder = problem.settings.out / "scratch"
-            evaluation = evaluate(problem, plan, SPLITS[stage], folder, self._progress)
-            latency = evaluation.predicted["latency_ms"]
-            discard(folder)
-        self._tell(stage, trial, plan, decision, evaluation, latency)
+        candidate: Candidate | None = None
+        begun = time.monotonic()
+        try:
+            if stage == "confirm":
+                candidate, evaluation = confirm(problem, plan, self._progress)
+            else:
+                folder = problem.settings.out / "scratch"
+                evaluation = evaluate(problem, plan, SPLITS[stage], folder, self._progress)
+                shutil.rmtree(folder)
+        except PlanError as error:  # what only training shows, such as a loss that diverges
+            self._tell_infeasible(stage, trial, plan, predicted, {"plan": 1.0}, str(error))
+            return False
+        self._tell(stage, trial, plan, decision, evaluation, candidate, time.monotonic() - begun)
         return True
 
     def _tell(
-        self, stage: Stage, trial: Trial, plan: Plan, decision: Decision, found: Evaluation, latency: Measurement
+        self,
+        stage: Stage,
+        trial: Trial,
+        plan: Plan,
+        decision: Decision,
+        found: Evaluation,
+        candidate: Candidate | None,
+        seconds: float,
     ) -> None:
         problem, study = self.problem, self.studies[stage]
-        fraction = kept(found.score, problem.teacher_score(SPLITS[stage], self.store), problem.task, plan.seed)
+        if candidate is None:
+            latency, measurements = found.predicted["latency_ms"], list(found.predicted.values())
+            fraction = kept(found.score, problem.teacher_score(SPLITS[stage]), problem.task, plan.seed)
+        else:
+            latency, measurements, fraction = candidate.latency_ms, candidate.measurements(), candidate.kept
+            trial.set_user_attr("candidate", candidate.to_json())
+            for file in found.files:
+                final = problem.settings.out / candidate.path / file.name
+                self.store.add_artifact(plan.digest, final, sha256(final))
         student = student_plan(plan).digest
         siblings = [t for t in study.trials() if t.user_attrs["student"] == student]
-        measurements = [*found.predicted.values()]
-        if latency.source == "measured":
-            measurements.append(latency)
         attributes = {
             "stage": stage,
             "plan": plan.to_json(),
@@ -152,21 +178,19 @@ class Engine:
             "effort": decision.effort,
             "kept": fraction.value,
             "latency_ms": latency.value,
-            "seconds": found.seconds,
+            "seconds": seconds,
+            "own_train_seconds": found.train_seconds,
             # A student taken from the cache cost nothing here; planning needs what it cost to make.
             "train_seconds": max([found.train_seconds, *(t.user_attrs["train_seconds"] for t in siblings)]),
             "measurements": self.store.add_measurements(plan.digest, stage, measurements),
         }
         for key, value in attributes.items():
             trial.set_user_attr(key, value)
-        limits = problem.settings.constraints
-        size, memory = found.predicted["size_bytes"].value, found.predicted["memory_bytes"].value
-        self._constrain(trial, latency=(latency.value, limits.max_latency_ms), size=(size, limits.max_size_bytes))
-        self._constrain(trial, memory=(memory, limits.max_memory_bytes))
-        if stage == "confirm" and limits.max_drop is not None:
-            trial.set_constraint("max_drop", 1 - limits.max_drop - fraction.value)
+        if candidate is not None:
+            for name, excess in problem.settings.constraints.excesses(candidate).items():
+                trial.set_constraint(name, excess)
         value = problem.task.summary(found.score.ratio)
-        study.study.tell(trial, [value, latency.value, size])
+        study.study.tell(trial, [value, latency.value, found.predicted["size_bytes"].value])
         self.clock.save(force=True)
         self.show(front=self._front(stage))
 
@@ -200,18 +224,6 @@ class Engine:
         }
         return {k: value / limit - 1 for k, (value, limit) in pairs.items() if limit is not None and value > limit}
 
-    @staticmethod
-    def _constrain(trial: Trial, **pairs: tuple[float, float | None]) -> None:
-        for name, (value, limit) in pairs.items():
-            if limit is not None:
-                trial.set_constraint(name, value / limit - 1)
-
-    @staticmethod
-    def _drop(study: Any, trial: Trial) -> None:
-        from optuna.trial import TrialState
-
-        study.tell(trial, state=TrialState.PRUNED)
-
     def _progress(self, done: int, total: int) -> None:
         self.clock.save()
         self.show(step=done, steps=total)
@@ -222,9 +234,12 @@ class Engine:
         if not trials:
             return ()
         points = objectives(self.problem, trials)
-        rows = [
-            FrontRow(Plan.from_json(t.user_attrs["plan"]).describe(), 1 - p[0], math.exp(-p[1]), math.exp(-p[2]))
-            for t, p, best in zip(trials, points, nondominated(points), strict=True)
-            if best
-        ]
+        rows = []
+        for t, p, best in zip(trials, points, nondominated(points), strict=True):
+            if best:
+                candidate = t.user_attrs.get("candidate")
+                faster = candidate["faster"]["value"] if candidate else math.exp(-p[1])
+                rows.append(
+                    FrontRow(Plan.from_json(t.user_attrs["plan"]).describe(), 1 - p[0], faster, math.exp(-p[2]))
+                )
         return tuple(sorted(rows, key=lambda r: -r.faster)[:10])

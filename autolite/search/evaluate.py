@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +26,6 @@ class Evaluation:
     predicted: dict[str, Measurement]
     files: tuple[Path, ...]
     train_seconds: float
-    seconds: float
 
 
 def price(problem: Problem, shape: ModelShape) -> dict[str, Measurement]:
@@ -55,11 +52,4 @@ def evaluate(
     predicted = price(problem, student.shape)
     size = float(sum(f.stat().st_size for f in files))
     predicted["size_bytes"] = replace(predicted["size_bytes"], value=size, low=size, high=size, source="measured")
-    now = time.monotonic()
-    return Evaluation(student, scored, predicted, tuple(files), trained - begun, now - begun)
-
-
-def discard(folder: Path) -> None:
-    """Remove a scratch folder."""
-    with suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+    return Evaluation(student, scored, predicted, tuple(files), trained - begun)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +19,11 @@ from autolite.architecture import ModelShape, shape_of
 from autolite.compress import shape_after
 from autolite.errors import InputError, PlanError, RunError
 from autolite.export import Provenance
+from autolite.families import usable_positions
+from autolite.files import sha256, write_atomically
 from autolite.front import Quality
 from autolite.hardware import load_target
-from autolite.hardware.profile import Profile
+from autolite.hardware.profile import Profile, dump_profile, parse_profile
 from autolite.measure import Workload
 from autolite.plan import Plan
 from autolite.runtime.base import Runtime
@@ -57,54 +62,57 @@ class Problem:
         """Return the split called "screen", "search", "selection" or "test"."""
         return self.screen_split if name == "screen" else getattr(self.data, name)
 
-    def teacher_score(self, name: str, store: Store) -> Score:
+    def teacher_score(self, name: str) -> Score:
         """Return the teacher's score on a split; made once, then read from the run's folder."""
         if name not in self.teacher_scores:
-            file = self.settings.out / "teacher" / f"{name}.scores.npy"
+            split = self.split(name)
+            file = self.settings.out / "teacher" / f"{name}-{self.identity}.scores.npy"
             try:
                 self.teacher_scores[name] = Score(np.load(file, allow_pickle=False))
             except (OSError, ValueError, EOFError):
                 runner = self.runtime.load(self.baseline[0], threads=scoring_threads())
-                self.teacher_scores[name] = scored = score(runner, self.task, self.split(name), self.context.pad_id)
-                part = file.with_suffix(".part")
-                with part.open("wb") as stream:
-                    np.save(stream, scored.examples)
-                part.replace(file)
+                self.teacher_scores[name] = scored = score(runner, self.task, split, self.context.pad_id)
+                stream = io.BytesIO()
+                np.save(stream, scored.examples)
+                write_atomically(file, stream.getvalue())
         return self.teacher_scores[name]
 
-    def teacher_quality(self, name: str, store: Store) -> Quality:
+    @property
+    def identity(self) -> str:
+        """Digest of the teacher's artifact and of the data's content: what its scores belong to."""
+        return hashlib.sha256(f"{sha256(self.baseline[0])} {self.data.fingerprint}".encode()).hexdigest()[:12]
+
+    def teacher_quality(self, name: str) -> Quality:
         """Return the teacher's metric on a split, with its interval."""
-        return quality(self.teacher_score(name, store), self.task, name, self.settings.seed)
+        return quality(self.teacher_score(name), self.task, name, self.settings.seed)
 
     def shape(self, plan: Plan) -> ModelShape:
         """Return the shape the plan leads to.
 
         Raises:
-            PlanError: if the plan cannot be applied, uses a format that the runtime lacks, or does not fit the
-                device's memory; nothing has been trained then.
+            PlanError: if the plan cannot be applied, or uses a format that the runtime or the target lacks; nothing has
+                been trained then.
         """
         shape = shape_after(plan, self.teacher.shape)
         used = {shape.embedding_format, shape.head_format}
         used |= {f for s in shape.stacks for layer in s.layers for f in (layer.attention_format, layer.ffn_format)}
-        missing = sorted(used - self.runtime.formats)
-        if missing:
-            raise PlanError(f"runtime {self.runtime.name} cannot run the format {missing[0]}")
+        for what, known in ((self.runtime.name, self.runtime.formats), (self.profile.name, self.profile.formats)):
+            missing = sorted(used - set(known))
+            if missing:
+                raise PlanError(f"{what} cannot run the format {missing[0]}; it has {', '.join(sorted(known))}")
         return shape
 
 
-def fingerprint(settings: Settings, space: Space) -> dict[str, str]:
+def run_identity(settings: Settings, space: Space) -> dict[str, str]:
     """Return what makes a run this run, each part by content; cheap, so that a finished run answers at once."""
-    import platform
-
     data = settings.data
     columns = f"{data.text},{data.text_pair},{data.label},{data.max_length}"
-    source = f"demo on Python {platform.python_version()}" if data.source is None else _content(data.source)
-    profile = Path(settings.target)
+    demo = f"demo on Python {platform.python_version()}"
     return {
         "model": "demo" if settings.model is None else _content(settings.model),
-        "data": f"{source} columns {columns}",
+        "data": f"{demo if data.source is None else _content(data.source)} columns {columns}",
         "task": settings.task,
-        "target": _content(settings.target) if profile.suffix in (".yaml", ".yml") else settings.target,
+        "target": _content(settings.target) if settings.target.endswith((".yaml", ".yml")) else settings.target,
         "search space": hashlib.sha256(space.model_dump_json().encode()).hexdigest(),
         "workload": settings.workload or "default",
         "runtime": settings.runtime,
@@ -113,29 +121,23 @@ def fingerprint(settings: Settings, space: Space) -> dict[str, str]:
 
 
 def _content(source: str) -> str:
-    """SHA-256 over a file's or a folder's bytes; a hub name stands for itself."""
-    path = Path(source)
+    """SHA-256 over a file's bytes, or those of a folder's own files (what lies deeper, such as runs, is not read as
+    a model or data); a hub name stands for itself."""
+    path = Path(source).expanduser()
     if not path.exists():
         return f"hub:{source}"
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.relative_to(path.parent).as_posix().encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    inside = [p for p in sorted(path.glob("*")) if p.is_file() and not p.name.startswith(".")]
+    files = inside if path.is_dir() else [path]
+    return hashlib.sha256("".join(f"{f.name} {sha256(f)} " for f in files).encode()).hexdigest()
 
 
 def check_same_run(store: Store, current: dict[str, str], out: Path) -> None:
-    """Remember the fingerprint of a new run, or compare it with the one the run was made with.
+    """Compare a run with what it was made with, if it got so far as to be made.
 
     Raises:
         RunError: naming what differs.
     """
-    known = store.get("fingerprint")
-    if known is None:
-        store.put("fingerprint", current)
-        return
+    known = store.get("identity", current)
     different = [key for key, value in current.items() if known.get(key) != value]
     if different:
         was, now = known.get(different[0]), current[different[0]]
@@ -145,7 +147,7 @@ def check_same_run(store: Store, current: dict[str, str], out: Path) -> None:
         )
 
 
-def load_problem(settings: Settings, space: Space, note: Callable[[str], None]) -> Problem:
+def load_problem(settings: Settings, space: Space, store: Store, note: Callable[[str], None]) -> Problem:
     """Load the model, the data and the target, emit the baseline, and score the teacher.
 
     Raises:
@@ -156,6 +158,7 @@ def load_problem(settings: Settings, space: Space, note: Callable[[str], None]) 
 
     task: Task = registry.get("task", settings.task)
     runtime: Runtime = registry.get("runtime", settings.runtime)
+    _check_device(settings.device)
     note("loading the model")
     model, tokenizer = load_model(settings.model or str(demo_model_path()), task.auto_class)
     teacher = Student(model, shape_of(model))
@@ -164,16 +167,15 @@ def load_problem(settings: Settings, space: Space, note: Callable[[str], None]) 
     for line in data.notes:
         note(line)
     note("preparing the target")
-    causal = any(stack.causal for stack in teacher.shape.stacks)
-    default = Workload(tokens=128 if causal else data.p90_tokens)
-    default = replace(default, threads=0)  # 0: not asked for
+    default = replace(task.workload(data), threads=0)  # 0: not asked for
     asked = Workload.parse(settings.workload, default) if settings.workload else default
-    profile = load_target(settings.target, asked.threads or None, note)
+    profile = _profile(settings.target, asked.threads or None, store, note)
     workload = replace(asked, threads=asked.threads or profile.threads)
-    if workload.tokens + workload.generated > teacher.shape.positions:
+    positions = usable_positions(model.config)
+    if workload.tokens + workload.generated > positions:
         raise InputError(
             f"workload {workload} needs {workload.tokens + workload.generated} positions, but the model has "
-            f"{teacher.shape.positions}: give fewer with --workload tokens=..."
+            f"{positions}: give fewer with --workload tokens=..."
         )
     folder = settings.out / "teacher"
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,17 +193,41 @@ def load_problem(settings: Settings, space: Space, note: Callable[[str], None]) 
     )
 
 
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"--device '{name}' cannot be used here ({reason}): use cpu, or cuda where there is one"
+        ) from None
+
+
+def _profile(target: str, threads: int | None, store: Store, note: Callable[[str], None]) -> Profile:
+    """Load the target; this machine is measured once a run, so that all of its plans are priced by the same numbers."""
+    if target != "local":
+        return load_target(target)
+    known = store.get("profile")
+    if known is not None:
+        return parse_profile(known, "the run's profile of this machine")
+    profile = load_target(target, threads, note)
+    store.put("profile", dump_profile(profile))
+    return profile
+
+
 def clean_leftovers(out: Path) -> None:
     """Remove what an interrupted run left half-written."""
     for part in [*out.glob("candidates/.*"), *out.glob("scratch")]:
         shutil.rmtree(part, ignore_errors=True)
+    for pattern in (".*.part", "*/.*.part"):
+        for part in out.glob(pattern):
+            part.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:
     """Return the versions of everything a result depends on."""
-    import platform
-    from importlib.metadata import version
-
     names = ("autolite", "torch", "transformers", "onnxruntime", "onnx", "optuna", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
@@ -210,8 +236,8 @@ def provenance(problem: Problem) -> Provenance:
     """Return what every candidate of this search came from."""
     pair = problem.data.train.token_type_ids is not None
     return Provenance(
-        problem.settings.model or "autolite-demo",
-        problem.task.name,
+        model_name(problem.settings),
+        problem.task,
         problem.profile.name,
         str(problem.workload),
         problem.data.fingerprint,
@@ -221,10 +247,18 @@ def provenance(problem: Problem) -> Provenance:
     )
 
 
+def model_name(settings: Settings) -> str:
+    """Name the model for others: a hub name as it is, a folder without the path to it."""
+    if settings.model is None:
+        return "autolite-demo"
+    path = Path(settings.model).expanduser()
+    return path.resolve().name if path.exists() else settings.model
+
+
 def describe_model(problem: Problem) -> dict[str, Any]:
     """Return what `front.json` says of the model."""
     return {
-        "name": problem.settings.model or "autolite-demo",
+        "name": model_name(problem.settings),
         "family": problem.teacher.shape.family,
         "parameters": sum(p.numel() for p in problem.teacher.model.parameters()),
     }

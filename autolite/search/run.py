@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import optuna
+from filelock import FileLock, Timeout
+
 from autolite import registry
-from autolite.errors import InputError, NoCandidateError, RunError, StorageError
+from autolite.errors import InputError, NoCandidateError, PlanError, RunError
+from autolite.files import write_atomically
 from autolite.front import Candidate, Front, Result, read_front, write_json
 from autolite.hardware import load_target
+from autolite.hardware.local import cpu_name
 from autolite.pareto import nondominated
 from autolite.plan import Plan
+from autolite.search.confirm import confirm, score_on_test
+from autolite.search.engine import Engine
+from autolite.search.evaluate import price
 from autolite.search.problem import (
     Problem,
     check_same_run,
     clean_leftovers,
     describe_model,
-    fingerprint,
     load_problem,
+    run_identity,
     versions,
 )
 from autolite.search.progress import Clock, Observer, Snapshot, silent
 from autolite.search.settings import Budget, Settings
-from autolite.space import STAGES, Space, load_space
+from autolite.search.stages import promote
+from autolite.search.studies import StageStudy, open_studies
+from autolite.space import STAGES, Space, Stage, load_space
 from autolite.store import Store, storage_errors
 
 NEAREST_MISSES = 3
@@ -41,51 +52,67 @@ def run(settings: Settings, observer: Observer = silent) -> Result:
     space = load_space(settings.space)
     if settings.target != "local":  # a wrong name or file is told at once; "local" may have to be measured first
         load_target(settings.target)
-    with _locked(settings.out):
-        store = Store(settings.storage_url, settings.run_name)
+    with storage_errors(str(settings.out)), _locked(settings.out):
+        store = Store(settings.storage_url, _name(settings))
         try:
-            check_same_run(store, fingerprint(settings, space), settings.out)
-            if _finished(settings, store):
-                return _checked(Result(settings.out))
-            _search(settings, space, store, observer, started)
+            identity = run_identity(settings, space)
+            check_same_run(store, identity, settings.out)
+            if not _finished(settings, store):
+                _search(settings, space, identity, store, observer, started)
         finally:
             store.close()
     return _checked(Result(settings.out))
 
 
-def _search(settings: Settings, space: Space, store: Store, observer: Observer, started: float) -> None:
-    from autolite.search.engine import Engine
-    from autolite.search.studies import open_studies
+def _name(settings: Settings) -> str:
+    """The run's name in its database, kept in its folder: a shared database may hold another run of that name."""
+    file = settings.out / ".name"
+    if not file.is_file():
+        name = settings.out.resolve().name
+        unique = name if settings.storage is None else f"{name}-{uuid.uuid4().hex[:8]}"
+        write_atomically(file, unique.encode())
+    return file.read_text(encoding="utf-8")
 
+
+def _search(
+    settings: Settings, space: Space, identity: dict[str, str], store: Store, observer: Observer, started: float
+) -> None:
     clean_leftovers(settings.out)
     clock = Clock(store, settings.budget, started)
 
     def note(text: str) -> None:
         observer(Snapshot("profile", text, spent=clock.spent, left=clock.left))
 
-    problem = load_problem(settings, space, note)
+    problem = load_problem(settings, space, store, note)
     _check_reachable(problem)
-    studies = open_studies(settings, problem.task)
+    store.put("identity", identity)
+    studies = open_studies(settings, store.run, problem.task)
     engine = Engine(problem, studies, store, clock, observer)
     try:
         engine.run()
+        engine.show(stage="finish", doing="scoring the finalists on the test split", step=0, steps=0)
+        _write_front(problem, studies, store, clock, complete=True)
+        store.put("finished", asdict(settings.budget))
     except KeyboardInterrupt:
         engine.show(stage="stopping", doing="writing the best front so far", step=0, steps=0)
         _write_front(problem, studies, store, clock, complete=False)
-        clock.save(force=True)
         raise
-    engine.show(stage="finish", doing="scoring the finalists on the test split", step=0, steps=0)
-    _write_front(problem, studies, store, clock, complete=True)
-    store.put("finished", asdict(settings.budget))
-    clock.save(force=True)
+    finally:
+        clock.save(force=True)
 
 
 def _finished(settings: Settings, store: Store) -> bool:
-    """Whether this run ended under at least this budget; other constraints only choose anew among what is there."""
+    """Whether this run ended under at least this budget and constraints, and all that it left is there."""
     done = store.get("finished")
-    if done is None or settings.budget.exceeds(Budget(**done)) or not (settings.out / "front.json").is_file():
+    if done is None or settings.budget.exceeds(Budget(**done)):
         return False
-    return read_front(settings.out).constraints == settings.constraints
+    try:
+        front = read_front(settings.out)
+    except RunError:
+        return False
+    folders = [c.path for c in front] + [miss["path"] for miss in front.nearest_misses]
+    there = all((settings.out / path / "autolite.json").is_file() for path in folders)
+    return front.complete and front.constraints == settings.constraints and there
 
 
 def _checked(result: Result) -> Result:
@@ -107,12 +134,14 @@ def _check_reachable(problem: Problem, plans: int = 300) -> None:
     Raises:
         InputError: naming the limit, and the least that the space reaches.
     """
-    import optuna
-
-    from autolite.errors import PlanError
-    from autolite.search.evaluate import price
-
     limits = problem.settings.constraints
+    task = problem.task
+    if limits.min_quality is not None:
+        beyond = limits.min_quality - task.best if task.direction == "maximize" else task.best - limits.min_quality
+        if not beyond <= 0:  # also false for nan
+            raise InputError(
+                f"--min-quality {limits.min_quality:g} cannot be met: the best possible {task.metric} is {task.best:g}"
+            )
     wanted = {
         "latency_ms": ("--max-latency", limits.max_latency_ms, "ms"),
         "size_bytes": ("--max-size", limits.max_size_bytes, "bytes"),
@@ -121,6 +150,7 @@ def _check_reachable(problem: Problem, plans: int = 300) -> None:
     wanted = {metric: what for metric, what in wanted.items() if what[1] is not None}
     if not wanted:
         return
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     least = dict.fromkeys(wanted, float("inf"))
     settings = problem.space.settings
@@ -141,22 +171,25 @@ def _check_reachable(problem: Problem, plans: int = 300) -> None:
             )
 
 
-def _write_front(problem: Problem, studies: Any, store: Store, clock: Clock, *, complete: bool) -> None:
+def _write_front(
+    problem: Problem, studies: dict[Stage, StageStudy], store: Store, clock: Clock, *, complete: bool
+) -> None:
     """Choose the front among what was confirmed and write front.json; folders of dominated candidates go."""
-    from autolite.search.confirm import score_on_test
-
     limits, out = problem.settings.constraints, problem.settings.out
     candidates = [Candidate.from_json(t.user_attrs["candidate"]) for t in studies["confirm"].trials()]
     if not candidates and not complete:
-        candidates = list(_early(problem, studies, store))
+        candidates = list(_early(problem, studies))
     good = [c for c in candidates if not limits.violations(c)]
     front = _front(good)
     misses = [] if front else sorted(candidates, key=lambda c: sum(limits.violations(c).values()))[:NEAREST_MISSES]
+    for chosen in [*front, *misses]:
+        _make_folder(problem, chosen)
     if complete:
         front = [replace(c, test=score_on_test(problem, c, store)) for c in front]
-    teacher = {"quality": asdict(problem.teacher_quality("selection", store)), "test": None}
+    teacher = {"quality": asdict(problem.teacher_quality("selection")), "test": None}
     if complete and front:
-        teacher["test"] = asdict(problem.teacher_quality("test", store))
+        teacher["test"] = asdict(problem.teacher_quality("test"))
+    front = [replace(c, ties=_ties(c, front)) for c in front]
     base = _baseline(problem, candidates)
     written = Front(
         model=describe_model(problem),
@@ -165,7 +198,12 @@ def _write_front(problem: Problem, studies: Any, store: Store, clock: Clock, *, 
         workload=asdict(problem.workload),
         baseline=base,
         teacher=teacher,
-        confidence={"level": 0.95, "quality": "paired bootstrap over examples", "latency": "see each source"},
+        confidence={
+            "level": 0.95,
+            "quality": "paired bootstrap over examples",
+            "scored_on": cpu_name(),
+            "latency": "bootstrap over rounds if measured, the profile's uncertainties if predicted",
+        },
         constraints=limits,
         candidates=tuple(sorted(front, key=lambda c: c.latency_ms.value)),
         nearest_misses=tuple({**c.to_json(), "blocked_by": limits.violations(c)} for c in misses),
@@ -178,38 +216,46 @@ def _write_front(problem: Problem, studies: Any, store: Store, clock: Clock, *, 
         complete=complete,
     )
     write_json(out / "front.json", written.to_json())
-    wanted = {c.id for c in [*front, *misses]}
-    for folder in (out / "candidates").glob("*"):
-        if complete and folder.name not in wanted:
-            shutil.rmtree(folder, ignore_errors=True)
+    if complete:
+        wanted = {c.id for c in [*front, *misses]}
+        for dominated in (c for c in candidates if c.id not in wanted):
+            shutil.rmtree(out / dominated.path, ignore_errors=True)
 
 
 def _front(candidates: list[Candidate]) -> list[Candidate]:
     """The candidates that no other beats in quality, latency and size, by point estimates."""
     if not candidates:
         return []
-    points = [[-c.kept.value, c.latency_ms.value, c.size_bytes.value] for c in candidates]
+    # What was timed beside the baseline is compared by that ratio: a drift between two candidates' timings cancels.
+    points = [[-c.kept.value, 1 / c.faster.value, c.size_bytes.value] for c in candidates]
     return [c for c, best in zip(candidates, nondominated(points), strict=True) if best]
 
 
-def _early(problem: Problem, studies: Any, store: Store) -> Iterator[Candidate]:
-    """Candidates of an interrupted run that confirmed nothing yet: its best plans, with the training they had."""
-    from autolite.search.confirm import confirm
-    from autolite.search.stages import promote
+def _ties(one: Candidate, front: list[Candidate]) -> tuple[str, ...]:
+    overlapping = (c for c in front if c.kept.low <= one.kept.high and one.kept.low <= c.kept.high)
+    return tuple(c.id for c in overlapping if c.id != one.id)
 
-    for stage in ("recover", "screen"):
+
+def _make_folder(problem: Problem, candidate: Candidate) -> None:
+    """Make a confirmed candidate's folder anew if it is gone: dominated then, wanted under other constraints now."""
+    if not (problem.settings.out / candidate.path / "autolite.json").is_file():
+        confirm(problem, candidate.plan, lambda done, total: None, candidate.stage)
+
+
+def _early(problem: Problem, studies: dict[Stage, StageStudy]) -> Iterator[Candidate]:
+    """Candidates of an interrupted run that confirmed nothing yet: its best plans, with the training they had."""
+    stages: tuple[Stage, ...] = ("recover", "screen")
+    for stage in stages:
         trials = studies[stage].trials()
         if trials:
             for trial in promote(problem, trials, 3, keep_floor=stage == "recover"):
                 plan = Plan.from_json(trial.user_attrs["plan"])
-                yield confirm(problem, plan, store, lambda done, total: None, stage)[0]
+                yield confirm(problem, plan, lambda done, total: None, stage)[0]
             return
 
 
 def _baseline(problem: Problem, candidates: list[Candidate]) -> dict[str, Any]:
     """What the candidates are compared with: the teacher's fp32 artifact; measured latency where it was measured."""
-    from autolite.search.evaluate import price
-
     found = price(problem, problem.teacher.shape)
     size = float(sum(f.stat().st_size for f in problem.baseline))
     size_bytes = replace(found["size_bytes"], value=size, low=size, high=size, source="measured")
@@ -231,15 +277,10 @@ def _baseline(problem: Problem, candidates: list[Candidate]) -> dict[str, Any]:
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Hold the run's folder: one process works on a run at a time."""
-    from filelock import FileLock, Timeout
-
-    with storage_errors(str(out)):
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise RunError(f"{out} is a file, not a folder: choose another with --out") from None
-        except PermissionError:
-            raise StorageError(f"{out} cannot be written to: choose another folder with --out") from None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise RunError(f"{out} is a file, not a folder: choose another with --out") from None
     lock = FileLock(out / ".lock")
     try:
         lock.acquire(timeout=0)

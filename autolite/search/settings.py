@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from autolite.errors import InputError
@@ -100,24 +100,19 @@ class Settings:
 
     target: str
     out: Path
-    model: str | None = None
-    data: DataSpec = field(default_factory=lambda: DataSpec(None))
-    task: str = "text-classification"
-    space: str = "default"
-    budget: Budget = field(default_factory=lambda: Budget(seconds=900))
-    constraints: Constraints = field(default_factory=Constraints)
-    workload: str | None = None
-    runtime: str = "onnxruntime"
-    storage: str | None = None
-    seed: int = 0
-    device: str = "cpu"
+    model: str | None
+    data: DataSpec
+    task: str
+    space: str
+    budget: Budget
+    constraints: Constraints
+    workload: str | None
+    runtime: str
+    storage: str | None
+    seed: int
+    device: str
 
     @property
     def storage_url(self) -> str:
         """The database's URL; a SQLite file in the run's folder unless the user gave one."""
         return self.storage or f"sqlite:///{(self.out / 'study.db').resolve()}"
-
-    @property
-    def run_name(self) -> str:
-        """Name of the run, the prefix of its studies."""
-        return self.out.resolve().name

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autolite.compress import canonical, student_plan
+from autolite.errors import PlanError
 from autolite.pareto import nondominated, spread_subset
+from autolite.search.confirm import TIMING_SECONDS
 from autolite.search.evaluate import price
 from autolite.search.problem import Problem
 from autolite.search.progress import Clock
@@ -24,6 +28,8 @@ RESERVE = 0.05  # of a time budget: scoring the test split and writing
 TIME_SHARES: dict[Stage, float] = {"screen": 0.25, "recover": 0.45, "confirm": 1.0}
 UNTRAINED_SCREEN = 0.8  # nothing is trained, so the screen's scores are final and most of the time is its
 TRIAL_SHARES: dict[Stage, float] = {"recover": 0.3, "confirm": 0.2}
+FEWEST = 3
+FORMATS_SHARE = 0.25  # of the confirm stage's time: scoring further number formats of the finalists' students
 FINALISTS_SHARE = 0.5  # of the confirm trials; the others are further number formats of the finalists' students
 
 
@@ -55,36 +61,80 @@ def trials_for(stage: Stage, total: int, trains: bool) -> int:
 
 
 def decide(stage: Stage, problem: Problem, studies: dict[Stage, StageStudy], clock: Clock) -> Decision:
-    """Plan a stage from what the stages before it found and what they cost."""
+    """Plan a stage from what the stages before it found and what they cost.
+
+    Under a time budget the number of trials is what is done already and as many more as the space allows: a finished
+    run that gets more time tries more, and trains it longer.
+    """
     space, limits = problem.space, problem.space.stages[stage]
     total = clock.budget.trials
-    deadline = _deadline(stage, space.trains, clock)
     if stage == "recover" and not space.trains:
-        return Decision(0, 0, deadline)
+        return Decision(0, 0, None)
     count = limits.trials if total is None else trials_for(stage, total, space.trains)
-    if stage == "screen":
-        return Decision(count, limits.effort, deadline, tuple(space.start[:count]))
     before = studies["recover"].trials() if stage == "confirm" else []
-    source = before or studies["screen"].trials()
+    source = [] if stage == "screen" else before or studies["screen"].trials()
+    deadline = _deadline(stage, problem, source, clock)
     wanted = count if stage == "recover" else math.ceil(count * FINALISTS_SHARE)
     chosen = promote(problem, source, wanted, keep_floor=bool(before))
     effort = limits.effort
     if deadline is not None and space.trains and chosen:
         floor = 2 * space.stages["screen"].effort if stage == "recover" else _effort(source)
-        chosen, effort = _fit(chosen, deadline - clock.spent, floor, limits.max_effort, formats=stage == "confirm")
-    queue = [dict(t.params) for t in chosen]
+        seconds = deadline - clock.spent
+        if stage == "confirm":
+            seconds = max(0.0, seconds * (1 - FORMATS_SHARE) - wanted * _folder_seconds(problem))
+        chosen, effort = _fit(chosen, seconds, floor, limits.max_effort)
+    queue: list[Params] = [dict(t.params) for t in chosen] or [dict(start) for start in space.start[:count]]
     if stage == "confirm":
+        queue = [space.complete(params) for params in queue]
         queue += _formats(problem, queue, count - len(queue))
-        count = max(len(queue), 1) if total is None else count
+    seen = {t.user_attrs["plan_digest"] for t in studies[stage].trials()}
+    queue = [params for params in queue if _digest(problem, params, effort) not in seen]
+    if total is None:
+        count = (len(queue) if stage == "confirm" else count) + len(seen)
     return Decision(count, effort, deadline, tuple(queue))
 
 
-def _deadline(stage: Stage, trains: bool, clock: Clock) -> float | None:
+def _digest(problem: Problem, params: Params, effort: int) -> str:
+    with suppress(PlanError):
+        plan = problem.space.plan(params, effort, problem.settings.seed)
+        return canonical(plan, problem.teacher.shape).digest
+    return ""
+
+
+def _deadline(stage: Stage, problem: Problem, source: Sequence[FrozenTrial], clock: Clock) -> float | None:
+    """When this stage ends, in active seconds; the test split's scoring is kept free by what scoring costs here."""
     if clock.budget.seconds is None:
         return None
+    trains = problem.space.trains
     share = UNTRAINED_SCREEN if stage == "screen" and not trains else TIME_SHARES[stage]
     left = clock.budget.seconds * (1 - RESERVE) - clock.spent
+    if stage == "confirm" and source:
+        overheads = sorted(t.user_attrs["seconds"] - t.user_attrs["train_seconds"] for t in source)
+        scored = len(problem.split("search" if trains else "screen"))
+        finalists = math.ceil(problem.space.stages["confirm"].trials * FINALISTS_SHARE)
+        left -= min(left / 2, finalists * overheads[len(overheads) // 2] * len(problem.data.test) / scored)
     return clock.spent + max(left, 0.0) * share
+
+
+def _folder_seconds(problem: Problem) -> float:
+    """What a confirmed candidate costs beside training and scoring: its folder, and on this machine its timing."""
+    return 3.0 + (TIMING_SECONDS if problem.profile.name == "local" else 0.0)
+
+
+def expected_seconds(problem: Problem, study: StageStudy, decision: Decision, key: str) -> float:
+    """What the next trial will cost, by the last ones: only scoring, if its student is trained already."""
+    done = study.trials()[-5:]
+    if not done:
+        return 0.0
+    scoring: float = sum(t.user_attrs["seconds"] - t.user_attrs["own_train_seconds"] for t in done) / len(done)
+    place = study.next_in_queue(key)
+    if place is not None:
+        plan = problem.space.plan(decision.queue[place], decision.effort, problem.settings.seed)
+        student = student_plan(canonical(plan, problem.teacher.shape)).digest
+        if any(t.user_attrs["student"] == student for t in study.trials()):
+            return scoring
+    trained = [t.user_attrs["own_train_seconds"] for t in study.trials() if t.user_attrs["own_train_seconds"] > 0.1]
+    return float(scoring + sum(trained[-5:]) / max(len(trained[-5:]), 1))
 
 
 def _effort(trials: Sequence[FrozenTrial]) -> int:
@@ -125,18 +175,15 @@ def objectives(problem: Problem, trials: Sequence[FrozenTrial]) -> np.ndarray:
     )
 
 
-def _fit(
-    chosen: list[FrozenTrial], seconds: float, floor: int, ceiling: int, *, formats: bool
-) -> tuple[list[FrozenTrial], int]:
-    """Drop the last plans until the others can be trained for more than `floor` steps in the time there is."""
-    if formats:
-        seconds *= 0.75  # the rest scores further number formats of these students
+def _fit(chosen: list[FrozenTrial], seconds: float, floor: int, ceiling: int) -> tuple[list[FrozenTrial], int]:
+    """Drop the last plans until the others can be trained for half as long again as `floor` steps in the time there
+    is, but keep a few: what looks best now may not stay so."""
     while True:
         overhead = sum(t.user_attrs["seconds"] - t.user_attrs["train_seconds"] for t in chosen)
         second_a_step = sum(t.user_attrs["train_seconds"] / max(t.user_attrs["effort"], 1) for t in chosen)
         effort = int((seconds - overhead) / max(second_a_step, 1e-6))
-        if effort >= 2 * floor or len(chosen) == 1:
-            return chosen, max(min(effort, ceiling), floor, 1)
+        if effort >= 1.5 * floor or len(chosen) <= FEWEST:
+            return chosen, max(min(effort, ceiling), 1)
         chosen = chosen[:-1]
 
 
@@ -147,9 +194,11 @@ def _formats(problem: Problem, queue: list[Params], count: int) -> list[Params]:
     each = math.ceil(count / len(queue))
     chosen: list[list[Params]] = []
     for params in queue:
-        own = [params, *problem.space.variants(params)]
-        shapes = [problem.shape(problem.space.plan(p, 1, problem.settings.seed)) for p in own]
-        prices = [price(problem, shape) for shape in shapes]
+        own, prices = [], []
+        for option in (params, *problem.space.variants(params)):
+            with suppress(PlanError):  # such as a tied head in another format than its embedding
+                prices.append(price(problem, problem.shape(problem.space.plan(option, 1, problem.settings.seed))))
+                own.append(option)
         points = np.log([[p["latency_ms"].value, p["size_bytes"].value] for p in prices])
         front = [i for i in np.flatnonzero(nondominated(points)) if i != 0]
         order = spread_subset(points[front], (points.max(0) + 1e-6).tolist(), each) if front else []

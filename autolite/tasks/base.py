@@ -85,6 +85,7 @@ class Task(Protocol):
 
     name: str
     auto_class: str  # "AutoModelForSequenceClassification"
+    best: float  # the metric's best possible value
     pipeline_tag: str  # the hub's name for what such a model does: "text-classification", "text-generation"
     default_space: str  # name of the search space that suits its models best
     metric: str  # "accuracy", "perplexity"

@@ -34,6 +34,7 @@ class LanguageModeling:
 
     name = "language-modeling"
     auto_class = "AutoModelForCausalLM"
+    best = 1.0
     pipeline_tag = "text-generation"
     default_space = "decoder"
     metric = "perplexity"

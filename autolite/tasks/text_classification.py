@@ -43,6 +43,7 @@ class TextClassification:
 
     name = "text-classification"
     auto_class = "AutoModelForSequenceClassification"
+    best = 1.0
     pipeline_tag = "text-classification"
     default_space = "default"
     metric = "accuracy"

@@ -14,7 +14,7 @@ import pytest
 
 import autolite
 from autolite.errors import RunError
-from tests.search.conftest import RunSearch
+from tests.conftest import RunSearch
 from tests.search.test_run import completed, strip
 
 TRIALS = 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ import transformers
 from optuna.trial import TrialState
 
 import autolite
-from autolite.errors import AutoliteError, InputError, NoCandidateError, RunError
+from autolite.errors import AutoliteError, InputError, NoCandidateError, PlanError, RunError
 from autolite.front import Result
 from autolite.search.progress import Snapshot
-from tests.conftest import write_jsonl
-from tests.search.conftest import RunSearch
+from autolite.techniques.distill import Distill
+from tests.conftest import RunSearch, write_jsonl
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "front.schema.json"
 
@@ -37,7 +38,7 @@ def completed(run: Path) -> dict[tuple[str, str], list[float]]:
         ((stage, t.user_attrs["plan_digest"]), t.values)
         for stage, study in studies(run).items()
         for t in study.get_trials(states=(TrialState.COMPLETE,))
-        if not t.user_attrs.get("teacher")
+        if not (t.user_attrs.get("teacher") or t.user_attrs.get("infeasible"))
     ]
     assert len(dict(found)) == len(found), "a plan was evaluated twice in a study"
     return dict(found)
@@ -145,10 +146,91 @@ def test_a_finished_run_answers_at_once_and_goes_on_when_the_budget_grows(
     assert len(first.front) >= 1
 
 
-def test_constraints_that_nothing_meets_end_with_the_nearest_misses(run_search: RunSearch, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_time_to_trials_and_with_more_time(run_search: RunSearch, tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    run_search(out=out, budget="3trials")
+    before = completed(out)
+    run_search(out=out, budget="12s")
+    between = completed(out)
+    assert before.items() < between.items()
+    run_search(out=out, budget="24s")
+    assert between.items() < completed(out).items()
+
+
+def test_a_space_with_fewer_plans_than_trials_ends(run_search: RunSearch, tmp_path: Path) -> None:
+    space = tmp_path / "few.yaml"
+    stages = "".join(f"  {stage}: {{trials: 9, effort: 0}}\n" for stage in ("screen", "recover", "confirm"))
+    steps = "steps: [{quantize: {ffn: [int8, fp32]}}]"
+    space.write_text(f"name: few\ndescription: two plans\n{steps}\nstages:\n{stages}", encoding="utf-8")
+    result = run_search(out=tmp_path / "r", space=str(space), budget="50trials")
+    assert len(completed(tmp_path / "r")) == 4  # both plans, screened and confirmed
+    assert result.front.complete
+
+
+def test_other_constraints_on_a_finished_run_choose_anew(run_search: RunSearch, tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    wide = run_search(out=out, space="quantize-only", budget="12trials").front
+    trials = completed(out)
+    limit = min(c.size_bytes.value for c in wide)
+    narrow = run_search(out=out, space="quantize-only", budget="12trials", max_size=limit).front
+    assert all(c.size_bytes.value <= limit for c in narrow)
+    again = run_search(out=out, space="quantize-only", budget="12trials").front
+    assert {c.id for c in again} == {c.id for c in wide}
+    assert all((out / c.path / "model.onnx").is_file() for c in again)
+    assert completed(out) == trials
+
+
+def test_a_candidate_folder_that_was_deleted_is_made_anew(run_search: RunSearch, tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    front = run_search(out=out, budget="3trials").front
+    before = {c.id: (out / c.path / "model.onnx").read_bytes() for c in front}
+    shutil.rmtree(out / "candidates")
+    (out / "front.json").write_text("{", encoding="utf-8")
+    front = run_search(out=out, budget="3trials").front
+    assert {c.id: (out / c.path / "model.onnx").read_bytes() for c in front} == before
+
+
+def test_a_storage_url_keeps_the_study_elsewhere_and_apart(run_search: RunSearch, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'team.db'}"
+    for parent in ("a", "b"):
+        result = run_search(out=tmp_path / parent / "run", storage=storage, budget="2trials")
+        assert result.front.complete
+        assert not (result.path / "study.db").exists()
+    assert len(optuna.get_all_study_names(storage)) == 6
+
+
+def test_a_wrong_option_can_be_corrected_in_the_same_folder(run_search: RunSearch, tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        run_search(out=tmp_path / "r", workload="tokens=9999")
+    assert run_search(out=tmp_path / "r", workload="tokens=9", budget="2trials").front.workload["tokens"] == 9
+
+
+def test_a_training_that_diverges_is_told_and_the_search_goes_on(
+    run_search: RunSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = Distill.apply, []
+
+    def diverges_once(self: Distill, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise PlanError("the loss is not finite: lower learning_rate")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Distill, "apply", diverges_once)
+    result = run_search(out=tmp_path / "r", budget="4trials")
+    refused = [t for s in studies(result.path).values() for t in s.trials if t.user_attrs.get("infeasible")]
+    assert "learning_rate" in refused[0].user_attrs["infeasible"]
+    assert len(completed(result.path)) == 4
+
+
+def test_constraints_that_nothing_meets_end_with_the_nearest_misses(
+    run_search: RunSearch, tiny_data: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in tiny_data.read_text(encoding="utf-8").splitlines()]
+    coin = write_jsonl(tmp_path / "coin.jsonl", [{**row, "label": i % 7 % 2} for i, row in enumerate(rows)])
     out = tmp_path / "misses"
     with pytest.raises(NoCandidateError, match="min_quality") as caught:
-        run_search(out=out, budget="3trials", min_quality=1.01)
+        run_search(data=coin, out=out, budget="3trials", min_quality=0.95)
     front = autolite.read_front(out)
     assert caught.value.exit_code == 3
     assert not front.candidates
@@ -186,9 +268,13 @@ def test_another_model_in_the_same_folder_is_refused_and_nothing_is_lost(
         ({"data": "no/such/file.jsonl"}, "no/such/file.jsonl"),
         ({"model": "no/such/folder"}, "no/such/folder"),
         ({"data": None}, "data is missing"),
-        ({"label": "lable"}, "did you mean|label"),
+        ({"label": "lable"}, "did you mean 'label'"),
         ({"workload": "tokens=9999"}, "positions"),
         ({"workload": "token=9"}, "tokens"),
+        ({"device": "gpu0"}, "--device"),
+        ({"min_quality": float("nan")}, "--min-quality"),
+        ({"min_quality": 95}, "--min-quality"),
+        ({"storage": "nonsense"}, "storage URL"),
     ],
 )
 def test_bad_input_is_one_sentence(run_search: RunSearch, tmp_path: Path, change: Any, message: str) -> None:
@@ -198,12 +284,53 @@ def test_bad_input_is_one_sentence(run_search: RunSearch, tmp_path: Path, change
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: f.write_text(""), "empty"),
+        (lambda f: f.write_text('{"text": "w1 w2", "label": "excellent"}\n' * 40), "excellent"),
+        (lambda f: f.write_text('{"body": "w1 w2", "label": 1}\n' * 40), "--text"),
+        (lambda f: f.write_text('{"text": "w1", "label": 1}\n{"text": \n'), "line 2"),
+        (lambda f: f.write_bytes(b"\xff\xfe\x00bad"), "reviews.jsonl"),
+    ],
+)
+def test_bad_data_is_one_sentence(run_search: RunSearch, tmp_path: Path, make: Any, message: str) -> None:
+    file = tmp_path / "reviews.jsonl"
+    make(file)
+    with pytest.raises(AutoliteError, match=message) as caught:
+        run_search(out=tmp_path / "r", data=file)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_bad_model_is_one_sentence(run_search: RunSearch, tiny_teacher: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_teacher, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(AutoliteError, match="pickle"):
+        run_search(out=tmp_path / "r", model=folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}), encoding="utf-8")
+    with pytest.raises(AutoliteError, match=r"mamba.*bert.*llama"):
+        run_search(out=tmp_path / "r", model=folder)
+
+
 def test_a_study_that_is_no_database_is_named(run_search: RunSearch, tmp_path: Path) -> None:
     out = tmp_path / "r"
     out.mkdir()
     (out / "study.db").write_bytes(b"half a page of something that is no database at all " * 40)
     with pytest.raises(RunError, match="not a readable study"):
         run_search(out=out)
+
+
+def test_half_a_study_is_named(run_search: RunSearch, tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    run_search(out=out, budget="2trials")
+    (out / "front.json").unlink()
+    whole = (out / "study.db").read_bytes()
+    (out / "study.db").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RunError, match="not a readable study"):
+        run_search(out=out, budget="2trials")
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "fake"])

@@ -1,0 +1,42 @@
+"""The contracts, over everything that is registered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autolite import contracts, registry
+from autolite.hardware.profile import load_profile, profile_names
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "share": {"part": "ffn", "groups": 1},
+    "prune": {"heads": 0.5, "ffn": 0.5, "round_to": 8},
+    "distill": {"steps": 2, "batch_size": 8},
+    "quantize": {"attention": "int8", "ffn": "kmeans4", "embedding": "int4"},
+}
+
+
+@pytest.mark.parametrize("family", contracts.FAMILIES)
+@pytest.mark.parametrize("name", registry.names("technique"))
+def test_techniques(name: str, family: str) -> None:
+    task = "language-modeling" if family in contracts.DECODERS else "text-classification"
+    context = contracts.tiny_context(family, registry.get("task", task))
+    contracts.check_technique(registry.get("technique", name), context, SETTINGS[name])
+
+
+@pytest.mark.parametrize("name", registry.names("task"))
+def test_tasks(name: str, tiny_data: Path) -> None:
+    family = "llama" if name == "language-modeling" else "bert"
+    contracts.check_task(registry.get("task", name), tiny_data, family)
+
+
+@pytest.mark.parametrize("name", registry.names("runtime"))
+def test_runtimes(name: str, tmp_path: Path) -> None:
+    contracts.check_runtime(registry.get("runtime", name), tmp_path)
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_targets(name: str) -> None:
+    contracts.check_target(load_profile(name))

@@ -1,0 +1,64 @@
+"""The documents are true: their commands parse, their Python runs, their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from autolite.cli import main
+from autolite.space import load_space
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands() -> list[str]:
+    """Every `autolite ...` line of a code block, and the examples of every command's help."""
+    text = "\n".join(d.read_text(encoding="utf-8") for d in DOCUMENTS)
+    blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", text, flags=re.S))
+    helps = "\n".join(c.help or "" for c in [main, *main.commands.values()])
+    lines = re.findall(r"^\s*\$?\s*(autolite (?:search|front|export|targets).*)$", f"{blocks}\n{helps}", flags=re.M)
+    return sorted({line.split("#")[0].strip() for line in lines})
+
+
+def test_there_are_examples() -> None:
+    assert len(commands()) >= 8
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_documented_command_parses(line: str) -> None:
+    words = shlex.split(line)[1:]
+    command: click.Command = main
+    while isinstance(command, click.Group) and words:
+        command = command.commands[words.pop(0)]
+    command.make_context(command.name, words, resilient_parsing=False)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_nothing_is_left_to_be_filled_in(document: Path) -> None:
+    assert "@@" not in document.read_text(encoding="utf-8")
+
+
+def test_the_search_space_of_the_guide_loads(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "spaces.md").read_text(encoding="utf-8"), flags=re.S)
+    (tmp_path / "mine.yaml").write_text(example, encoding="utf-8")
+    assert load_space(str(tmp_path / "mine.yaml")).name == "mine"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_links_lead_to_files(document: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
+        assert (document.parent / target).exists(), target
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules["autolite.search"], "DEMO_BUDGET", "4trials")
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "deploy" / "model.onnx").is_file()
