@@ -6,6 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,6 @@ from click.testing import CliRunner
 from autolite.reload import load_model
 from autolite.tasks.base import DataSpec
 from autolite.tasks.text_classification import TextClassification
-from autolite.testing import tiny_model, tiny_tokenizer
-from tests.conftest import BAD, GOOD
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -31,17 +30,19 @@ def load_example(name: str) -> ModuleType:
 
 
 @pytest.fixture
-def encoder(tmp_path: Path) -> Path:
-    """The folder of a random BERT without a head."""
+def encoder(tiny_teacher: Path, tmp_path: Path) -> Path:
+    """The folder of a small BERT that tells the sentences apart, but has lost its head."""
     folder = tmp_path / "encoder"
-    tiny_model("bert", layers=2).base_model.save_pretrained(folder)
-    tiny_tokenizer([*GOOD, *BAD]).save_pretrained(folder)
+    model, tokenizer = load_model(str(tiny_teacher), "AutoModelForSequenceClassification")
+    base: Any = model.base_model
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
 def test_an_encoder_is_made_into_a_classifier(encoder: Path, tiny_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "teacher"
-    arguments = {"--model": encoder, "--data": tiny_data, "--out": out, "--epochs": 1, "--lr": 2e-3}
+    arguments = {"--model": encoder, "--data": tiny_data, "--out": out, "--epochs": 1, "--lr": 1e-3}
     arguments |= {"--max-length": 16, "--batch-size": 16}
     done = CliRunner().invoke(
         load_example("finetune_classifier").main, [str(word) for pair in arguments.items() for word in pair]
