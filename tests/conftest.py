@@ -44,6 +44,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def hopeless_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same sentences with labels that nothing in them tells."""
+    rows = [{**row, "label": i % 7 % 2} for i, row in enumerate(sentences(400, 0))]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "coin.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small BERT that has learnt those sentences."""
     import torch

@@ -74,10 +74,10 @@ def test_bad_usage_is_one_sentence(words: tuple[str, ...], code: int, message: s
 
 
 def test_a_run_without_a_candidate_ends_with_3_and_shows_the_misses(
-    tiny_teacher: Path, tiny_data: Path, tiny_space: Path, tmp_path: Path
+    tiny_teacher: Path, hopeless_data: Path, tiny_space: Path, tmp_path: Path
 ) -> None:
-    usual = ("--model", tiny_teacher, "--data", tiny_data, "--space", tiny_space, "--budget", "2trials")
-    done = invoke("search", *usual, "--target", "pixel8", "--out", tmp_path / "run", "--min-quality", "1.01")
+    usual = ("--model", tiny_teacher, "--data", hopeless_data, "--space", tiny_space, "--budget", "2trials")
+    done = invoke("search", *usual, "--target", "pixel8", "--out", tmp_path / "run", "--min-quality", "0.95")
     assert done.exit_code == 3
     assert "min_quality" in done.output
     assert invoke("front", tmp_path / "run").exit_code == 0

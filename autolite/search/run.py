@@ -86,19 +86,19 @@ def _search(
     problem = load_problem(settings, space, store, note)
     _check_reachable(problem)
     store.put("identity", identity)
-    studies = open_studies(settings, store.run, problem.task)
-    engine = Engine(problem, studies, store, clock, observer)
-    try:
-        engine.run()
-        engine.show(stage="finish", doing="scoring the finalists on the test split", step=0, steps=0)
-        _write_front(problem, studies, store, clock, complete=True)
-        store.put("finished", asdict(settings.budget))
-    except KeyboardInterrupt:
-        engine.show(stage="stopping", doing="writing the best front so far", step=0, steps=0)
-        _write_front(problem, studies, store, clock, complete=False)
-        raise
-    finally:
-        clock.save(force=True)
+    with open_studies(settings, store.run, problem.task) as studies:
+        engine = Engine(problem, studies, store, clock, observer)
+        try:
+            engine.run()
+            engine.show(stage="finish", doing="scoring the finalists on the test split", step=0, steps=0)
+            _write_front(problem, studies, store, clock, complete=True)
+            store.put("finished", asdict(settings.budget))
+        except KeyboardInterrupt:
+            engine.show(stage="stopping", doing="writing the best front so far", step=0, steps=0)
+            _write_front(problem, studies, store, clock, complete=False)
+            raise
+        finally:
+            clock.save(force=True)
 
 
 def _finished(settings: Settings, store: Store) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +90,9 @@ class StageStudy:
         return Trial(self.study, frozen._trial_id)
 
 
-def open_studies(settings: Settings, run: str, task: Task) -> dict[Stage, StageStudy]:
-    """Open or create the run's three studies.
+@contextmanager
+def open_studies(settings: Settings, run: str, task: Task) -> Iterator[dict[Stage, StageStudy]]:
+    """Open or create the run's three studies; the connections are closed at the end.
 
     Raises:
         RunError: if the database holds something else under these names, or is not readable.
@@ -112,4 +114,8 @@ def open_studies(settings: Settings, run: str, task: Task) -> dict[Stage, StageS
                 raise RunError(f"{url} holds a study '{study.study_name}' with other objectives; use another --out")
             study.set_metric_names([task.metric, *OBJECTIVES[1:]])
             studies[stage] = StageStudy(stage, study, settings.seed)
-        return studies
+        try:
+            yield studies
+        finally:
+            storage.remove_session()
+            storage.engine.dispose()

@@ -224,13 +224,11 @@ def test_a_training_that_diverges_is_told_and_the_search_goes_on(
 
 
 def test_constraints_that_nothing_meets_end_with_the_nearest_misses(
-    run_search: RunSearch, tiny_data: Path, tmp_path: Path
+    run_search: RunSearch, hopeless_data: Path, tmp_path: Path
 ) -> None:
-    rows = [json.loads(line) for line in tiny_data.read_text(encoding="utf-8").splitlines()]
-    coin = write_jsonl(tmp_path / "coin.jsonl", [{**row, "label": i % 7 % 2} for i, row in enumerate(rows)])
     out = tmp_path / "misses"
     with pytest.raises(NoCandidateError, match="min_quality") as caught:
-        run_search(data=coin, out=out, budget="3trials", min_quality=0.95)
+        run_search(data=hopeless_data, out=out, budget="3trials", min_quality=0.95)
     front = autolite.read_front(out)
     assert caught.value.exit_code == 3
     assert not front.candidates
@@ -289,7 +287,7 @@ def test_bad_input_is_one_sentence(run_search: RunSearch, tmp_path: Path, change
     [
         (lambda f: f.write_text(""), "empty"),
         (lambda f: f.write_text('{"text": "w1 w2", "label": "excellent"}\n' * 40), "excellent"),
-        (lambda f: f.write_text('{"body": "w1 w2", "label": 1}\n' * 40), "--text"),
+        (lambda f: f.write_text('{"stuff": "w1 w2", "label": 1}\n' * 40), "--text"),
         (lambda f: f.write_text('{"text": "w1", "label": 1}\n{"text": \n'), "line 2"),
         (lambda f: f.write_bytes(b"\xff\xfe\x00bad"), "reviews.jsonl"),
     ],
@@ -327,6 +325,7 @@ def test_half_a_study_is_named(run_search: RunSearch, tmp_path: Path) -> None:
     out = tmp_path / "r"
     run_search(out=out, budget="2trials")
     (out / "front.json").unlink()
+    assert not list(out.glob("study.db-*")), "a run that ended leaves one file"
     whole = (out / "study.db").read_bytes()
     (out / "study.db").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(RunError, match="not a readable study"):
