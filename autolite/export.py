@@ -81,7 +81,6 @@ def _card(candidate: Candidate, made: Provenance) -> str:
     quality, kept = candidate.quality, candidate.kept
     latency, faster = candidate.latency_ms, candidate.faster
     file = candidate.artifacts[0]["files"][0]
-    call = "".join(f", {name}=..." for name in made.inputs[2:])
     return f"""---
 base_model: {made.model}
 library_name: autolite
@@ -105,13 +104,16 @@ artifact's where a format quantizes activations.
 
 ```python
 import autolite
-autolite.pipeline(".")("some text")                    # ONNX Runtime
 
-import onnxruntime                                       # plain
-session = onnxruntime.InferenceSession("{file}")         # int64 input_ids, attention_mask{call} -> float32 logits
+autolite.pipeline(".")("some text")  # ONNX Runtime underneath
+
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{file}")  # int64 {", ".join(made.inputs)} -> float32 logits
 
 from transformers import AutoTokenizer, {made.task.auto_class}
-model = {made.task.auto_class}.from_pretrained(".")    # after `import autolite`
+
+model = {made.task.auto_class}.from_pretrained(".")  # works once autolite is imported
 ```
 
 Plan {candidate.plan.digest}, seed {candidate.plan.seed}; autolite.json has the whole plan, versions and checksums.

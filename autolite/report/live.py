@@ -63,9 +63,14 @@ def _panel(snapshot: Snapshot) -> Group:
     head = Text.assemble((STAGES.get(snapshot.stage, snapshot.stage), "bold"), f"   {_time(snapshot)}")
     parts: list[Text | Table | ProgressBar] = [head, Text(f"trials: {_counts(snapshot)}   {snapshot.doing}")]
     if snapshot.steps:
-        parts.append(ProgressBar(total=snapshot.steps, completed=snapshot.step, width=60))
+        share = f" step {snapshot.step}/{snapshot.steps}"
+        bar = Table.grid()
+        bar.add_row(ProgressBar(total=snapshot.steps, completed=snapshot.step, width=40), Text(share))
+        parts.append(bar)
     if snapshot.front:
-        table = Table("kept", "faster", "smaller", "what", title=f"front of stage {snapshot.stage} so far", box=None)
+        table = Table(
+            "kept", "faster", "smaller", "what", title=f"front of stage {snapshot.front_stage} so far", box=None
+        )
         table.title_justify = "left"
         for row in snapshot.front:
             table.add_row(f"{row.kept:.1%}", f"{row.faster:.1f}x", f"{row.smaller:.1f}x", Text(row.what, no_wrap=True))

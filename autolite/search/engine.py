@@ -192,7 +192,7 @@ class Engine:
         value = problem.task.summary(found.score.ratio)
         study.study.tell(trial, [value, latency.value, found.predicted["size_bytes"].value])
         self.clock.save(force=True)
-        self.show(front=self._front(stage))
+        self.show(front=self._front(stage), front_stage=stage)
 
     def _tell_infeasible(
         self,

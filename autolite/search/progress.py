@@ -22,7 +22,8 @@ class FrontRow:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of a search at one moment. `trials` maps a stage to (finished, planned); planned 0 is open."""
+    """The state of a search at one moment. `trials` maps a stage to (finished, planned); planned 0 is open.
+    `front` is that of stage `front_stage`: the last one that finished a trial."""
 
     stage: str
     doing: str
@@ -32,6 +33,7 @@ class Snapshot:
     left: float | None = None
     trials: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     front: tuple[FrontRow, ...] = ()
+    front_stage: str = ""
 
 
 Observer = Callable[[Snapshot], None]
