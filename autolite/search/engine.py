@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SPLITS: dict[Stage, str] = {"screen": "screen", "recover": "search", "confirm": "selection"}
 EXPLORE_AFTER = 5  # fruitless trials in a row before the sampler is replaced by a random one
-MAX_FRUITLESS = 60
+MAX_FRUITLESS = 200
 
 
 class Engine:
@@ -58,12 +58,11 @@ class Engine:
 
     def show(self, **changes: Any) -> None:
         """Tell the observer what changed."""
-        counts: dict[str, tuple[int, int]] = {
-            stage: (len(study.trials()), self._planned.get(stage, 0)) for stage, study in self.studies.items()
-        }
-        left = self.clock.left
-        self._snapshot = replace(self._snapshot, **changes, spent=self.clock.spent, left=left, trials=counts)
+        self._snapshot = replace(self._snapshot, **changes, spent=self.clock.spent, left=self.clock.left)
         self._observer(self._snapshot)
+
+    def _counts(self) -> dict[str, tuple[int, int]]:
+        return {stage: (len(study.trials()), self._planned.get(stage, 0)) for stage, study in self.studies.items()}
 
     def _teacher(self, stage: Stage) -> None:
         problem, split = self.problem, SPLITS[stage]
@@ -132,7 +131,7 @@ class Engine:
         if violated:
             self._tell_infeasible(stage, trial, plan, predicted, violated, "the predicted price is above the limit")
             return False
-        self.show(stage=stage, doing=f"trial {trial.number}", step=0, steps=decision.effort)
+        self.show(stage=stage, doing=f"trial {trial.number}", step=0, steps=decision.effort, trials=self._counts())
         candidate: Candidate | None = None
         begun = time.monotonic()
         try:
@@ -192,7 +191,7 @@ class Engine:
         value = problem.task.summary(found.score.ratio)
         study.study.tell(trial, [value, latency.value, found.predicted["size_bytes"].value])
         self.clock.save(force=True)
-        self.show(front=self._front(stage), front_stage=stage)
+        self.show(front=self._front(stage), front_stage=stage, trials=self._counts())
 
     def _tell_infeasible(
         self,

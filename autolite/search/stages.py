@@ -28,8 +28,7 @@ RESERVE = 0.05  # of a time budget: scoring the test split and writing
 TIME_SHARES: dict[Stage, float] = {"screen": 0.25, "recover": 0.45, "confirm": 1.0}
 UNTRAINED_SCREEN = 0.8  # nothing is trained, so the screen's scores are final and most of the time is its
 TRIAL_SHARES: dict[Stage, float] = {"recover": 0.3, "confirm": 0.2}
-FEWEST = 3
-FORMATS_SHARE = 0.25  # of the confirm stage's time: scoring further number formats of the finalists' students
+FEWEST = 2
 FINALISTS_SHARE = 0.5  # of the confirm trials; the others are further number formats of the finalists' students
 
 
@@ -80,8 +79,9 @@ def decide(stage: Stage, problem: Problem, studies: dict[Stage, StageStudy], clo
     if deadline is not None and space.trains and chosen:
         floor = 2 * space.stages["screen"].effort if stage == "recover" else _effort(source)
         seconds = deadline - clock.spent
-        if stage == "confirm":
-            seconds = max(0.0, seconds * (1 - FORMATS_SHARE) - wanted * _folder_seconds(problem))
+        if stage == "confirm":  # every candidate has its folder, and the further formats are scored
+            scoring = sorted(map(_scoring_seconds, source))[len(source) // 2]
+            seconds -= count * _folder_seconds(problem) + (count - len(chosen)) * scoring
         chosen, effort = _fit(chosen, seconds, floor, limits.max_effort)
     queue: list[Params] = [dict(t.params) for t in chosen] or [dict(start) for start in space.start[:count]]
     if stage == "confirm":
@@ -109,7 +109,7 @@ def _deadline(stage: Stage, problem: Problem, source: Sequence[FrozenTrial], clo
     share = UNTRAINED_SCREEN if stage == "screen" and not trains else TIME_SHARES[stage]
     left = clock.budget.seconds * (1 - RESERVE) - clock.spent
     if stage == "confirm" and source:
-        overheads = sorted(t.user_attrs["seconds"] - t.user_attrs["train_seconds"] for t in source)
+        overheads = sorted(map(_scoring_seconds, source))
         scored = len(problem.split("search" if trains else "screen"))
         finalists = math.ceil(problem.space.stages["confirm"].trials * FINALISTS_SHARE)
         left -= min(left / 2, finalists * overheads[len(overheads) // 2] * len(problem.data.test) / scored)
@@ -126,7 +126,7 @@ def expected_seconds(problem: Problem, study: StageStudy, decision: Decision, ke
     done = study.trials()[-5:]
     if not done:
         return 0.0
-    scoring: float = sum(t.user_attrs["seconds"] - t.user_attrs["own_train_seconds"] for t in done) / len(done)
+    scoring = sum(map(_scoring_seconds, done)) / len(done)
     place = study.next_in_queue(key)
     if place is not None:
         plan = problem.space.plan(decision.queue[place], decision.effort, problem.settings.seed)
@@ -135,6 +135,10 @@ def expected_seconds(problem: Problem, study: StageStudy, decision: Decision, ke
             return scoring
     trained = [t.user_attrs["own_train_seconds"] for t in study.trials() if t.user_attrs["own_train_seconds"] > 0.1]
     return float(scoring + sum(trained[-5:]) / max(len(trained[-5:]), 1))
+
+
+def _scoring_seconds(trial: FrozenTrial) -> float:
+    return float(trial.user_attrs["seconds"] - trial.user_attrs["own_train_seconds"])
 
 
 def _effort(trials: Sequence[FrozenTrial]) -> int:
@@ -176,13 +180,13 @@ def objectives(problem: Problem, trials: Sequence[FrozenTrial]) -> np.ndarray:
 
 
 def _fit(chosen: list[FrozenTrial], seconds: float, floor: int, ceiling: int) -> tuple[list[FrozenTrial], int]:
-    """Drop the last plans until the others can be trained for half as long again as `floor` steps in the time there
-    is, but keep a few: what looks best now may not stay so."""
+    """Drop the last plans until the others can be trained for twice `floor` steps in the time there is, but keep two:
+    what looks best now may not stay so."""
     while True:
-        overhead = sum(t.user_attrs["seconds"] - t.user_attrs["train_seconds"] for t in chosen)
+        overhead = sum(map(_scoring_seconds, chosen))
         second_a_step = sum(t.user_attrs["train_seconds"] / max(t.user_attrs["effort"], 1) for t in chosen)
         effort = int((seconds - overhead) / max(second_a_step, 1e-6))
-        if effort >= 1.5 * floor or len(chosen) <= FEWEST:
+        if effort >= 2 * floor or len(chosen) <= FEWEST:
             return chosen, max(min(effort, ceiling), 1)
         chosen = chosen[:-1]
 
