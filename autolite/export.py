@@ -11,7 +11,7 @@ import torch
 from autolite.files import sha256
 from autolite.formats import decode
 from autolite.front import Candidate, write_json
-from autolite.parts import matrices_of
+from autolite.parts import embeddings_of, matrices_of
 from autolite.reload import save_student
 from autolite.surgery import clone
 from autolite.tasks.base import Task
@@ -34,7 +34,6 @@ class Provenance:
     data_fingerprint: str
     versions: dict[str, str]
     tokenizer: PreTrainedTokenizerBase
-    inputs: tuple[str, ...]
 
 
 def decoded(student: Student) -> PreTrainedModel:
@@ -48,6 +47,13 @@ def decoded(student: Student) -> PreTrainedModel:
     return model
 
 
+def inputs_of(student: Student) -> list[str]:
+    """Return the names of the artifact's inputs, each int64 [batch, tokens]."""
+    types = embeddings_of(student.model).token_type
+    typed = types is not None and types.weight.shape[0] > 1  # a single type is part of the embedding
+    return ["input_ids", "attention_mask", *(["token_type_ids"] if typed else [])]
+
+
 def write_candidate(folder: Path, student: Student, candidate: Candidate, made: Provenance) -> None:
     """Write everything of a candidate but its artifact, which is in `folder` already.
 
@@ -55,7 +61,7 @@ def write_candidate(folder: Path, student: Student, candidate: Candidate, made: 
     versions, SHA-256 of every file) and README.md (the model card).
     """
     save_student(decoded(student), student.shape, folder, made.tokenizer)
-    (folder / "README.md").write_text(_card(candidate, made), encoding="utf-8")
+    (folder / "README.md").write_text(_card(candidate, made, inputs_of(student)), encoding="utf-8")
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
@@ -69,7 +75,7 @@ def write_candidate(folder: Path, student: Student, candidate: Candidate, made: 
         "workload": made.workload,
         "data": made.data_fingerprint,
         "artifacts": list(candidate.artifacts),
-        "inputs": list(made.inputs),
+        "inputs": inputs_of(student),
         "quality": candidate.to_json()["quality"],
         "versions": made.versions,
         "sha256": {file.relative_to(folder).as_posix(): sha256(file) for file in files},
@@ -77,7 +83,7 @@ def write_candidate(folder: Path, student: Student, candidate: Candidate, made: 
     write_json(folder / "autolite.json", manifest)
 
 
-def _card(candidate: Candidate, made: Provenance) -> str:
+def _card(candidate: Candidate, made: Provenance, inputs: list[str]) -> str:
     quality, kept = candidate.quality, candidate.kept
     latency, faster = candidate.latency_ms, candidate.faster
     file = candidate.artifacts[0]["files"][0]
@@ -109,7 +115,7 @@ autolite.pipeline(".")("some text")  # ONNX Runtime underneath
 
 import onnxruntime
 
-session = onnxruntime.InferenceSession("{file}")  # int64 {", ".join(made.inputs)} -> float32 logits
+session = onnxruntime.InferenceSession("{file}")  # int64 {", ".join(inputs)} -> float32 logits
 
 from transformers import AutoTokenizer, {made.task.auto_class}
 

@@ -234,7 +234,6 @@ def versions() -> dict[str, str]:
 
 def provenance(problem: Problem) -> Provenance:
     """Return what every candidate of this search came from."""
-    pair = problem.data.train.token_type_ids is not None
     return Provenance(
         model_name(problem.settings),
         problem.task,
@@ -243,7 +242,6 @@ def provenance(problem: Problem) -> Provenance:
         problem.data.fingerprint,
         versions(),
         problem.tokenizer,
-        ("input_ids", "attention_mask", *(["token_type_ids"] if pair else [])),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -38,7 +39,8 @@ def check(result: Result, auto: type) -> None:
     for candidate in [*result.front]:
         folder = result.path / candidate.path
         session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
-        names = {i.name for i in session.get_inputs()}
+        names = json.loads((folder / "autolite.json").read_text(encoding="utf-8"))["inputs"]
+        assert names == [i.name for i in session.get_inputs()]
         extra = {"token_type_ids": np.zeros_like(ids)} if "token_type_ids" in names else {}
         (found,) = session.run(None, {**feeds, **extra})
         with torch.no_grad():

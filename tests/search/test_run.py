@@ -78,8 +78,9 @@ def test_every_candidate_runs_in_plain_onnxruntime_with_the_quality_and_size_tha
         session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         inputs = tokenizer([r["text"] for r in rows], padding=True, return_tensors="np")
-        names = {i.name for i in session.get_inputs()}
-        (logits,) = session.run(None, {k: v.astype(np.int64) for k, v in inputs.items() if k in names})
+        manifest = json.loads((folder / "autolite.json").read_text(encoding="utf-8"))
+        assert manifest["inputs"] == [i.name for i in session.get_inputs()]
+        (logits,) = session.run(None, {name: inputs[name].astype(np.int64) for name in manifest["inputs"]})
         accuracy = float((logits.argmax(-1) == [r["label"] for r in rows]).mean())
         assert candidate.test is not None
         assert abs(accuracy - candidate.test.value) < 0.25  # other rows, and 40 of them only
