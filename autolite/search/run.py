@@ -166,9 +166,14 @@ def _check_reachable(problem: Problem, plans: int = 300) -> None:
     for metric, (option, limit, unit) in wanted.items():
         if limit is not None and least[metric] > limit:
             raise InputError(
-                f"{option} {limit:,.4g} {unit} cannot be met: the least that space '{problem.space.name}' reaches on "
-                f"{problem.profile.name} is {least[metric]:,.4g} {unit}; raise the limit or use another --space"
+                f"{option} {_plain(limit)} {unit} cannot be met: the least that space '{problem.space.name}' reaches on "
+                f"{problem.profile.name} is {_plain(least[metric])} {unit}; raise the limit or use another --space"
             )
+
+
+def _plain(value: float) -> str:
+    """A number without an exponent: 19,380 bytes, 0.05035 ms."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _write_front(
