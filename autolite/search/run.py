@@ -166,8 +166,8 @@ def _check_reachable(problem: Problem, plans: int = 300) -> None:
     for metric, (option, limit, unit) in wanted.items():
         if limit is not None and least[metric] > limit:
             raise InputError(
-                f"{option} {_plain(limit)} {unit} cannot be met: the least that space '{problem.space.name}' reaches on "
-                f"{problem.profile.name} is {_plain(least[metric])} {unit}; raise the limit or use another --space"
+                f"{option} {_plain(limit)} {unit} cannot be met: the least that space '{problem.space.name}' reaches "
+                f"on {problem.profile.name} is {_plain(least[metric])} {unit}; raise the limit or use another --space"
             )
 
 
