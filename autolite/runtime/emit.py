@@ -87,12 +87,16 @@ class _Emitter:
         return self.student.encoded
 
     def emit(self, file: Path) -> list[Path]:
-        x = self.embedding(embeddings_of(self.student.model))
+        with self.graph.scope("embedding"):
+            x = self.embedding(embeddings_of(self.student.model))
         for layer in self.layers:
             # Only [CLS] is read after the last layer: of the others, just keys and values are needed there.
             first_only = self.head.pooling == "first" and layer.index == len(self.layers) - 1
-            x = self.layer(layer, x, first_only)
-        return self.graph.save(file, self.inputs, self.logits(x))
+            with self.graph.scope(f"layer.{layer.index}"):
+                x = self.layer(layer, x, first_only)
+        with self.graph.scope("head"):
+            logits = self.logits(x)
+        return self.graph.save(file, self.inputs, logits)
 
     def embedding(self, parts: EmbeddingParts) -> str:
         """Return the first hidden state, [batch * tokens, hidden]."""
@@ -123,13 +127,15 @@ class _Emitter:
 
     def layer(self, layer: LayerParts, x: str, first_only: bool) -> str:
         """Return the next hidden state: [batch * tokens, hidden], or [batch, hidden] with `first_only`."""
-        source = self.norm(x, layer.attention_norm) if self.pre_norm else x
-        x = self.first(x) if first_only else x
-        x = self.graph.op("Add", x, self.attention(layer, source, first_only))
-        if self.pre_norm:
-            return self.graph.op("Add", x, self.feed_forward(layer, self.norm(x, layer.ffn_norm)))
-        x = self.norm(x, layer.attention_norm)
-        return self.norm(self.graph.op("Add", x, self.feed_forward(layer, x)), layer.ffn_norm)
+        with self.graph.scope("attention"):
+            source = self.norm(x, layer.attention_norm) if self.pre_norm else x
+            x = self.first(x) if first_only else x
+            x = self.graph.op("Add", x, self.attention(layer, source, first_only))
+            x = x if self.pre_norm else self.norm(x, layer.attention_norm)
+        with self.graph.scope("ffn"):
+            source = self.norm(x, layer.ffn_norm) if self.pre_norm else x
+            x = self.graph.op("Add", x, self.feed_forward(layer, source))
+            return x if self.pre_norm else self.norm(x, layer.ffn_norm)
 
     def attention(self, layer: LayerParts, x: str, first_only: bool) -> str:
         """Return the attention block's output; queries are those of the first tokens only with `first_only`."""

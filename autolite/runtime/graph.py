@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,16 @@ class Graph:
         self._stored: dict[tuple[Any, ...], str] = {}
         self._computed: dict[tuple[Any, ...], list[str]] = {}
         self._bytes = 0
+        self._scope = ""
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Prefix the names of the nodes added inside with `name` and a slash: what a profile is read by."""
+        before, self._scope = self._scope, f"{self._scope}{name}/"
+        try:
+            yield
+        finally:
+            self._scope = before
 
     def constant(self, value: torch.Tensor | np.ndarray | float | Sequence[int], uint4: bool = False) -> str:
         """Store a tensor and return its name; an equal one is stored once. A float is stored as float32, a sequence
@@ -68,10 +79,9 @@ class Graph:
         """Add a node with several outputs and return their names; an equal node is not added again."""
         key = (kind, domain, outputs, inputs, tuple(sorted(attributes.items())))
         if key not in self._computed:
+            name = f"{self._scope}{kind}_{len(self._nodes)}"
             names = [f"{kind}_{len(self._nodes)}_{i}" for i in range(outputs)]
-            self._nodes.append(
-                helper.make_node(kind, list(inputs), names, f"{kind}_{len(self._nodes)}", domain=domain, **attributes)
-            )
+            self._nodes.append(helper.make_node(kind, list(inputs), names, name, domain=domain, **attributes))
             self._computed[key] = names
         return self._computed[key]
 
