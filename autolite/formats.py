@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from autolite.errors import PlanError, unknown
 
 GROUP = 32  # inputs that share one int4 scale: the block of ONNX Runtime's MatMulNBits
+INT7 = 63  # 2 * 63 * 255 fits in 16 bits: such codes multiply 8-bit activations exactly in pairs
 LEVELS = 16  # entries of a kmeans4 codebook
 LLOYD_ROUNDS = 6  # later rounds gain less than 0.02 dB on normally distributed weights
 
@@ -37,12 +40,16 @@ class Encoded:
 @dataclass(frozen=True)
 class Format:
     """A number format: `bits` of one code (scales and codebooks come on top), and whether its levels are evenly
-    spaced. `embedding` says that a runtime can look single rows up in it."""
+    spaced. `embedding` says that a runtime can look single rows up in it. `activations` says what a product makes of
+    its input: 8-bit integers by the range of each call ("dynamic") or by a calibrated one ("static"), or nothing
+    ("float"); where it is "any", the format is about stored bytes, and the kernel may do what costs less than the
+    rounding of the weights."""
 
     name: str
     bits: int
     linear: bool
     embedding: bool
+    activations: Literal["float", "dynamic", "static", "any"]
     description: str
     encode: Callable[[Tensor], dict[str, Tensor]]
     decode: Callable[[Mapping[str, Tensor], int], Tensor]
@@ -100,10 +107,18 @@ def _nonzero(scales: Tensor) -> Tensor:
     return torch.where(scales == 0, torch.ones_like(scales), scales)
 
 
-def _encode_int8(weight: Tensor) -> dict[str, Tensor]:
-    scales = _nonzero(weight.abs().amax(dim=1) / 127)
-    codes = (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+def _encode_int8(weight: Tensor, largest: int = 127) -> dict[str, Tensor]:
+    scales = _nonzero(weight.abs().amax(dim=1) / largest)
+    codes = (weight / scales[:, None]).round_().clamp_(-largest, largest).to(torch.int8)
     return {"codes": codes, "scales": scales}
+
+
+def _encode_bf16(weight: Tensor) -> dict[str, Tensor]:
+    return {"values": weight.bfloat16()}
+
+
+def _decode_float(tensors: Mapping[str, Tensor], k: int) -> Tensor:
+    return tensors["values"].float()
 
 
 def _decode_int8(tensors: Mapping[str, Tensor], k: int) -> Tensor:
@@ -199,6 +214,10 @@ def _decode_kmeans4(tensors: Mapping[str, Tensor], k: int) -> Tensor:
     return tensors["codebook"].float().gather(1, codes) * tensors["scales"][:, None]
 
 
+def _bytes_int8(n: int, k: int) -> int:
+    return n * k + 4 * n
+
+
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
@@ -207,26 +226,73 @@ FORMATS: dict[str, Format] = {
             32,
             True,
             True,
+            "float",
             "32-bit floating point",
             lambda weight: {"values": weight},
-            lambda tensors, k: tensors["values"],
+            _decode_float,
             lambda n, k: 4 * n * k,
+        ),
+        Format(
+            "bf16",
+            16,
+            True,
+            True,
+            "float",
+            "bfloat16; faster than fp32 where the processor multiplies it and the runtime uses that, else only smaller",
+            _encode_bf16,
+            _decode_float,
+            lambda n, k: 2 * n * k,
         ),
         Format(
             "int8",
             8,
             True,
             True,
-            "8-bit integers, one scale per output channel; activations are quantized to 8 bits on the fly",
+            "dynamic",
+            "8-bit integers, one scale per output channel; activations are quantized to 8 bits by each call's range",
             _encode_int8,
             _decode_int8,
-            lambda n, k: n * k + 4 * n,
+            _bytes_int8,
+        ),
+        Format(
+            "int8-static",
+            8,
+            True,
+            False,
+            "static",
+            "as int8, but activations are quantized by ranges that were calibrated on training examples",
+            _encode_int8,
+            _decode_int8,
+            _bytes_int8,
+        ),
+        Format(
+            "int8-weight",
+            8,
+            True,
+            False,
+            "float",
+            "as int8, but activations stay in floating point",
+            _encode_int8,
+            _decode_int8,
+            _bytes_int8,
+        ),
+        Format(
+            "int7",
+            8,
+            True,
+            True,
+            "dynamic",
+            "as int8 with codes of 7 bits, whose products do not overflow on x86 processors without VNNI",
+            partial(_encode_int8, largest=INT7),
+            _decode_int8,
+            _bytes_int8,
         ),
         Format(
             "int4",
             4,
             True,
             True,
+            "any",
             f"4-bit integers, one scale per group of {GROUP} inputs",
             _encode_int4,
             _decode_int4,
@@ -237,6 +303,7 @@ FORMATS: dict[str, Format] = {
             4,
             False,
             False,
+            "any",
             f"4-bit indices into a codebook of {LEVELS} levels per output channel, fitted by k-means",
             _encode_kmeans4,
             _decode_kmeans4,

@@ -45,7 +45,7 @@ def test_a_decoded_matrix_has_the_shape_and_scale_of_the_original(name: str, wei
 @given(weight=matrices)
 def test_nbytes_is_the_sum_of_the_stored_tensors(name: str, weight: torch.Tensor) -> None:
     encoded = encode(weight, name)
-    stored = sum(len(t.contiguous().numpy().tobytes()) for t in encoded.tensors.values())
+    stored = sum(len(bytes(t.contiguous().untyped_storage())) for t in encoded.tensors.values())
     assert nbytes(name, *weight.shape) == encoded.nbytes == stored
 
 
@@ -119,7 +119,7 @@ def test_kmeans4_finds_sixteen_values_exactly() -> None:
 @pytest.mark.parametrize("row", [0.0, 0.37, -5.0])
 def test_constant_rows_survive(name: str, row: float) -> None:
     weight = torch.full((3, 37), row)
-    assert torch.allclose(decode(encode(weight, name)), weight, rtol=1e-3, atol=0)
+    assert torch.allclose(decode(encode(weight, name)), weight, rtol=2**-8 if name == "bf16" else 1e-3, atol=0)
 
 
 @names

@@ -23,12 +23,14 @@ class Student:
     """A model on its way: a transformers model whose modules have `shape`'s sizes, in float32.
 
     `encoded` holds the matrices that a number format has replaced, by parameter name (the key in
-    `model.state_dict()`); the module keeps the float32 master. The teacher is a Student too.
+    `model.state_dict()`); the module keeps the float32 master. `ranges` are the calibrated ranges (low, high) of the
+    inputs of those that quantize them statically, by the same names. The teacher is a Student too.
     """
 
     model: PreTrainedModel
     shape: ModelShape
     encoded: Mapping[str, Encoded] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

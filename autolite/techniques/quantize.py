@@ -13,6 +13,7 @@ from autolite.errors import PlanError
 from autolite.formats import FORMATS
 from autolite.parts import matrices_of
 from autolite.techniques.base import Context, Student
+from autolite.techniques.calibrate import input_ranges
 
 
 class QuantizeConfig(plan.Config):
@@ -41,7 +42,7 @@ class QuantizeConfig(plan.Config):
 
 
 class Quantize:
-    """Sets number formats; the student's weights themselves stay as they are."""
+    """Sets number formats; the student's weights themselves stay as they are. Static formats are calibrated."""
 
     name: ClassVar[str] = "quantize"
     Config: ClassVar[type[plan.Config]] = QuantizeConfig
@@ -77,7 +78,12 @@ class Quantize:
                 encoded.pop(key, None)  # a later step replaces an earlier one
                 if wanted[group] != "fp32":
                     encoded[key] = formats.encode(matrix.weight, wanted[group])
-        return replace(student, shape=shape, encoded=encoded)
+        static = [key for key, found in encoded.items() if FORMATS[found.format].activations == "static"]
+        ranges = {key: span for key, span in student.ranges.items() if key in static}
+        missing = [key for key in static if key not in ranges]
+        if missing:
+            ranges |= input_ranges(student.model, missing, context)
+        return replace(student, shape=shape, encoded=encoded, ranges=ranges)
 
 
 def _head_format(config: QuantizeConfig, tied: bool) -> str:
