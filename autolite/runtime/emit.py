@@ -6,51 +6,53 @@ from turning every `Add` + `LayerNormalization` into its `SkipLayerNormalization
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from onnx import TensorProto
 
-from autolite.errors import ModelError, unknown
+from autolite.errors import ModelError
 from autolite.families import family_of
-from autolite.formats import Encoded
-from autolite.parts import EmbeddingParts, HeadParts, LayerParts, Norm, embeddings_of, head_of, layers_of
-from autolite.runtime.graph import CONTRIB, Graph
-from autolite.runtime.linear import linear, lookup
+from autolite.measure import Workload
+from autolite.parts import (
+    EmbeddingParts,
+    HeadParts,
+    LayerParts,
+    Matrix,
+    Norm,
+    embeddings_of,
+    head_of,
+    layers_of,
+)
+from autolite.runtime.blocks import Heads, activate, add_and_normalize, attend, attend_absorbed, normalize, project
+from autolite.runtime.graph import CONTRIB, Graph, Input
+from autolite.runtime.linear import Weights, encoded_of, lookup, product, products, weights_of
+from autolite.runtime.variants import Choices, Place, usual
 from autolite.techniques.base import Student
 
 FILE = "model.onnx"
-_TANH_GELU = ("Gelu", {"approximate": "tanh"})
-# Names as in transformers.activations; each is one node. Swish is QuickGelu with alpha 1.
-ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gelu": ("Gelu", {}),
-    "gelu_python": ("Gelu", {}),
-    "gelu_new": _TANH_GELU,
-    "gelu_fast": _TANH_GELU,
-    "gelu_pytorch_tanh": _TANH_GELU,
-    "gelu_python_tanh": _TANH_GELU,
-    "relu": ("Relu", {}),
-    "sigmoid": ("Sigmoid", {}),
-    "tanh": ("Tanh", {}),
-    "silu": ("QuickGelu", {"domain": CONTRIB, "alpha": 1.0}),
-    "swish": ("QuickGelu", {"domain": CONTRIB, "alpha": 1.0}),
-    "quick_gelu": ("QuickGelu", {"domain": CONTRIB, "alpha": 1.702}),
-}
 
 
-def emit(student: Student, folder: Path) -> list[Path]:
+def emit(student: Student, folder: Path, workload: Workload | None = None, choices: Choices = usual) -> list[Path]:
     """Write `model.onnx` (and, above 2 GiB, its data file) into `folder` and return the files.
 
+    Args:
+        student: what to emit.
+        folder: where to; made if it is not there.
+        workload: the call that the graph should be fast at; any other is computed as well.
+        choices: which option to take at each place where equivalent nodes can stand.
+
     Raises:
-        ModelError: if the model has a part that cannot be emitted: images, sliding windows that matter, positions
-            that change with the length, or an unknown activation.
+        ModelError: if the model has a part that cannot be emitted: sliding windows that matter, positions that change
+            with the length, or an unknown activation.
         StorageError: if the files cannot be written.
     """
     with torch.no_grad():
-        return _Emitter.of(student).emit(folder / FILE)
+        return _Emitter.of(student, workload or Workload(), choices).emit(folder / FILE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +61,19 @@ class _Emitter:
 
     student: Student
     graph: Graph
-    inputs: dict[str, list[str]]
+    inputs: dict[str, Input]
     head: HeadParts
     layers: list[LayerParts]
     causal: bool
     pre_norm: bool
     activation: str
+    batch: int
+    tokens: int
+    choices: Choices
+    unsigned: bool
 
     @classmethod
-    def of(cls, student: Student) -> _Emitter:
+    def of(cls, student: Student, workload: Workload, choices: Choices) -> _Emitter:
         model = student.model
         family = family_of(model.config)
         layers = layers_of(model)
@@ -77,14 +83,30 @@ class _Emitter:
                     f"layer {layer.index} attends to a sliding window of {layer.window} tokens, which cannot be "
                     "emitted; set use_sliding_window to false in the model's configuration if you can do without"
                 )
-        inputs = {name: ["batch", "tokens"] for name in ("input_ids", "attention_mask")}
-        activation = str(getattr(model.config, family.activation))
-        head = head_of(model)
-        return cls(student, Graph(), inputs, head, layers, family.causal, family.pre_norm, activation)
+        return cls(
+            student=student,
+            graph=Graph(),
+            inputs={},
+            head=head_of(model),
+            layers=layers,
+            causal=family.causal,
+            pre_norm=family.pre_norm,
+            activation=str(getattr(model.config, family.activation)),
+            batch=workload.batch,
+            tokens=student.shape.positions if family.patch else workload.tokens,
+            choices=choices,
+            unsigned=choices(Place("int8")) == "uint8",
+        )
 
     @property
-    def encoded(self) -> Mapping[str, Encoded]:
-        return self.student.encoded
+    def rows(self) -> int:
+        """Rows of the activations in the call that the graph is made for."""
+        return self.batch * self.tokens
+
+    @property
+    def mask(self) -> str:
+        """The input that tells padding from tokens; images have none."""
+        return "attention_mask" if "attention_mask" in self.inputs else ""
 
     def emit(self, file: Path) -> list[Path]:
         with self.graph.scope("embedding"):
@@ -101,14 +123,17 @@ class _Emitter:
     def embedding(self, parts: EmbeddingParts) -> str:
         """Return the first hidden state, [batch * tokens, hidden]."""
         graph = self.graph
-        if parts.word is None or parts.patch is not None:
-            raise ModelError(f"{self.student.shape.family} models take images; this version emits text models only")
-        x = lookup(graph, self.flat("input_ids"), parts.word, self.encoded)
+        if parts.patch is not None:
+            return self.patches(parts, parts.patch)
+        assert parts.word is not None
+        for name in ("input_ids", "attention_mask"):
+            self.inputs[name] = (np.dtype(np.int64), ["batch", "tokens"])
+        x = self.lookup(self.flat("input_ids"), parts.word)
         if parts.token_type is not None:
             types = parts.token_type
             if types.weight.shape[0] > 1:
-                self.inputs["token_type_ids"] = ["batch", "tokens"]
-                x = graph.op("Add", x, lookup(graph, self.flat("token_type_ids"), types, self.encoded))
+                self.inputs["token_type_ids"] = self.inputs["input_ids"]
+                x = graph.op("Add", x, self.lookup(self.flat("token_type_ids"), types))
             else:
                 x = graph.op("Add", x, graph.constant(types.weight[0]))
         if parts.position is not None and parts.positions_after_padding:
@@ -117,57 +142,108 @@ class _Emitter:
             count = graph.op("Mul", graph.op("CumSum", real, graph.constant(torch.tensor(1))), real)
             offset = graph.constant(torch.tensor(parts.position_offset - 1, dtype=torch.int32))
             ids = graph.op("Reshape", graph.op("Add", count, offset), graph.constant([-1]))
-            x = graph.op("Add", x, lookup(graph, ids, parts.position, self.encoded))
+            x = graph.op("Add", x, self.lookup(ids, parts.position))
         elif parts.position is not None:
-            positions = lookup(graph, self.positions(), parts.position, self.encoded)
+            positions = self.lookup(self.positions(), parts.position)
             x = self.flatten(graph.op("Add", self.per_sequence(x, parts.position.weight.shape[1]), positions))
         if parts.norm is not None:
-            x = self.norm(x, parts.norm)
-        return x if parts.projection is None else linear(graph, x, (parts.projection,), self.encoded)
+            x = normalize(graph, x, parts.norm)
+        return x if parts.projection is None else self.product(x, (parts.projection,), self.rows)
+
+    def patches(self, parts: EmbeddingParts, patch: Matrix) -> str:
+        """Return the first hidden state of images: a product with each patch, the class token before them."""
+        graph, config = self.graph, self.student.model.config
+        side, channels, size = config.image_size, config.num_channels, config.patch_size
+        count = side // size
+        self.inputs["pixel_values"] = (np.dtype(np.float32), ["batch", channels, side, side])
+        x = graph.op("Reshape", "pixel_values", graph.constant([-1, channels, count, size, count, size]))
+        x = graph.op("Transpose", x, perm=(0, 2, 4, 1, 3, 5))
+        x = graph.op("Reshape", x, graph.constant([-1, channels * size * size]))
+        x = self.product(x, (patch,), self.batch * count * count)
+        hidden = patch.weight.shape[0]
+        x = graph.op("Reshape", x, graph.constant([-1, count * count, hidden]))
+        if parts.class_token is not None:
+            batch = graph.op("Shape", "pixel_values", start=0, end=1)
+            shape = graph.op("Concat", batch, graph.constant([1, hidden]), axis=0)
+            x = graph.op("Concat", graph.op("Expand", graph.constant(parts.class_token), shape), x, axis=1)
+        if parts.position is not None:
+            x = graph.op("Add", x, graph.constant(parts.position.weight))
+        return self.flatten(x)
 
     def layer(self, layer: LayerParts, x: str, first_only: bool) -> str:
         """Return the next hidden state: [batch * tokens, hidden], or [batch, hidden] with `first_only`."""
-        with self.graph.scope("attention"):
-            source = self.norm(x, layer.attention_norm) if self.pre_norm else x
+        graph = self.graph
+        with graph.scope("attention"):
+            source = normalize(graph, x, layer.attention_norm) if self.pre_norm else x
             x = self.first(x) if first_only else x
-            x = self.graph.op("Add", x, self.attention(layer, source, first_only))
-            x = x if self.pre_norm else self.norm(x, layer.attention_norm)
-        with self.graph.scope("ffn"):
-            source = self.norm(x, layer.ffn_norm) if self.pre_norm else x
-            x = self.graph.op("Add", x, self.feed_forward(layer, source))
-            return x if self.pre_norm else self.norm(x, layer.ffn_norm)
+            mixed = self.attention(layer, source, first_only)
+            x = graph.op("Add", x, mixed) if self.pre_norm else self.add_norm(x, mixed, layer.attention_norm)
+        with graph.scope("ffn"):
+            source = normalize(graph, x, layer.ffn_norm) if self.pre_norm else x
+            inner = self.feed_forward(layer, source, self.batch if first_only else self.rows)
+            return graph.op("Add", x, inner) if self.pre_norm else self.add_norm(x, inner, layer.ffn_norm)
 
     def attention(self, layer: LayerParts, x: str, first_only: bool) -> str:
         """Return the attention block's output; queries are those of the first tokens only with `first_only`."""
         graph, dim = self.graph, layer.head_dim
+        heads = Heads(layer.heads, layer.kv_heads, dim, layer.scale, self.causal)
         width, kv = layer.heads * dim, layer.kv_heads * dim
-        matrices = (layer.query, layer.key, layer.value) if layer.qkv is None else (layer.qkv,)
         if first_only:
-            query = linear(graph, self.first(x), matrices, self.encoded, rows=(0, width))
-            both = linear(graph, x, matrices, self.encoded, rows=(width, width + 2 * kv))
-            key, value = graph.ops("Split", 2, both, axis=1, num_outputs=2)
-        else:
-            merged = linear(graph, x, matrices, self.encoded)
-            query, key, value = graph.ops("Split", 3, merged, graph.constant([width, kv, kv]), axis=1)
+            mixed = self.attention_of_first(layer, x, heads)
+            return self.product(mixed, (layer.out,), self.batch)
+        query, key, value = self.query_key_value(layer, x, width, kv)
         query, key = self.head_norm(query, layer.query_norm, width), self.head_norm(key, layer.key_norm, kv)
-        query = graph.op("Unsqueeze", query, graph.constant([1])) if first_only else self.per_sequence(query, width)
-        key, value = self.per_sequence(key, kv), self.per_sequence(value, kv)
+        query, key, value = self.per_sequence(query, width), self.per_sequence(key, kv), self.per_sequence(value, kv)
         query, key = self.rotate(query), self.rotate(key)
-        if layer.kv_heads != layer.heads:
-            key, value = self.repeat(key, layer), self.repeat(value, layer)
-        mask = graph.op("Cast", "attention_mask", to=TensorProto.INT32)
-        settings = {"num_heads": layer.heads, "scale": layer.scale, "unidirectional": int(self.causal)}
-        mixed = graph.op("MultiHeadAttention", query, key, value, "", mask, domain=CONTRIB, **settings)
-        return linear(graph, self.flatten(mixed), (layer.out,), self.encoded)
+        place = Place("attention", sizes=(self.batch, self.tokens, layer.heads, layer.kv_heads, dim))
+        mixed = attend(graph, query, key, value, self.mask, heads, self.choices(place))
+        # Not Flatten: what shape inference makes of the operator Attention is no use to it.
+        return self.product(graph.op("Reshape", mixed, graph.constant([-1, width])), (layer.out,), self.rows)
 
-    def feed_forward(self, layer: LayerParts, x: str) -> str:
-        if layer.ffn_gate is None:
-            inner = self.activate(linear(self.graph, x, (layer.ffn_in,), self.encoded), self.activation)
+    def query_key_value(self, layer: LayerParts, x: str, width: int, kv: int) -> tuple[str, str, str]:
+        """Project [rows, hidden] to queries [rows, width], keys and values [rows, kv]."""
+        merged = self.merged(layer)
+        kernel = self.kernel(merged, self.rows)
+        if self.choices(Place("qkv", merged.format, (self.rows, merged.k, width, kv))) == "merged":
+            query, key, value = project(self.graph, x, merged, kernel, (width, kv, kv))
         else:
-            both = linear(self.graph, x, (layer.ffn_gate, layer.ffn_in), self.encoded)
-            gate, up = self.graph.ops("Split", 2, both, axis=1, num_outputs=2)
-            inner = self.graph.op("Mul", self.activate(gate, self.activation), up)
-        return linear(self.graph, inner, (layer.ffn_out,), self.encoded)
+            parts = [self.weights((m,)) for m in (layer.query, layer.key, layer.value)]
+            query, key, value = products(self.graph, x, parts, kernel)
+        return query, key, value
+
+    def merged(self, layer: LayerParts) -> Weights:
+        return self.weights((layer.query, layer.key, layer.value) if layer.qkv is None else (layer.qkv,))
+
+    def attention_of_first(self, layer: LayerParts, x: str, heads: Heads) -> str:
+        """Return what the first token of each sequence attends to, [batch, width]."""
+        graph, width, hidden = self.graph, layer.heads * layer.head_dim, layer.query.weight.shape[1]
+        place = Place("qkv", self.merged(layer).format, (self.rows, hidden, width, width))
+        separate = self.choices(place) != "merged"  # as in the layers that may share these weights
+        q = self.weights((layer.query,)) if separate else self.merged(layer)
+        query = product(graph, self.first(x), q, self.kernel(q, self.batch), None if separate else (0, width))
+        sizes = (self.batch, self.tokens, layer.heads, layer.head_dim, hidden)
+        whole = self.per_sequence(x, hidden)
+        pairs = [(self.weights((m,)), None) for m in (layer.key, layer.value)]
+        if not separate:
+            pairs = [(self.merged(layer), (i * width, (i + 1) * width)) for i in (1, 2)]
+        if self.choices(Place("first", q.format, sizes)) == "absorbed":
+            return attend_absorbed(graph, query, whole, pairs[0], pairs[1], self.mask, heads)
+        key, value = (self.per_sequence(product(graph, x, w, self.kernel(w, self.rows), r), width) for w, r in pairs)
+        place = Place("attention", sizes=(self.batch, self.tokens, layer.heads, layer.kv_heads, layer.head_dim))
+        query = graph.op("Unsqueeze", query, graph.constant([1]))
+        mixed = attend(graph, query, key, value, self.mask, heads, self.choices(place))
+        return graph.op("Reshape", mixed, graph.constant([-1, width]))
+
+    def feed_forward(self, layer: LayerParts, x: str, rows: int) -> str:
+        down = self.weights((layer.ffn_out,))
+        gelu = self.choices(Place("gelu", down.format, (rows, down.k)))
+        if layer.ffn_gate is None:
+            inner = activate(self.graph, self.product(x, (layer.ffn_in,), rows), self.activation, gelu)
+        else:
+            up = self.weights((layer.ffn_gate, layer.ffn_in))
+            gate, value = project(self.graph, x, up, self.kernel(up, rows), (down.k, down.k))
+            inner = self.graph.op("Mul", activate(self.graph, gate, self.activation, gelu), value)
+        return product(self.graph, inner, down, self.kernel(down, rows))
 
     def logits(self, x: str) -> tuple[str, str, list[str | int]]:
         """Return the output for `Graph.save`: [batch, labels] or [batch, tokens, vocab]."""
@@ -177,11 +253,11 @@ class _Emitter:
         if head.pooling == "last":
             x = self.last(x)
         if head.final_norm is not None:
-            x = self.norm(x, head.final_norm)
+            x = normalize(self.graph, x, head.final_norm)
         for matrix, activation in head.dense:
             table = head.tied and matrix is head.dense[-1][0]
-            x = linear(self.graph, x, (matrix,), self.encoded, table=table)
-            x = self.activate(x, activation) if activation else x
+            x = self.product(x, (matrix,), self.rows if head.pooling == "none" else self.batch, table)
+            x = activate(self.graph, x, activation) if activation else x
         outputs = self.student.shape.outputs
         if head.pooling == "none":
             return self.per_sequence(x, outputs), "logits", ["batch", "tokens", outputs]
@@ -189,24 +265,31 @@ class _Emitter:
 
     # Small pieces
 
-    def norm(self, x: str, norm: Norm) -> str:
-        weight = self.graph.constant(norm.weight)
-        if norm.bias is None:
-            return self.graph.op("RMSNormalization", x, weight, axis=-1, epsilon=norm.eps)
-        return self.graph.op("LayerNormalization", x, weight, self.graph.constant(norm.bias), axis=-1, epsilon=norm.eps)
+    def weights(self, matrices: Sequence[Matrix], table: bool = False) -> Weights:
+        return weights_of(matrices, self.student.encoded, self.student.ranges, table, self.unsigned)
+
+    def kernel(self, weights: Weights, rows: int) -> str:
+        return self.choices(Place("product", weights.format, (rows, weights.k, weights.n)))
+
+    def product(self, x: str, matrices: Sequence[Matrix], rows: int, table: bool = False) -> str:
+        weights = self.weights(matrices, table)
+        return product(self.graph, x, weights, self.kernel(weights, rows))
+
+    def lookup(self, ids: str, table: Matrix) -> str:
+        form = encoded_of(self.student.encoded, table).format
+        option = self.choices(Place("lookup", form, (self.rows, table.weight.shape[1])))
+        return lookup(self.graph, ids, table, self.student.encoded, self.unsigned, option)
+
+    def add_norm(self, x: str, y: str, norm: Norm) -> str:
+        place = Place("norm", sizes=(self.rows, norm.weight.shape[0]))
+        return add_and_normalize(self.graph, x, y, norm, self.choices(place))
 
     def head_norm(self, x: str, norm: Norm | None, width: int) -> str:
         """Normalise each head of `x` [tokens, width] by itself (Qwen3)."""
         if norm is None:
             return x
         heads = self.graph.op("Reshape", x, self.graph.constant([-1, norm.weight.shape[0]]))
-        return self.graph.op("Reshape", self.norm(heads, norm), self.graph.constant([-1, width]))
-
-    def activate(self, x: str, name: str) -> str:
-        if name not in ACTIVATIONS:
-            raise ModelError(unknown("activation", name, ACTIVATIONS))
-        kind, settings = ACTIVATIONS[name]
-        return self.graph.op(kind, x, **settings)
+        return self.graph.op("Reshape", normalize(self.graph, heads, norm), self.graph.constant([-1, width]))
 
     def rotate(self, x: str) -> str:
         """Turn the heads of `x` [batch, tokens, width] by their positions (RoPE, Su et al. 2021), if the model does.
@@ -229,15 +312,10 @@ class _Emitter:
         start = graph.constant([0])
         return graph.op("RotaryEmbedding", x, start, cos, sin, domain=CONTRIB, interleaved=0)
 
-    def repeat(self, x: str, layer: LayerParts) -> str:
-        """Repeat each key/value head of [batch, tokens, kv] for the query heads that read it."""
-        graph, copies = self.graph, layer.heads // layer.kv_heads
-        heads = graph.op("Reshape", x, self.dims(layer.kv_heads, 1, layer.head_dim))
-        full = graph.op("Expand", heads, self.dims(layer.kv_heads, copies, layer.head_dim))
-        return graph.op("Reshape", full, self.dims(layer.heads * layer.head_dim))
-
     def dims(self, *rest: int) -> str:
         """Return the shape [batch, tokens, *rest] as a value."""
+        if "pixel_values" in self.inputs:
+            return self.graph.constant([-1, self.tokens, *rest])
         return self.graph.op("Concat", self.graph.op("Shape", "input_ids"), self.graph.constant(rest), axis=0)
 
     def positions(self) -> str:

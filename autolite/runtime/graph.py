@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,19 @@ OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 10
 CONTRIB = "com.microsoft"
 MAX_PROTOBUF = 2**31 - 2**20  # a protobuf message ends at 2 GiB; larger weights go to a file beside it
+LARGEST = 2**31 - 1
 
 _TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.float16): TensorProto.FLOAT16,
     np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(np.int16): TensorProto.INT16,
     np.dtype(np.uint8): TensorProto.UINT8,
     np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.int64): TensorProto.INT64,
 }
+
+Input = tuple[str, Sequence[str | int]]  # an array's dtype and dimensions
 
 
 class Graph:
@@ -39,6 +43,7 @@ class Graph:
         self._stored: dict[tuple[Any, ...], str] = {}
         self._computed: dict[tuple[Any, ...], list[str]] = {}
         self._bytes = 0
+        self._uses: dict[str, int] = {}
         self._scope = ""
 
     @contextmanager
@@ -50,20 +55,18 @@ class Graph:
         finally:
             self._scope = before
 
-    def constant(self, value: torch.Tensor | np.ndarray | float | Sequence[int], uint4: bool = False) -> str:
+    def constant(self, value: torch.Tensor | np.ndarray | float | Sequence[int]) -> str:
         """Store a tensor and return its name; an equal one is stored once. A float is stored as float32, a sequence
-        of integers as int64. `uint4` says that each byte holds two 4-bit codes, the first in the low half.
-        """
+        of integers as int64."""
+        bfloat16 = isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16
         if isinstance(value, torch.Tensor):
-            array = value.detach().contiguous().numpy()
+            array = value.detach().contiguous().view(torch.int16 if bfloat16 else value.dtype).numpy()
         elif isinstance(value, float):
             array = np.array(value, np.float32)
         else:
             array = np.ascontiguousarray(value if isinstance(value, np.ndarray) else np.array(value, np.int64))
         raw = array.tobytes()
-        kind, dims = (TensorProto.UINT4 if uint4 else _TYPES[array.dtype]), list(array.shape)
-        if uint4:
-            dims[-1] *= 2
+        kind, dims = (TensorProto.BFLOAT16 if bfloat16 else _TYPES[array.dtype]), list(array.shape)
         key = (kind, tuple(dims), hashlib.sha256(raw).digest())
         if key not in self._stored:
             name = self._stored[key] = f"w{len(self._tensors)}"
@@ -85,9 +88,23 @@ class Graph:
             self._computed[key] = names
         return self._computed[key]
 
-    def save(self, file: Path, inputs: dict[str, list[str]], output: tuple[str, str, list[str | int]]) -> list[Path]:
-        """Write the model and return its files, `file` first. `inputs` are int64 (name: dimensions); `output` is
-        (name in the graph, name to the outside, dimensions), float32.
+    def slice(self, value: str, edges: tuple[int, int], axis: int) -> str:
+        """Return the part of `value` between two positions of an axis."""
+        start, stop = (self.constant([edge]) for edge in edges)
+        return self.op("Slice", value, start, stop, self.constant([axis]))
+
+    def distinct(self, value: str, axis: int) -> str:
+        """Return `value` under a name of its own from its second use on.
+
+        Where products of signed weights overflow, ONNX Runtime can convert them when it loads a model, but fails if
+        two products read one tensor. A slice that ends beyond the axis is the whole, and computed at loading.
+        """
+        uses = self._uses[value] = self._uses.get(value, -1) + 1
+        return self.slice(value, (0, LARGEST - uses), axis) if uses else value
+
+    def save(self, file: Path, inputs: Mapping[str, Input], output: tuple[str, str, Sequence[str | int]]) -> list[Path]:
+        """Write the model and return its files, `file` first. `output` is (name in the graph, name to the outside,
+        dimensions), float32.
 
         Raises:
             StorageError: if the files cannot be written.
@@ -97,7 +114,7 @@ class Graph:
         graph = helper.make_graph(
             self._nodes,
             "autolite",
-            [helper.make_tensor_value_info(n, TensorProto.INT64, d) for n, d in inputs.items()],
+            [helper.make_tensor_value_info(n, _TYPES[np.dtype(t)], d) for n, (t, d) in inputs.items()],
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)],
         )
         graph.initializer.extend(self._tensors)
