@@ -22,7 +22,7 @@ from autolite.measure import Timing, host_lock, time_interleaved
 
 _SECONDS = 8.0
 _NOISE = 0.25
-_REVISION = 2  # of the probes and their fit: a cache file of another one is not read
+_REVISION = 3  # of the probes and their fit: a cache file of another one is not read
 
 
 def local_profile(
@@ -44,15 +44,11 @@ def local_profile(
     import onnxruntime
     import psutil
 
-    available = os.cpu_count() or 1
     if threads is None:
-        threads = psutil.cpu_count(logical=False) or available
-    if not 1 <= threads <= available:
-        raise TargetError(f"threads={threads}, but this machine has {available} processors: ask for 1 to {available}")
+        threads = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     say = progress or (lambda message: None)
     version = str(onnxruntime.__version__)
-    name = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
-    file = cache_dir() / "hardware" / f"{name}-{threads}t-ort{version}-r{_REVISION}.yaml"
+    file = cache_file(threads, f"r{_REVISION}.yaml")
     with host_lock(say):
         if not refresh and file.is_file():
             with suppress(TargetError, OSError, UnicodeDecodeError):  # a damaged cache file is measured anew
@@ -69,6 +65,25 @@ def local_profile(
         with suppress(StorageError):  # a read-only home only means measuring again next time
             write_atomically(file, dump_profile(profile).encode())
     return profile
+
+
+def cache_file(threads: int, ending: str) -> Path:
+    """Return where something is kept that was measured on this processor, with this ONNX Runtime.
+
+    Args:
+        threads: number of threads it was measured on.
+        ending: of the file's name.
+
+    Raises:
+        TargetError: if this machine has fewer processors than `threads`.
+    """
+    import onnxruntime
+
+    available = os.cpu_count() or 1
+    if not 1 <= threads <= available:
+        raise TargetError(f"threads={threads}, but this machine has {available} processors: ask for 1 to {available}")
+    name = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+    return cache_dir() / "hardware" / f"{name}-{threads}t-ort{onnxruntime.__version__}-{ending}"
 
 
 def cache_dir() -> Path:
@@ -128,7 +143,9 @@ def fit_profile(
     net = {name: max(time - dispatch - fixed, 0.1 * time) for name, time in us.items()}
     one = number(1, "1", 0.0, "calibrated", "1 by construction: the peak is the rate fitted to the probes")
     peak, efficiency = {}, {}
-    for kernel in (*KERNELS, "attention"):
+    kernels = [kernel for kernel in KERNELS if any(name.startswith(f"{kernel} ") for name in us)]
+    seven = "int7" if "int7" in kernels else "int8"  # which of the two kernels takes codes of 7 bits
+    for kernel in (*kernels, "attention"):
         names = [name for name in us if name.startswith(f"{kernel} ")]
         sizes = np.array([models[name].size for name in names], dtype=float)
         fit = fit_attention if kernel == "attention" else fit_product
@@ -156,6 +173,7 @@ def fit_profile(
         "peak": peak,
         "elementwise": {
             "activation": rate("activation", float(np.prod(ACTIVATION)), "Gelem/s"),
+            "approximation": rate("approximation", float(np.prod(ACTIVATION)), "Gelem/s"),
             "normalization": rate("normalization", float(np.prod(NORMALIZATION)), "Gelem/s"),
         },
         "softmax": number(found[4], "Mrow/s", sigma, "calibrated"),  # of the attention, fitted last
@@ -168,7 +186,16 @@ def fit_profile(
         "default_unit": "cpu",
         "units": [unit],
         "efficiency": efficiency,
-        "formats": {"fp32": "fp32", "int8": "int8", "int4": "int4", "kmeans4": "fp32"},
+        "formats": {
+            "fp32": "fp32",
+            "bf16": "fp32",
+            "int8": "int8",
+            "int8-static": "int8",
+            "int8-weight": "fp32",
+            "int7": seven,
+            "int4": ["int4", seven, "fp32"],
+            "kmeans4": [seven, "fp32"],
+        },
         "memory": {
             "size": number(psutil.virtual_memory().total / 1e9, "GB", 0.0, source=system),
             "bandwidth": number(bandwidth / 1e3, "GB/s", _sigma(timings["memory"])),

@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
-KERNELS = ("fp32", "int8", "int4")
+from autolite.formats import INT7
+from autolite.hardware.processor import saturates
+
+KERNELS = ("fp32", "int8", "int7", "int4")
 ROWS = (1, 16, 64, 128)
 SIZES = ((128, 512), (384, 384), (384, 1536), (1536, 384), (768, 3072))  # [k, n] of transformer layers, small to base
 # Heads, the width of each, tokens
@@ -42,12 +45,14 @@ def probes(threads: int, cache: float) -> dict[str, Probe]:
 
     found = {}
     for kernel, (k, n) in itertools.product(KERNELS, SIZES):
+        if kernel == "int7" and not saturates():
+            continue  # the kernel of int8 is exact, and theirs too
         session = _session([(kernel, k, n)], threads)
         for m in ROWS:
             found[f"{kernel} {m} {k} {n}"] = Probe(session, {"x": floats(m, k)}, (m, k, n, 1))
     for heads, width, tokens in HEADS:
         arrays = {name: floats(1, tokens, heads * width) for name in ("x", "key", "value")}
-        arrays["mask"] = np.ones((1, tokens), np.int32)
+        arrays["mask"] = np.zeros((1, 1, tokens, tokens), np.float32)
         session = _attention(heads, threads)
         found[f"attention {heads} {width} {tokens}"] = Probe(session, arrays, (tokens, 2 * width, tokens, heads))
     for depth in LAYERS:
@@ -62,12 +67,26 @@ def probes(threads: int, cache: float) -> dict[str, Probe]:
             nodes.append(_node("Concat", [f"b{i}", f"a{i}"], ["y" if i == length - 2 else f"t{i + 2}"], axis=1))
         found[f"chain {length}"] = Probe(_load(nodes, {}, threads), {"x": floats(1, 16)})
     x = floats(*ACTIVATION)
-    found["activation"] = Probe(_load([_node("Gelu", ["x"], ["y"])], {}, threads), {"x": x})
+    for name, form in {"activation": "none", "approximation": "tanh"}.items():
+        found[name] = Probe(_load([_node("Gelu", ["x"], ["y"], approximate=form)], {}, threads), {"x": x})
     found["copy"] = Probe(_load([_node("Add", ["x", "other"], ["y"])], {}, threads, other=2), {"x": x, "other": x})
     scale = {"scale": np.ones(NORMALIZATION[1], np.float32), "shift": np.zeros(NORMALIZATION[1], np.float32)}
     norm = _node("LayerNormalization", ["x", "scale", "shift"], ["y"])
     found["normalization"] = Probe(_load([norm], scale, threads), {"x": floats(*NORMALIZATION)})
     return found
+
+
+def square(kernel: str, size: int, threads: int) -> Probe:
+    """Return a product [size, size] x [size, size] of a kernel class; int8 with activations that are int8 already."""
+    rng = np.random.default_rng(0)
+    if kernel != "int8":
+        x = rng.standard_normal((size, size), dtype=np.float32)
+        return Probe(_session([(kernel, size, size)], threads), {"x": x}, (size, size, size, 1))
+    node = _node("MatMulIntegerToFloat", ["x", "w", "s", "t", "z"], ["y"], contrib=True)
+    weights = {"w": rng.integers(-127, 128, (size, size), dtype=np.int8), "z": np.array(128, np.uint8)}
+    weights |= {name: np.array(0.001, np.float32) for name in ("s", "t")}
+    codes = rng.integers(0, 256, (size, size), dtype=np.uint8)
+    return Probe(_load([node], weights, threads, codes=True), {"x": codes}, (size, size, size, 1))
 
 
 def _node(kind: str, inputs: list[str], outputs: list[str], contrib: bool = False, **attributes: Any) -> Any:
@@ -76,18 +95,29 @@ def _node(kind: str, inputs: list[str], outputs: list[str], contrib: bool = Fals
     return helper.make_node(kind, inputs, outputs, domain="com.microsoft" if contrib else "", **attributes)
 
 
-def _load(nodes: list[Any], weights: Mapping[str, np.ndarray], threads: int, rank: int = 2, **extra: int) -> Any:
-    """Return a session of a graph x -> y of this rank; `extra` names further float inputs and their ranks."""
+def _load(
+    nodes: list[Any],
+    weights: Mapping[str, np.ndarray],
+    threads: int,
+    rank: int = 2,
+    codes: bool = False,
+    **extra: int,
+) -> Any:
+    """Return a session of a graph x -> y of this rank; `extra` names further float inputs and their ranks.
+
+    x is float32, or uint8 with `codes`.
+    """
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
     def value(name: str, rank: int, kind: int = TensorProto.FLOAT) -> Any:
         return helper.make_tensor_value_info(name, kind, [None] * rank)
 
-    inputs = [value("x", rank), *(value(n, r, TensorProto.INT32 if n == "mask" else 1) for n, r in extra.items())]
+    first = value("x", rank, TensorProto.UINT8 if codes else TensorProto.FLOAT)
+    inputs = [first, *(value(n, r) for n, r in extra.items())]
     stored = [numpy_helper.from_array(array, name) for name, array in weights.items()]
     graph = helper.make_graph(nodes, "probe", inputs, [value("y", rank)], stored)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -99,9 +129,8 @@ def _load(nodes: list[Any], weights: Mapping[str, np.ndarray], threads: int, ran
 
 
 def _attention(heads: int, threads: int) -> Any:
-    inputs = ["x", "key", "value", "", "mask"]
-    node = _node("MultiHeadAttention", inputs, ["y"], contrib=True, num_heads=heads)
-    return _load([node], {}, threads, rank=3, key=3, value=3, mask=2)
+    node = _node("Attention", ["x", "key", "value", "mask"], ["y"], q_num_heads=heads, kv_num_heads=heads)
+    return _load([node], {}, threads, rank=3, key=3, value=3, mask=4)
 
 
 def _session(products: Sequence[tuple[str, int, int]], threads: int) -> Any:
@@ -119,9 +148,14 @@ def _session(products: Sequence[tuple[str, int, int]], threads: int) -> Any:
             # Not equal ones: a runtime may pack and keep those once.
             weights[w] = np.resize(np.roll(normal, i), (n, k))
             nodes.append(_node("Gemm", [x, w, b], [y], transB=1))
-        elif kernel == "int8":
-            weights[w], weights[s] = rng.integers(-127, 128, (k, n), dtype=np.int8), np.full(n, 0.001, np.float32)
-            nodes.append(_node("DynamicQuantizeMatMul", [x, w, s, "", b], [y], contrib=True))
+        elif kernel in ("int8", "int7"):
+            largest = 127 if kernel == "int8" else INT7
+            codes = rng.integers(-largest, largest + 1, (k, n), dtype=np.int8)
+            weights[w], weights[s], zero = codes, np.full(n, 0.001, np.float32), ""
+            if kernel == "int8" and saturates():  # where signed codes overflow, unsigned ones are emitted
+                zero = f"z{i}"
+                weights[w], weights[zero] = (codes.astype(np.int16) + 128).astype(np.uint8), np.full(n, 128, np.uint8)
+            nodes.append(_node("DynamicQuantizeMatMul", [x, w, s, zero, b], [y], contrib=True))
         else:
             weights[w] = rng.integers(0, 256, (n, k // 32, 16), dtype=np.uint8)
             weights[s] = np.full((n, k // 32), 0.001, np.float32)
