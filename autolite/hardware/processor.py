@@ -1,0 +1,37 @@
+"""What this machine's processor does that decides which kernels are exact on it."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+_DEPTH = 8  # products of one sum
+
+
+@cache
+def saturates() -> bool:
+    """Whether ONNX Runtime's products of unsigned activations with signed weights overflow on this processor.
+
+    x86 processors without VNNI add pairs of 8-bit products in 16 bits, which saturate: a pair of 255 * 127 is cut from
+    64770 to 32767. Weights of at most 63 in magnitude fit (2 * 255 * 63 = 32130), and unsigned weights take another
+    kernel. Found out by one product whose result is known, so that no list of processors goes stale.
+    """
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    stored = numpy_helper.from_array(np.full((_DEPTH, 16), 127, np.int8), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "w"], ["y"])],
+        "saturates",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, [16, _DEPTH])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [16, 16])],
+        [stored],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": np.full((16, _DEPTH), 255, np.uint8)})
+    return bool((found != 255 * 127 * _DEPTH).any())
