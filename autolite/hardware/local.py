@@ -79,11 +79,20 @@ def cache_file(threads: int, ending: str) -> Path:
     """
     import onnxruntime
 
+    check_threads(threads)
+    name = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+    return cache_dir() / "hardware" / f"{name}-{threads}t-ort{onnxruntime.__version__}-{ending}"
+
+
+def check_threads(threads: int) -> None:
+    """Refuse more threads than this machine has processors.
+
+    Raises:
+        TargetError: naming both.
+    """
     available = os.cpu_count() or 1
     if not 1 <= threads <= available:
         raise TargetError(f"threads={threads}, but this machine has {available} processors: ask for 1 to {available}")
-    name = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
-    return cache_dir() / "hardware" / f"{name}-{threads}t-ort{onnxruntime.__version__}-{ending}"
 
 
 def cache_dir() -> Path:

@@ -30,8 +30,10 @@ class OnnxRuntime:
         """Write the artifact; see `autolite.runtime.emit.emit`."""
         return emit.emit(student, folder)
 
-    def load(self, file: Path, threads: int = 1) -> OrtRunner:
+    def load(self, file: Path, threads: int = 1, trace: Path | None = None) -> OrtRunner:
         """Load a model to run it on `threads` threads.
+
+        With `trace`, a folder, every call is recorded there operator by operator; see `OrtRunner.end_trace`.
 
         Raises:
             ModelError: if the file is missing, truncated, or not a model that ONNX Runtime can load.
@@ -45,6 +47,9 @@ class OnnxRuntime:
         options.log_severity_level = 4  # what goes wrong arrives as an exception
         # Threads spin while a call runs, which is fastest, and not between calls, where others need the cores.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if trace is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(trace / "trace")
         try:
             session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
@@ -63,6 +68,15 @@ class OrtRunner:
         self._session = session
         self._inputs = [i.name for i in session.get_inputs()]
         self._outputs = [o.name for o in session.get_outputs()]
+
+    @property
+    def inputs(self) -> dict[str, tuple[str, list[int | str | None]]]:
+        """What the model takes: for each name the type, as in "tensor(int64)", and the dimensions, open ones named."""
+        return {i.name: (i.type, i.shape) for i in self._session.get_inputs()}
+
+    def end_trace(self) -> Path:
+        """Stop recording and return the file of ONNX Runtime's trace."""
+        return Path(self._session.end_profiling())
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one call: int64 arrays [batch, tokens] to {"logits": float32}.
