@@ -11,7 +11,8 @@ from autolite.families import FAMILIES, Head
 from autolite.measure import Workload
 
 BYTES = 4  # activations, norms, biases and positions are fp32
-_GRAPH_BYTES = {"layer": 2500, "around": 2300}  # names, shapes and attributes of the operators in the file
+# Names, shapes and attributes of the operators in the file; "decoding" is what makes 8-bit codes of a matrix of 4 bits.
+_GRAPH_BYTES = {"layer": 2500, "around": 2300, "decoding": 1500}
 
 
 def head_of_shape(shape: ModelShape) -> Head | None:
@@ -33,7 +34,7 @@ def matrices(shape: ModelShape, kernels: Mapping[str, str]) -> tuple[dict[str, i
 
     Args:
         shape: of the model.
-        kernels: the number formats the target runs, and the kernel class that each is priced as.
+        kernels: the number formats the target runs, and the kernel class that computes with each.
 
     Raises:
         TargetError: if the target cannot run one of the model's number formats.
@@ -44,7 +45,7 @@ def matrices(shape: ModelShape, kernels: Mapping[str, str]) -> tuple[dict[str, i
             known = ", ".join(kernels)
             raise TargetError(f"the target cannot run the number format '{product.format}'; it runs {known}")
         stored[product.weights] = formats.nbytes(product.format, product.n, product.k)
-        # A format priced as another one's kernel is decoded to it when the model is loaded (kmeans4 to fp32).
+        # A format that another one's kernel computes with is decoded to it when the model is loaded (kmeans4 to int8).
         kernel = kernels[product.format]
         kernel = kernel if kernel in formats.FORMATS else product.format
         read[product.weights] = formats.nbytes(kernel, product.n, product.k)
@@ -91,7 +92,9 @@ def file_size(shape: ModelShape, stored: Mapping[str, int]) -> int:
     total += square * formats.nbytes(shape.head_format, hidden, hidden)
     floats += square * hidden + (shape.outputs if not family.causal else 0)
     layers = sum(len(stack.layers) for stack in shape.stacks)
-    return total + BYTES * floats + layers * _GRAPH_BYTES["layer"] + _GRAPH_BYTES["around"]
+    decoded = len({product.weights for product in matmuls(shape) if formats.get(product.format).bits < 8})
+    graph = layers * _GRAPH_BYTES["layer"] + decoded * _GRAPH_BYTES["decoding"] + _GRAPH_BYTES["around"]
+    return total + BYTES * floats + graph
 
 
 def activations(shape: ModelShape, workload: Workload) -> float:

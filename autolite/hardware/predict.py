@@ -6,7 +6,8 @@ depends on the size of the product, plus costs of dispatch:
     t = sum over operators of max(FLOPs / (P * e(m, n, k)) + stall, bytes / B) + dispatch * operators + fixed
     e(m, n, k) = fraction / (1 + rows / m + columns / n + depth / k)
 
-The stall is the part of reading the weights from memory that computing does not hide.
+The stall is the part of reading the weights from memory that computing does not hide. Where several kernels can compute
+with a number format, a pass is priced with the one that makes it fastest: a prompt and the steps after it may differ.
 
 Uncertainties of the profile's numbers are propagated to first order in the logarithms: the elasticity of the time with
 respect to a number is the share of the time that it governs.
@@ -14,14 +15,16 @@ respect to a number is the share of the time that it governs.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from autolite import formats
 from autolite.architecture import LayerShape, MatMul, ModelShape, Stack, matmuls
 from autolite.errors import TargetError
-from autolite.families import FAMILIES, Family
+from autolite.families import FAMILIES
 from autolite.hardware.footprint import BYTES, activations, file_size, head_of_shape, matrices, square_layers
 from autolite.hardware.profile import Number, Profile, growth
 from autolite.measure import Measurement, Workload
@@ -48,7 +51,7 @@ class _Speeds:
     """A profile reduced to plain floats for so many threads; times are in microseconds."""
 
     kernels: dict[str, _Kernel]
-    formats: dict[str, str]
+    formats: dict[str, tuple[str, ...]]
     elementwise: dict[str, float]  # elements (softmax: rows) per microsecond
     memory: float  # bytes per microsecond
     stall: float
@@ -63,13 +66,17 @@ class _Speeds:
 
 
 class _Time:
-    """Microseconds of one pass, by the number of the profile that governs them."""
+    """Microseconds of one pass, by the number of the profile that governs them.
 
-    def __init__(self, speeds: _Speeds, working_set: float) -> None:
-        self.speeds = speeds
+    `kernels` names the kernel class that computes with each format, and `weights` the bytes of each matrix as it
+    reads them.
+    """
+
+    def __init__(self, speeds: _Speeds, kernels: Mapping[str, str], weights: Mapping[str, int]) -> None:
+        self.speeds, self.kernels, self.weights = speeds, kernels, weights
         self.parts: dict[str, float] = {}
         # Weights are used in the same order in every call, so that a cache too small for all of them keeps few.
-        self.missing = min(1.0, max(0.0, working_set / speeds.cache_size - 1.0))
+        self.missing = min(1.0, max(0.0, sum(weights.values()) / speeds.cache_size - 1.0))
 
     def add(self, key: str, microseconds: float) -> None:
         self.parts[key] = self.parts.get(key, 0.0) + microseconds
@@ -119,7 +126,6 @@ def predict(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str
             the target cannot run.
     """
     speeds = _speeds(profile, workload.threads)
-    stored, read = matrices(shape, speeds.formats)
     prompt, *steps = _passes(shape, speeds, workload)
     found: dict[str, tuple[float, float, bool]] = {}  # metric: value, relative uncertainty, floored
     if steps:
@@ -134,8 +140,11 @@ def predict(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str
         math.hypot(sigma, speeds.sigmas["watts"]),
         weak or "watts" in speeds.weak,
     )
+    stored, _ = matrices(shape, prompt[0].kernels)
     size = float(file_size(shape, stored))
-    packed = profile.packing.value * sum(read.values())
+    # A matrix that the prompt and the steps read in two forms is kept in both.
+    read = {form for time, _ in [prompt, *steps] for form in time.weights.items()}
+    packed = profile.packing.value * sum(nbytes for _, nbytes in read)
     memory = size + packed + activations(shape, workload)
     packing = packed / memory * profile.packing.sigma
     found["memory_bytes"] = (memory, math.hypot(packing, 0.1), profile.packing.kind not in _CALIBRATED)
@@ -167,13 +176,28 @@ def _measurement(
 
 def _passes(shape: ModelShape, speeds: _Speeds, workload: Workload) -> list[tuple[_Time, float]]:
     """The pass over the prompt, once, and for language models a pass for one token, as often as one is generated."""
-    family, (_, read) = FAMILIES[shape.family], matrices(shape, speeds.formats)
-    prompt = _pass(shape, family, speeds, read, workload.batch, workload.tokens, workload.tokens)
+    options = [(kernels, matrices(shape, kernels)[1]) for kernels in _kernels(shape, speeds)]
+
+    def fastest(tokens: int, context: int) -> _Time:
+        passes = [_pass(shape, _Time(speeds, *option), workload.batch, tokens, context) for option in options]
+        return min(passes, key=lambda time: time.total)
+
+    prompt = fastest(workload.tokens, workload.tokens)
     if not (shape.stacks[-1].causal and shape.outputs == shape.vocab):
         return [(prompt, 1.0)]
-    context = workload.tokens + workload.generated // 2
-    step = _pass(shape, family, speeds, read, workload.batch, 1, context)
+    step = fastest(1, workload.tokens + workload.generated // 2)
     return [(prompt, 1.0), (step, float(workload.generated))]
+
+
+def _kernels(shape: ModelShape, speeds: _Speeds) -> Iterator[dict[str, str]]:
+    """Yield every choice of a kernel class for each of the formats that the shape's products are in."""
+    used = {product.format for product in matmuls(shape)}
+    if FAMILIES[shape.family].embedding_projection or FAMILIES[shape.family].patch:
+        used.add(shape.embedding_format)
+    first = {form: kernels[0] for form, kernels in speeds.formats.items()}
+    several = [form for form in speeds.formats if form in used and len(speeds.formats[form]) > 1]
+    for chosen in itertools.product(*(speeds.formats[form] for form in several)):
+        yield {**first, **dict(zip(several, chosen, strict=True))}
 
 
 def _shares(passes: list[tuple[_Time, float]], times: float | None = None) -> dict[str, float]:
@@ -229,7 +253,8 @@ def _speeds(profile: Profile, threads: int) -> _Speeds:
             behind(f"{name}.peak", unit.peak[name], efficiency.fraction, extra=shared)
             for part, number in halves.items():
                 behind(f"{name}.{part}", number)
-    for kind, number in unit.elementwise.items():
+    elementwise = {"approximation": unit.elementwise["activation"], **unit.elementwise}
+    for kind, number in elementwise.items():
         behind(kind, number, extra=shared)
     behind("softmax", unit.softmax, extra=shared)
     behind("memory", profile.memory.bandwidth)
@@ -244,7 +269,7 @@ def _speeds(profile: Profile, threads: int) -> _Speeds:
         formats=profile.formats,
         elementwise={
             "softmax": unit.softmax.value * used,
-            **{kind: number.value * used * 1e3 for kind, number in unit.elementwise.items()},
+            **{kind: number.value * used * 1e3 for kind, number in elementwise.items()},
         },
         memory=profile.memory.bandwidth.value * 1e3,
         stall=profile.memory.stall.value,
@@ -259,11 +284,10 @@ def _speeds(profile: Profile, threads: int) -> _Speeds:
     )
 
 
-def _pass(
-    shape: ModelShape, family: Family, speeds: _Speeds, weights: dict[str, int], batch: int, tokens: int, context: int
-) -> _Time:
-    """Time of one pass over `tokens` new tokens a sequence that attend to `context` tokens, themselves included."""
-    time = _Time(speeds, float(sum(weights.values())))
+def _pass(shape: ModelShape, time: _Time, batch: int, tokens: int, context: int) -> _Time:
+    """Add the time of one pass over `tokens` new tokens a sequence that attend to `context` tokens, themselves
+    included, to `time`, and return it."""
+    family, weights = FAMILIES[shape.family], time.weights
     head = head_of_shape(shape)
     pooled = head is not None and head.pooling != "none"
     rows = batch * tokens
@@ -279,8 +303,8 @@ def _pass(
             last = stack is shape.stacks[-1] and index == len(stack.layers) - 1
             # Where only the first position is read, the last layer computes all but keys and values there alone.
             read = 1 if last and pooled and not stack.causal else tokens
-            _attention(time, stack, layer, next(products), next(products), weights, batch, tokens, read, context)
-            _feed_forward(time, stack, layer, next(products), next(products), weights, batch * read)
+            _attention(time, stack, layer, next(products), next(products), batch, tokens, read, context)
+            _feed_forward(time, stack, layer, next(products), next(products), batch * read)
     read = batch if pooled else rows
     hidden = shape.stacks[-1].hidden
     if family.final_norm:
@@ -288,14 +312,14 @@ def _pass(
     for _ in range(square_layers(head)):
         _dense(time, shape.head_format, read, hidden, hidden)
     for product in products:
-        time.product(speeds.formats[product.format], read, product.k, product.n, weights[product.weights])
+        time.product(time.kernels[product.format], read, product.k, product.n, weights[product.weights])
     time.operators(_OPERATORS["around"])
-    time.add("fixed", speeds.fixed)
+    time.add("fixed", time.speeds.fixed)
     return time
 
 
 def _dense(time: _Time, form: str, rows: int, k: int, n: int) -> None:
-    time.product(time.speeds.formats[form], rows, k, n, formats.nbytes(form, n, k))
+    time.product(time.kernels[form], rows, k, n, formats.nbytes(form, n, k))
 
 
 def _attention(
@@ -304,14 +328,13 @@ def _attention(
     layer: LayerShape,
     qkv: MatMul,
     out: MatMul,
-    weights: dict[str, int],
     batch: int,
     tokens: int,
     read: int,
     context: int,
 ) -> None:
-    kernel = time.speeds.formats[qkv.format]
-    nbytes = weights[qkv.weights]
+    kernel = time.kernels[qkv.format]
+    nbytes = time.weights[qkv.weights]
     if read == tokens:
         time.product(kernel, batch * tokens, qkv.k, qkv.n, nbytes)
     else:
@@ -322,7 +345,7 @@ def _attention(
     time.product("attention", read, 2 * layer.head_dim, context, past, batch * layer.heads)
     time.elements("softmax", batch * layer.heads * read)
     time.copy(2 * BYTES * batch * tokens * qkv.n)  # split into query, key and value
-    time.product(time.speeds.formats[out.format], batch * read, out.k, out.n, weights[out.weights])
+    time.product(kernel, batch * read, out.k, out.n, time.weights[out.weights])
     time.elements("normalization", batch * read * stack.hidden)
     time.copy(3 * BYTES * batch * read * stack.hidden)  # residual sum
     time.operators(_OPERATORS["attention"])
@@ -334,12 +357,12 @@ def _feed_forward(
     layer: LayerShape,
     first: MatMul,
     second: MatMul,
-    weights: dict[str, int],
     rows: int,
 ) -> None:
-    kernel = time.speeds.formats[first.format]
+    kernel, weights = time.kernels[first.format], time.weights
     time.product(kernel, rows, first.k, first.n, weights[first.weights])
-    time.elements("activation", rows * layer.ffn)
+    rounded = formats.get(first.format).activations != "float" and not stack.gated
+    time.elements("approximation" if rounded else "activation", rows * layer.ffn)
     time.copy((3 * layer.ffn * 2 if stack.gated else 0) * BYTES * rows)  # split, and product with the gate
     time.product(kernel, rows, second.k, second.n, weights[second.weights])
     time.elements("normalization", rows * stack.hidden)

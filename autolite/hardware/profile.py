@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from autolite import registry
 from autolite.errors import TargetError, unknown
@@ -85,6 +85,13 @@ Ratio = Annotated[Number, _in("1")]
 Count = Annotated[Number, _in("1", positive=False)]
 
 
+def _listed(data: Any) -> Any:
+    return (data,) if isinstance(data, str) else data
+
+
+Kernels = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
+
+
 class ComputeUnit(_Strict):
     """A processor, or a cluster of equal cores, that a model runs on.
 
@@ -92,7 +99,8 @@ class ComputeUnit(_Strict):
         name: "big", "cpu", ...
         threads: number of its cores, and of the threads that a workload has unless it says otherwise.
         peak: dense GFLOPS (for integers, GOPS) of all cores together, for each kernel class; one multiply-add is two.
-        elementwise: elements a second of all cores, for "activation" (Gelu) and "normalization".
+        elementwise: elements a second of all cores, for "activation" (Gelu), "approximation" (Gelu by tanh, which
+            8-bit products take; as "activation" if not given) and "normalization".
         softmax: rows a second of all cores, a row being one query of one head.
         scaling: what each thread after the first adds, as a fraction of one core; t threads reach
             peak / cores * (1 + (t - 1) * scaling).
@@ -103,7 +111,7 @@ class ComputeUnit(_Strict):
     name: str
     threads: int = Field(ge=1)
     peak: dict[str, Gflops] = {}
-    elementwise: dict[Literal["activation", "normalization"], GelementsPerSecond] = {}
+    elementwise: dict[Literal["activation", "approximation", "normalization"], GelementsPerSecond] = {}
     softmax: MegarowsPerSecond | None = None
     scaling: Ratio | None = None
     power: Watts | None = None
@@ -172,7 +180,8 @@ class Profile(_Strict):
         default_unit: name of the unit that models run on.
         units: all processors, the ones that cannot be used included.
         efficiency: for each kernel class.
-        formats: number format (`autolite.formats`) -> kernel class whose peak and efficiency price it.
+        formats: number format (`autolite.formats`) -> the kernel classes that can run it, of which the fastest is
+            taken; in YAML one name will do for one.
         memory: main memory.
         cache: last-level cache.
         dispatch: cost of one operator whatever its size.
@@ -189,7 +198,7 @@ class Profile(_Strict):
     default_unit: str
     units: tuple[ComputeUnit, ...] = Field(min_length=1)
     efficiency: dict[str, Efficiency]
-    formats: dict[str, str]
+    formats: dict[str, Kernels]
     memory: Memory
     cache: Cache
     dispatch: Microseconds
@@ -205,7 +214,8 @@ class Profile(_Strict):
             raise ValueError(unknown("default_unit", self.default_unit, names))
         if self.unit.unavailable:
             raise ValueError(f"default_unit '{self.default_unit}' is unavailable: {self.unit.unavailable}")
-        for form, kernel in {"fp32": "fp32", "attention": "attention", **self.formats}.items():
+        wanted = [(form, kernel) for form, kernels in self.formats.items() for kernel in kernels]
+        for form, kernel in [("fp32", "fp32"), ("attention", "attention"), *wanted]:
             for where, known in ((f"units.{self.default_unit}.peak", self.unit.peak), ("efficiency", self.efficiency)):
                 if kernel not in known:
                     raise ValueError(
@@ -307,7 +317,9 @@ def dump_profile(profile: Profile) -> str:
             if set(node) == set(_SHORT):
                 return [node[part] for part in _SHORT]
             return {key: plain(value) for key, value in node.items() if value not in (None, "", {})}
-        return [plain(item) for item in node] if isinstance(node, list | tuple) else node
+        if isinstance(node, list | tuple):
+            return node[0] if len(node) == 1 and isinstance(node[0], str) else [plain(item) for item in node]
+        return node
 
     data = plain(profile.model_dump(mode="python"))
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000, default_flow_style=None)

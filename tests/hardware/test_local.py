@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from autolite.errors import TargetError
+from autolite.formats import FORMATS
 from autolite.hardware import load_target, local
 from autolite.hardware.predict import predict
 from autolite.hardware.probes import CHAIN, HEADS, KERNELS, LAYERS, ROWS, SIZES, Probe
@@ -17,8 +18,8 @@ from autolite.hardware.profile import Profile
 from autolite.measure import Timing, Workload
 from tests.shapes import bert_shape
 
-SPEED = {"fp32": 200e3, "int8": 800e3, "int4": 250e3, "attention": 150e3}  # FLOPs a microsecond
-HALVES = {"fp32": (4, 0, 10), "int8": (6, 50, 100), "int4": (1, 30, 80), "attention": (0, 10, 5)}
+SPEED = {"fp32": 200e3, "int8": 600e3, "int7": 800e3, "int4": 250e3, "attention": 150e3}  # FLOPs a microsecond
+HALVES = {"fp32": (4, 0, 10), "int8": (6, 50, 100), "int7": (5, 40, 110), "int4": (1, 30, 80), "attention": (0, 10, 5)}
 SOFTMAX, BANDWIDTH, STALL, SHARE, DISPATCH, FIXED = 12.0, 20e3, 0.8, 12e6, 0.4, 5.0
 NOMINAL = 32 * 2**20
 
@@ -47,7 +48,12 @@ def world() -> tuple[dict[str, float], dict[str, Probe]]:
         missing = min(1.0, max(0.0, depth * nbytes / SHARE - 1))
         times[f"layers {depth}"] = depth * (alone + STALL * missing * nbytes / BANDWIDTH)
     times["memory"], sizes["memory"] = 4 * 2048 * 8192 / BANDWIDTH, (1, 2048, 8192, 1)
-    times |= {"activation": 64 * 1536 / 2e3, "normalization": 64 * 384 / 3e3, "copy": 12 * 64 * 1536 / 100e3}
+    times |= {
+        "activation": 64 * 1536 / 2e3,
+        "approximation": 64 * 1536 / 3.2e3,
+        "normalization": 64 * 384 / 3e3,
+        "copy": 12 * 64 * 1536 / 100e3,
+    }
     times = {name: time + DISPATCH + FIXED for name, time in times.items()}
     times |= {f"chain {length}": FIXED + length * DISPATCH for length in CHAIN}
     return times, {name: Probe(None, {}, sizes.get(name, ())) for name in times}
@@ -75,6 +81,7 @@ def test_the_fit_finds_the_numbers_behind_the_times_whatever_else_ran_in_most_ro
     expected = {
         profile.unit.softmax: SOFTMAX,
         profile.unit.elementwise["activation"]: 2.0,
+        profile.unit.elementwise["approximation"]: 3.2,
         profile.unit.elementwise["normalization"]: 3.0,
         profile.memory.bandwidth: BANDWIDTH / 1e3,
         profile.memory.stall: STALL,
@@ -87,6 +94,17 @@ def test_the_fit_finds_the_numbers_behind_the_times_whatever_else_ran_in_most_ro
         assert number.value == pytest.approx(value, rel=0.1), number
         assert number.kind in ("measured", "calibrated")
         assert number.sigma > 0
+
+
+def test_codes_of_seven_bits_take_the_kernel_of_int8_where_that_is_exact() -> None:
+    times, models = world()
+    assert fit(times, models).formats["int7"] == ("int7",)
+    assert fit(times, models).formats["kmeans4"] == ("int7", "fp32")
+    times = {name: time for name, time in times.items() if not name.startswith("int7")}
+    profile = fit(times, models)
+    assert profile.formats["int7"] == ("int8",)
+    assert profile.formats["int4"] == ("int4", "int8", "fp32")
+    assert set(profile.formats) == set(FORMATS)
 
 
 def test_a_few_disturbed_probes_do_not_bend_the_fit() -> None:
