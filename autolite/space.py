@@ -145,6 +145,35 @@ class Space(BaseModel):
             if other != dict(params):
                 yield other
 
+    def without(self, instead: Mapping[str, Mapping[Any, Scalar]]) -> Space:
+        """Return the space without some choices.
+
+        Args:
+            instead: for the parameters concerned, the choices that go, each with the one that takes its place in start
+                plans and defaults.
+        """
+
+        def other(name: str, value: Scalar | None) -> Any:
+            return instead.get(name, {}).get(value, value)
+
+        def fewer(name: str, setting: Setting | Scalar) -> Setting | Scalar:
+            gone = instead.get(name, {})
+            if not isinstance(setting, Setting) or setting.choices is None or not gone:
+                return setting
+            choices = tuple(choice for choice in setting.choices if choice not in gone)
+            return Setting(choices=choices, stage=setting.stage, default=other(name, setting.default))
+
+        steps = tuple(
+            {name: {key: fewer(f"{name}.{key}", setting) for key, setting in settings.items()}}
+            for name, settings in self.techniques
+        )
+        start: list[dict[str, Scalar]] = []
+        for plan in self.start:
+            changed = {name: other(name, value) for name, value in plan.items()}
+            if changed not in start:
+                start.append(changed)
+        return self.model_copy(update={"steps": steps, "start": tuple(start)})
+
 
 @dataclass(frozen=True)
 class _Source:

@@ -9,7 +9,7 @@ import pytest
 
 from autolite.compress import shape_after
 from autolite.errors import SpaceError
-from autolite.space import STAGES, load_space, space_names
+from autolite.space import STAGES, Space, load_space, space_names
 from tests.shapes import bert_shape, llama_shape
 
 
@@ -41,8 +41,37 @@ def test_variants_change_number_formats_only() -> None:
     space = load_space("default")
     params = space.complete({"prune.heads": 0.5})
     variants = list(space.variants(params))
-    assert len(variants) == 4 * 4 * 3 * 2 - 1
+    assert len(variants) == 5 * 5 * 3 * 2 - 1
     assert all(v["prune.heads"] == 0.5 for v in variants)
+
+
+def test_a_choice_that_goes_is_replaced_in_start_plans_and_defaults() -> None:
+    space = load_space("quantize-only")
+    gone = {"int4": "kmeans4", "bf16": "fp32"}
+    less = space.without({"quantize.attention": gone, "quantize.embedding": {"int4": "int8"}})
+    choices = {name: setting.choices or () for name, setting in less.settings.items()}
+    before = {name: setting.choices or () for name, setting in space.settings.items()}
+    assert choices["quantize.attention"] == tuple(c for c in before["quantize.attention"] if c not in gone)
+    assert choices["quantize.embedding"] == ("fp32", "bf16", "int8")
+    assert choices["quantize.ffn"] == before["quantize.ffn"]
+    # The first two start plans differed only in what went; the third was all int4.
+    assert len(less.start) == len(space.start) - 1
+    assert less.start[0] == space.start[0]
+    assert less.start[1] == {**space.start[2], "quantize.attention": "kmeans4", "quantize.embedding": "int8"}
+    assert less.without({}) == less
+    assert Space.model_validate(less.model_dump(mode="json")) == less
+
+
+def test_a_default_that_goes_is_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "late.yaml"
+    late = GOOD.replace(
+        "prune:\n      heads: {low: 0.5, high: 1.0}",
+        "quantize:\n      ffn: {choices: [int8, int7], stage: recover, default: int7}",
+    )
+    file.write_text(late, encoding="utf-8")
+    space = load_space(str(file)).without({"quantize.ffn": {"int7": "int8"}})
+    assert space.complete({}) == {"quantize.ffn": "int8"}
+    assert space.settings["quantize.ffn"].stage == "recover"
 
 
 GOOD = """

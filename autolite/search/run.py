@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from autolite.plan import Plan
 from autolite.search.confirm import confirm, score_on_test
 from autolite.search.engine import Engine
 from autolite.search.evaluate import price
+from autolite.search.narrow import narrow
 from autolite.search.problem import (
     Problem,
     check_same_run,
@@ -84,6 +85,7 @@ def _search(
         observer(Snapshot("profile", text, spent=clock.spent, left=clock.left))
 
     problem = load_problem(settings, space, store, note)
+    problem = replace(problem, space=_narrowed(problem, store, note))
     _check_reachable(problem)
     store.put("identity", identity)
     with open_studies(settings, store.run, problem.task) as studies:
@@ -99,6 +101,16 @@ def _search(
             raise
         finally:
             clock.save(force=True)
+
+
+def _narrowed(problem: Problem, store: Store, note: Callable[[str], None]) -> Space:
+    """Leave out the number formats that gain nothing here; a run that goes on keeps the space it was begun with."""
+    if store.get("identity") is None:
+        space = narrow(problem, note)
+        store.put("space", space.model_dump(mode="json"))
+        return space
+    begun = store.get("space")
+    return problem.space if begun is None else Space.model_validate(begun)
 
 
 def _finished(settings: Settings, store: Store) -> bool:
