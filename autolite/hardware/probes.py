@@ -77,13 +77,16 @@ def probes(threads: int, cache: float) -> dict[str, Probe]:
 
 
 def square(kernel: str, size: int, threads: int) -> Probe:
-    """Return a product [size, size] x [size, size] of a kernel class; int8 with activations that are int8 already."""
+    """Return a product [size, size] x [size, size] of a kernel class.
+
+    That of int8 has activations that are codes already, and signed weights small enough to be exact everywhere.
+    """
     rng = np.random.default_rng(0)
     if kernel != "int8":
         x = rng.standard_normal((size, size), dtype=np.float32)
         return Probe(_session([(kernel, size, size)], threads), {"x": x}, (size, size, size, 1))
     node = _node("MatMulIntegerToFloat", ["x", "w", "s", "t", "z"], ["y"], contrib=True)
-    weights = {"w": rng.integers(-127, 128, (size, size), dtype=np.int8), "z": np.array(128, np.uint8)}
+    weights = {"w": rng.integers(-INT7, INT7 + 1, (size, size), dtype=np.int8), "z": np.array(128, np.uint8)}
     weights |= {name: np.array(0.001, np.float32) for name in ("s", "t")}
     codes = rng.integers(0, 256, (size, size), dtype=np.uint8)
     return Probe(_load([node], weights, threads, codes=True), {"x": codes}, (size, size, size, 1))

@@ -13,7 +13,8 @@ import pytest
 from autolite.errors import TargetError
 from autolite.hardware import peaks
 from autolite.hardware.local import cache_dir
-from autolite.hardware.probes import KERNELS, Probe, square
+from autolite.hardware.peaks import CLASSES
+from autolite.hardware.probes import Probe, square
 from autolite.measure import Timing
 
 
@@ -37,13 +38,13 @@ def machine(monkeypatch: pytest.MonkeyPatch, gflops: Mapping[str, float], slow: 
     return measured
 
 
-RATES = {f"{kernel} {size}": 10.0 * i + size / 512 for i, kernel in enumerate(KERNELS, 1) for size in peaks.SIZES}
+RATES = {f"{kernel} {size}": 10.0 * i + size / 512 for i, kernel in enumerate(CLASSES, 1) for size in peaks.SIZES}
 
 
 @pytest.mark.parametrize("slow", [1.0, 1.2])
 def test_the_peak_is_the_best_rate_of_the_quietest_round(monkeypatch: pytest.MonkeyPatch, slow: float) -> None:
     machine(monkeypatch, RATES, slow)
-    assert peaks.local_peaks(1) == pytest.approx({kernel: 10 * i + 2 for i, kernel in enumerate(KERNELS, 1)})
+    assert peaks.local_peaks(1) == pytest.approx({kernel: 10 * i + 2 for i, kernel in enumerate(CLASSES, 1)})
 
 
 def test_it_is_measured_once_for_a_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +54,7 @@ def test_it_is_measured_once_for_a_number_of_threads(monkeypatch: pytest.MonkeyP
     assert (peaks.local_peaks(1, said.append), len(said), len(measured)) == (first, 1, 1)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", json.dumps(dict.fromkeys(KERNELS, 0)), '{"fp32": "fast"}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", json.dumps(dict.fromkeys(CLASSES, 0)), '{"fp32": "fast"}'])
 def test_a_damaged_cache_file_is_measured_anew(monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     measured = machine(monkeypatch, RATES)
     first = peaks.local_peaks(1)
@@ -76,7 +77,7 @@ def test_threads_that_are_not_there_are_refused() -> None:
         peaks.local_peaks(10**6)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", CLASSES)
 def test_each_class_multiplies_square_matrices_in_its_own_format(kernel: str) -> None:
     probe = square(kernel, 64, 1)
     x = probe.inputs["x"]
