@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from autolite.measure import Runner
+from autolite.measure import Runner, Workload
 from autolite.techniques.base import Student
 
 
@@ -20,10 +20,12 @@ class Runtime(Protocol):
         """Version of the installed runtime."""
         ...
 
-    def emit(self, student: Student, folder: Path) -> list[Path]:
-        """Write the artifact into `folder` and return its files, the one to load first. Deterministic: equal
-        students give equal bytes. The graph takes int64 `input_ids` and `attention_mask` [batch, tokens] (and
-        `token_type_ids` where the model has token types) and returns float32 `logits`."""
+    def emit(self, student: Student, folder: Path, workload: Workload | None = None, tuned: bool = False) -> list[Path]:
+        """Write the artifact into `folder` and return its files, the one to load first. Of equivalent forms it takes
+        the one that is fastest at `workload`: as a rule, or with `tuned` by measurements on this machine, which are
+        made once and kept. Deterministic: equal students and measurements give equal bytes. The graph takes int64
+        `input_ids` and `attention_mask` [batch, tokens] (and `token_type_ids` where the model has token types), or
+        float32 `pixel_values` [batch, channels, height, width], and returns float32 `logits`."""
         ...
 
     def load(self, file: Path, threads: int = 1) -> Runner:

@@ -12,6 +12,7 @@ import numpy as np
 
 from autolite.errors import ModelError
 from autolite.formats import FORMATS
+from autolite.measure import Workload
 from autolite.techniques.base import Student
 
 FILE = "model.json"
@@ -24,7 +25,7 @@ class FakeRuntime:
     version = "1"
     formats = frozenset(FORMATS)
 
-    def emit(self, student: Student, folder: Path) -> list[Path]:
+    def emit(self, student: Student, folder: Path, workload: Workload | None = None, tuned: bool = False) -> list[Path]:
         """Write the artifact: equal students give equal bytes."""
         digest = hashlib.sha256()
         for key, value in sorted(student.model.state_dict().items()):

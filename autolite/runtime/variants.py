@@ -39,7 +39,7 @@ class Place:
         """What can stand here, the reference first: the others must agree with it."""
         match self.kind:
             case "int8":
-                return ("uint8", "int8")
+                return ("int8", "uint8")
             case "product":
                 return tuple(k for k in ("float", "blocks", "int8") if k in KERNELS[self.format])
             case "qkv":
@@ -68,8 +68,13 @@ def usual(place: Place) -> str:
             return "blocks" if few and "blocks" in place.options else "int8"
         case "qkv":
             return "merged"
-        case "first":
-            return "absorbed" if place.sizes[1] >= 32 else "products"
-    preferred = {"int8": "int8", "attention": "Attention", "gelu": "tanh", "norm": "add", "lookup": "blocks"}
+    preferred = {
+        "int8": "int8",
+        "attention": "Attention",
+        "first": "absorbed",
+        "gelu": "tanh",
+        "norm": "add",
+        "lookup": "blocks",
+    }
     wanted = preferred.get(place.kind, "")
     return wanted if wanted in place.options else place.options[0]

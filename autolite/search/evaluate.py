@@ -46,7 +46,7 @@ def evaluate(
     student = compress(plan, context, students=problem.settings.out / "students")
     trained = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    files = problem.runtime.emit(student, folder)
+    files = problem.emit(student, folder)
     runner = problem.runtime.load(files[0], threads=scoring_threads())
     scored = score(runner, problem.task, problem.split(split), problem.context.pad_id)
     predicted = price(problem, student.shape)
