@@ -13,12 +13,12 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from autolite.errors import StorageError
+from autolite.runtime.modelfile import Tensor, write
+from autolite.runtime.requirements import requirements
 
 OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 10
 CONTRIB = "com.microsoft"
-MAX_PROTOBUF = 2**31 - 2**20  # a protobuf message ends at 2 GiB; larger weights go to a file beside it
 LARGEST = 2**31 - 1
 
 _TYPES = {
@@ -29,9 +29,11 @@ _TYPES = {
     np.dtype(np.uint8): TensorProto.UINT8,
     np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.int64): TensorProto.INT64,
+    np.dtype(np.float64): TensorProto.DOUBLE,
+    np.dtype(bool): TensorProto.BOOL,
 }
 
-Input = tuple[str, Sequence[str | int]]  # an array's dtype and dimensions
+Input = tuple[np.dtype[Any], Sequence[str | int | None]]  # an array's dtype and dimensions
 
 
 class Graph:
@@ -39,10 +41,9 @@ class Graph:
 
     def __init__(self) -> None:
         self._nodes: list[onnx.NodeProto] = []
-        self._tensors: list[TensorProto] = []
+        self._tensors: list[Tensor] = []
         self._stored: dict[tuple[Any, ...], str] = {}
         self._computed: dict[tuple[Any, ...], list[str]] = {}
-        self._bytes = 0
         self._uses: dict[str, int] = {}
         self._scope = ""
 
@@ -57,7 +58,7 @@ class Graph:
 
     def constant(self, value: torch.Tensor | np.ndarray | float | Sequence[int]) -> str:
         """Store a tensor and return its name; an equal one is stored once. A float is stored as float32, a sequence
-        of integers as int64."""
+        of integers as int64. The bytes are read when the graph is saved, not copied."""
         bfloat16 = isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16
         if isinstance(value, torch.Tensor):
             array = value.detach().contiguous().view(torch.int16 if bfloat16 else value.dtype).numpy()
@@ -65,13 +66,11 @@ class Graph:
             array = np.array(value, np.float32)
         else:
             array = np.ascontiguousarray(value if isinstance(value, np.ndarray) else np.array(value, np.int64))
-        raw = array.tobytes()
-        kind, dims = (TensorProto.BFLOAT16 if bfloat16 else _TYPES[array.dtype]), list(array.shape)
-        key = (kind, tuple(dims), hashlib.sha256(raw).digest())
+        kind, dims = (TensorProto.BFLOAT16 if bfloat16 else _TYPES[array.dtype]), array.shape
+        key = (kind, dims, hashlib.sha256(array.data).digest())
         if key not in self._stored:
             name = self._stored[key] = f"w{len(self._tensors)}"
-            self._tensors.append(TensorProto(name=name, data_type=kind, dims=dims, raw_data=raw))
-            self._bytes += len(raw)
+            self._tensors.append(Tensor(name, kind, dims, array))
         return self._stored[key]
 
     def op(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
@@ -102,7 +101,9 @@ class Graph:
         uses = self._uses[value] = self._uses.get(value, -1) + 1
         return self.slice(value, (0, LARGEST - uses), axis) if uses else value
 
-    def save(self, file: Path, inputs: Mapping[str, Input], output: tuple[str, str, Sequence[str | int]]) -> list[Path]:
+    def save(
+        self, file: Path, inputs: Mapping[str, Input], output: tuple[str, str, Sequence[str | int] | None]
+    ) -> list[Path]:
         """Write the model and return its files, `file` first. `output` is (name in the graph, name to the outside,
         dimensions), float32.
 
@@ -117,19 +118,7 @@ class Graph:
             [helper.make_tensor_value_info(n, _TYPES[np.dtype(t)], d) for n, (t, d) in inputs.items()],
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)],
         )
-        graph.initializer.extend(self._tensors)
         model = onnx.ModelProto(ir_version=IR_VERSION, producer_name="autolite", graph=graph)
         model.opset_import.extend([helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)])
-        data = file.with_name(f"{file.name}.data")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            data.unlink(missing_ok=True)  # onnx appends to it
-            if self._bytes < MAX_PROTOBUF:
-                file.write_bytes(model.SerializeToString(deterministic=True))
-                return [file]
-            onnx.save_model(model, file, save_as_external_data=True, location=data.name, size_threshold=1024)
-        except OSError as error:
-            raise StorageError(
-                f"cannot write {file}: {error.strerror or error}. Free some space or choose another folder"
-            ) from error
-        return [file, data]
+        helper.set_model_props(model, requirements(model, {t.name: t.array for t in self._tensors}))
+        return write(file, model, self._tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import onnxruntime
 
 from autolite.errors import ModelError
 from autolite.formats import FORMATS
-from autolite.runtime import emit
+from autolite.measure import Workload
+from autolite.runtime import emit, requirements
+from autolite.runtime.inputs import Takes, fitted
 from autolite.techniques.base import Student
 
 
@@ -26,9 +29,14 @@ class OnnxRuntime:
         """Version of the installed onnxruntime."""
         return str(onnxruntime.__version__)
 
-    def emit(self, student: Student, folder: Path) -> list[Path]:
-        """Write the artifact; see `autolite.runtime.emit.emit`."""
-        return emit.emit(student, folder)
+    def emit(self, student: Student, folder: Path, workload: Workload | None = None, tuned: bool = False) -> list[Path]:
+        """Write the artifact; see `autolite.runtime.emit.emit` and, for `tuned`, `autolite.runtime.tune`."""
+        if not tuned:
+            return emit.emit(student, folder, workload)
+        from autolite.runtime import tune
+
+        workload = workload or Workload()
+        return emit.emit(student, folder, workload, tune.tuned(workload.threads))
 
     def load(self, file: Path, threads: int = 1, trace: Path | None = None) -> OrtRunner:
         """Load a model to run it on `threads` threads.
@@ -36,38 +44,80 @@ class OnnxRuntime:
         With `trace`, a folder, every call is recorded there operator by operator; see `OrtRunner.end_trace`.
 
         Raises:
-            ModelError: if the file is missing, truncated, or not a model that ONNX Runtime can load.
+            ModelError: if the file is missing, truncated, or not a model that ONNX Runtime can load; if its data file
+                is missing or truncated; or if it needs a newer ONNX Runtime.
         """
+        if file.is_dir():
+            raise ModelError(f"{file} is a folder; give the model in it, as in {file / emit.FILE}")
         if not file.is_file():
             raise ModelError(f"there is no model at {file}; give a folder or file that AutoLite exported")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        options.log_severity_level = 4  # what goes wrong arrives as an exception
-        # Threads spin while a call runs, which is fastest, and not between calls, where others need the cores.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        if trace is not None:
-            options.enable_profiling = True
-            options.profile_file_prefix = str(trace / "trace")
+        requirements.check(file, self.version)
         try:
-            session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+            return OrtRunner(_session(file, threads, trace, exact=True))
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
-            reason = str(error).splitlines()[0][:200]
-            raise ModelError(
-                f"ONNX Runtime cannot load {file}: the file is truncated, or not an ONNX model that version "
-                f"{self.version} supports; export it again ({reason})"
-            ) from None
-        return OrtRunner(session)
+            failure = str(error)
+        try:  # a weight that several products read cannot be converted; without the option, others can be loaded
+            return OrtRunner(_session(file, threads, trace, exact=False), overflow=True)
+        except Exception:
+            raise ModelError(self._refusal(file, failure)) from None
+
+    def _refusal(self, file: Path, failure: str) -> str:
+        operator = next((found for pattern in _MISSING if (found := re.search(pattern, failure))), None)
+        if operator:
+            name = operator["name"] if operator["domain"] in ("", None) else f"{operator['domain']}:{operator['name']}"
+            return (
+                f"cannot load {file}: onnxruntime {self.version} has no operator {name} as it is used there; install "
+                "the newest (pip install -U onnxruntime), or the build that the model was made for"
+            )
+        return (
+            f"cannot load {file}: it is damaged, or not a model that onnxruntime {self.version} supports; export it "
+            f"again ({failure.splitlines()[0][:200]})"
+        )
+
+
+_MISSING = (
+    r"Fatal error: (?P<domain>[\w.]*):(?P<name>\w+)\(-?\d+\) is not a registered function/op",
+    r"(?P<domain>)No Op registered for (?P<name>\w+)",
+    r"Could not find an implementation for (?:(?P<domain>[\w.]+)[.:])?(?P<name>\w+)\(\d+\)",
+    r"Unrecognized attribute: \w+ for operator (?P<domain>)(?P<name>\w+)",
+)
+
+
+def _session(file: Path, threads: int, trace: Path | None, exact: bool) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 4  # what goes wrong arrives as an exception
+    # Threads spin while a call runs, which is fastest, and not between calls, where others need the cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # x86 processors without VNNI cut sums of products with signed 8-bit weights to 16 bits. There, and for weights
+    # large enough, this option stores them without sign; elsewhere it does nothing.
+    options.add_session_config_entry("session.x64quantprecision", "1" if exact else "0")
+    if trace is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(trace / "trace")
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+_TYPES = {"float": "float32", "double": "float64", "bool": "bool"} | {
+    name: name for name in ("float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+}
 
 
 class OrtRunner:
-    """A loaded model. Inputs that it does not have are left out; token types that are not given are zero."""
+    """A loaded model. Inputs that it does not have are left out; token types that are not given are zero.
 
-    def __init__(self, session: Any) -> None:
+    Attributes:
+        overflow: its products of signed 8-bit weights may overflow on this processor, since ONNX Runtime cannot
+            convert weights that several products read.
+    """
+
+    def __init__(self, session: Any, overflow: bool = False) -> None:
+        self.overflow = overflow
         self._session = session
-        self._inputs = [i.name for i in session.get_inputs()]
         self._outputs = [o.name for o in session.get_outputs()]
+        self._takes = [Takes(i.name, _dtype(i.type), i.shape) for i in session.get_inputs()]
 
     @property
     def inputs(self) -> dict[str, tuple[str, list[int | str | None]]]:
@@ -84,13 +134,14 @@ class OrtRunner:
         Raises:
             ModelError: if an input is missing or has a type or shape that the model does not take.
         """
-        feed = {name: inputs[name] for name in self._inputs if name in inputs}
-        if "token_type_ids" in self._inputs and "token_type_ids" not in feed and "input_ids" in feed:
-            feed["token_type_ids"] = np.zeros_like(feed["input_ids"])
+        feed = fitted(self._takes, inputs)
         try:
             return dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
         except Exception as error:
-            shapes = {name: f"{array.dtype}{list(array.shape)}" for name, array in inputs.items()}
-            raise ModelError(
-                f"the model takes {self._inputs} and failed on {shapes}: {str(error).splitlines()[0][:300]}"
-            ) from error
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
+            raise ModelError(f"the model failed on {shapes}: {str(error).splitlines()[0][:300]}") from error
+
+
+def _dtype(kind: str) -> np.dtype[Any]:
+    """Return numpy's type for ONNX Runtime's, as in "tensor(float)"."""
+    return np.dtype(_TYPES.get(kind.removeprefix("tensor(").removesuffix(")"), "object"))

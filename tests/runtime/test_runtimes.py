@@ -5,17 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
-from onnx import TensorProto, helper
 
 from autolite import registry
-from autolite.architecture import shape_of
+from autolite.contracts import tiny_context
 from autolite.errors import ModelError
 from autolite.formats import FORMATS
 from autolite.techniques.base import Student
 from autolite.techniques.quantize import Quantize, QuantizeConfig
-from autolite.testing import tiny_model
 
 runtimes = pytest.mark.parametrize("name", registry.names("runtime"))
 INPUTS = {
@@ -25,9 +22,8 @@ INPUTS = {
 
 
 def student(family: str = "bert", task: str = "text-classification", seed: int = 0, **formats: str) -> Student:
-    model = tiny_model(family, task, seed=seed)
-    plain = Student(model, shape_of(model))
-    return Quantize().apply(plain, QuantizeConfig(**formats), None) if formats else plain  # type: ignore[arg-type]
+    context = tiny_context(family, registry.get("task", task), seed)
+    return Quantize().apply(context.teacher, QuantizeConfig(**formats), context) if formats else context.teacher
 
 
 @runtimes
@@ -98,38 +94,6 @@ def test_missing_truncated_and_foreign_files_are_refused_in_one_sentence(
             runtime.load(file)
         assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
-
-
-def test_onnx_runtime_refuses_inputs_that_do_not_fit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    runtime = registry.get("runtime", "onnxruntime")
-    runner = runtime.load(runtime.emit(student(), tmp_path)[0])
-    with pytest.raises(ModelError, match="attention_mask"):
-        runner.run({"input_ids": INPUTS["input_ids"]})
-    with pytest.raises(ModelError, match="int32"):
-        runner.run({key: array.astype(np.int32) for key, array in INPUTS.items()})
-    outside = INPUTS | {"input_ids": INPUTS["input_ids"] + 1000}
-    with pytest.raises(ModelError, match="failed"):
-        runner.run(outside)
-    assert capfd.readouterr().err == ""
-
-
-def test_a_model_with_an_operator_of_someone_else_is_refused(tmp_path: Path) -> None:
-    node = helper.make_node("Secret", ["x"], ["y"], domain="elsewhere")
-    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
-    graph = helper.make_graph([node], "g", value[:1], value[1:])
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("elsewhere", 1)]
-    file = tmp_path / "foreign.onnx"
-    file.write_bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
-    with pytest.raises(ModelError, match=r"cannot load .*foreign\.onnx"):
-        registry.get("runtime", "onnxruntime").load(file)
-
-
-def test_a_model_runs_in_plain_onnx_runtime(tmp_path: Path) -> None:
-    runtime = registry.get("runtime", "onnxruntime")
-    (file,) = runtime.emit(student(attention="int8", ffn="int4", embedding="int8", head="kmeans4"), tmp_path)
-    session = onnxruntime.InferenceSession(str(file))
-    feed = INPUTS | {"token_type_ids": np.zeros_like(INPUTS["input_ids"])}
-    np.testing.assert_array_equal(session.run(["logits"], feed)[0], runtime.load(file).run(feed)["logits"])
 
 
 def test_the_fake_runtime_knows_models_apart(tmp_path: Path) -> None:
