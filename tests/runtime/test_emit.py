@@ -15,7 +15,7 @@ from autolite import parts, surgery
 from autolite.architecture import shape_of
 from autolite.errors import ModelError, StorageError
 from autolite.formats import FORMATS, decode, nbytes
-from autolite.runtime import graph as graphs
+from autolite.runtime import modelfile
 from autolite.runtime.blocks import ACTIVATIONS
 from autolite.runtime.emit import emit
 from autolite.runtime.onnxruntime import OnnxRuntime
@@ -292,7 +292,7 @@ def test_attention_scaled_by_the_layer(tmp_path: Path) -> None:
 def test_weights_above_the_limit_of_protobuf_go_to_a_file_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "MAX_PROTOBUF", 10_000)
+    monkeypatch.setattr(modelfile, "MAX_PROTOBUF", 10_000)
     model = tiny_model("bert")
     for _ in range(2):  # writing again replaces
         files = emit(student_of(model), tmp_path)
