@@ -39,11 +39,14 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
 
+    # Click keeps the lines of a paragraph that begins with a backspace; the docstrings are raw and say backslash, b.
+    call.__doc__ = (command.__doc__ or "").replace("\\b", "\b")
     return call
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="autolite")
+@_reported
 def main() -> None:
     r"""Compress a Hugging Face transformer for a device by searching.
 
@@ -53,6 +56,7 @@ def main() -> None:
       autolite search --model ./my-bert --data reviews.jsonl --target local --max-drop 1% --budget 15m
       autolite front runs/my-bert-local
       autolite export runs/my-bert-local --max-drop 1% deploy/
+      autolite profile deploy/
     """
     # Set before any heavy import: a progress bar of a library or a fork of the tokenizer would garble the live view.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -189,6 +193,35 @@ def export(run: str, out: str, max_drop: str | None, max_latency: str | None, ma
         f"{out}: candidate {chosen.id}, {chosen.kept.value:.1%} kept, {chosen.faster.value:.1f}x faster "
         f"({chosen.latency_ms.source}), {int(chosen.size_bytes.value):,} bytes"
     )
+
+
+@main.command()
+@click.argument("path", metavar="DIR", type=click.Path(path_type=str))
+@click.option("--workload", help="The call: batch=1,tokens=64,threads=1.  [default: the candidate's; else 128 tokens]")
+@click.option("--by", type=click.Choice(["operator", "layer", "node"]), default="operator", show_default=True)
+@click.option("--top", type=click.IntRange(min=1), help="Rows of the table.  [default: 12 operators, 20 nodes]")
+@click.option("--json", "as_json", is_flag=True, help="All operators, layers and nodes on standard output.")
+@_reported
+def profile(path: str, workload: str | None, by: Any, top: int | None, as_json: bool) -> None:
+    r"""Show where the microseconds of a model go.
+
+    DIR is a candidate's folder, or another folder or file with a model.onnx. docs/profile.md explains the columns.
+
+    \b
+    Examples:
+      autolite profile runs/demo-pixel8/candidates/92a9dfd2
+      autolite profile deploy/ --by layer --workload batch=1,tokens=64,threads=1
+      autolite profile model.onnx --by node --top 30
+      autolite profile deploy/ --json
+    """
+    from autolite.profiling import profile as profiled
+    from autolite.report.operators import operators_table
+
+    found = profiled(path, workload, progress=lambda text: click.echo(text, err=True))
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=1, allow_nan=False))
+    else:
+        _console().print(operators_table(found, by, top))
 
 
 @main.group(invoke_without_command=True)

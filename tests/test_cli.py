@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def invoke(*words: object) -> Result:
 def test_every_command_has_help_with_an_example(command: tuple[str, ...]) -> None:
     done = invoke(*command, "--help")
     assert done.exit_code == 0
-    assert "Example" in done.output
+    assert re.search(r"^  Examples?:\n    autolite ", done.output, flags=re.M)  # on lines of their own
 
 
 def test_search_front_and_export_as_a_user_types_them(

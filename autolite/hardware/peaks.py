@@ -27,9 +27,10 @@ def local_peaks(threads: int = 1, progress: Callable[[str], None] | None = None)
 
     The peak is measured, with one multiply-add counted as two operations: the highest rate of ONNX Runtime's own
     product of square matrices of 256, 512 and 1024, in its quietest round. That of "int8" is the rate of the fastest
-    8-bit kernel, which codes of 8 bits may not be able to use (see `autolite.hardware.processor`). It is neither the processor's theoretical
-    figure nor the peak of the `local` profile, which is extrapolated from products of a transformer's sizes. It is
-    measured in about three seconds the first time, and then read from the user's cache folder.
+    8-bit kernel, which codes of all 8 bits cannot use everywhere (`autolite.hardware.processor`). It is neither the
+    processor's theoretical figure nor the peak of the `local` profile, which is extrapolated from products of a
+    transformer's sizes. It is measured in about three seconds the first time, and then read from the user's cache
+    folder.
 
     Args:
         threads: number of threads that ONNX Runtime computes with.
