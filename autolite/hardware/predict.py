@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -32,8 +32,8 @@ from autolite.measure import Measurement, Workload
 UNCALIBRATED = 1.5  # without measurements on the device no interval is narrower than this factor each way
 _CALIBRATED = ("measured", "calibrated")
 
-# Operators of the emitted graph; those with a gate also turn queries and keys by their positions.
-_OPERATORS = {"attention": 9, "ffn": 6, "gated": 16, "around": 22}
+# Operators of the graph that is run; "gated" layers also turn queries and keys by their positions.
+_OPERATORS = {"attention": 9, "ffn": 6, "gated": 10, "absorbed": 9, "around": 26}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,14 @@ class _Time:
 
     def operators(self, count: float) -> None:
         self.add("dispatch", count * self.speeds.dispatch)
+
+    def take_fastest(self, *options: Callable[[_Time], None]) -> None:
+        """Add what one of these adds, the one that takes the least time."""
+        times = [_Time(self.speeds, self.kernels, self.weights) for _ in options]
+        for add, time in zip(options, times, strict=True):
+            add(time)
+        for key, microseconds in min(times, key=lambda time: time.total).parts.items():
+            self.add(key, microseconds)
 
     @property
     def total(self) -> float:
@@ -335,16 +343,32 @@ def _attention(
 ) -> None:
     kernel = time.kernels[qkv.format]
     nbytes = time.weights[qkv.weights]
-    if read == tokens:
-        time.product(kernel, batch * tokens, qkv.k, qkv.n, nbytes)
-    else:
-        query = layer.heads * layer.head_dim
+    query = layer.heads * layer.head_dim
+    rest = qkv.n - query if read < tokens else qkv.n
+    if read < tokens:
         time.product(kernel, batch * read, qkv.k, query, nbytes * query / qkv.n)
-        time.product(kernel, batch * tokens, qkv.k, qkv.n - query, nbytes * (qkv.n - query) / qkv.n)
-    past = 2 * BYTES * context * layer.head_dim * layer.kv_heads / layer.heads
-    time.product("attention", read, 2 * layer.head_dim, context, past, batch * layer.heads)
+
+    def products(time: _Time) -> None:
+        time.product(kernel, batch * tokens, qkv.k, rest, nbytes * rest / qkv.n)
+        past = 2 * BYTES * context * layer.head_dim * layer.kv_heads / layer.heads
+        time.product("attention", read, 2 * layer.head_dim, context, past, batch * layer.heads)
+        time.copy(2 * BYTES * batch * tokens * qkv.n)  # split into query, key and value
+
+    def absorbed(time: _Time) -> None:
+        """Keys and values are not computed: their matrices, decoded, multiply what is on the other side of them."""
+        width, inputs = BYTES * stack.hidden * layer.head_dim, BYTES * tokens * stack.hidden
+        time.product("fp32", batch, layer.head_dim, stack.hidden, width, layer.heads)
+        time.product("fp32", layer.heads, stack.hidden, tokens, inputs, batch)
+        time.product("fp32", layer.heads, tokens, stack.hidden, inputs, batch)
+        time.product("fp32", batch, stack.hidden, layer.head_dim, width, layer.heads)
+        time.copy(2 * inputs * batch)  # transposed
+        time.operators(_OPERATORS["absorbed"])
+
+    if read < tokens:
+        time.take_fastest(products, absorbed)
+    else:
+        products(time)
     time.elements("softmax", batch * layer.heads * read)
-    time.copy(2 * BYTES * batch * tokens * qkv.n)  # split into query, key and value
     time.product(kernel, batch * read, out.k, out.n, time.weights[out.weights])
     time.elements("normalization", batch * read * stack.hidden)
     time.copy(3 * BYTES * batch * read * stack.hidden)  # residual sum
