@@ -78,6 +78,12 @@ def main() -> None:
 @click.option("--strict", is_flag=True, help="Hold --max-drop against the lower end of the 95 % interval.")
 @click.option("--space", help="A search space of search_spaces/, or a path.  [default: default; decoder; demo: quick]")
 @click.option("--workload", help="The call that is priced: batch=1,tokens=64,threads=1.  [default: from the data]")
+@click.option(
+    "--runtime",
+    default="onnxruntime",
+    show_default=True,
+    help="Or openvino (x86; needs autolite[openvino]), or auto: the faster of both on this machine.",
+)
 @click.option("--text", help="Column of the text, if not found by convention.")
 @click.option("--pair", "text_pair", help="Column of the second text of a pair.")
 @click.option("--label", help="Column of the label.")

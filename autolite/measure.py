@@ -238,6 +238,18 @@ def timing_to_measurements(timing: Timing, workload: Workload, runtime: str) -> 
     }
 
 
+def random_texts(vocab: int, workload: Workload, seed: int = 0, count: int = 4) -> list[dict[str, np.ndarray]]:
+    """Return inputs of a workload's size, random ids without padding: int64 [batch, tokens]."""
+    rng, shape = np.random.default_rng(seed), (workload.batch, workload.tokens)
+    return [
+        {
+            "input_ids": rng.integers(0, vocab, shape, dtype=np.int64),
+            "attention_mask": np.ones(shape, dtype=np.int64),
+        }
+        for _ in range(count)
+    ]
+
+
 @contextmanager
 def host_lock(waiting: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the lock that only one process of this machine has at a time; re-entrant within a process.

@@ -60,7 +60,7 @@ def search(
         max_length: tokens of an example beyond which it is cut.
         out: folder of the run; by default under `runs/`, named by model and target.
         storage: any SQLAlchemy URL; by default a SQLite file in the run's folder.
-        runtime: what the candidates run on.
+        runtime: what the candidates run on: "onnxruntime", "openvino", or "auto", the faster of both on this machine.
         seed: of everything random.
         device: where training runs ("cpu", "cuda").
         observer: called with a Snapshot whenever something changes.

@@ -6,12 +6,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-import numpy as np
-
 from autolite import export
 from autolite.front import Candidate, Quality
 from autolite.hardware.predict import predict_faster
-from autolite.measure import Measurement, faster, time_interleaved, timing_to_measurements
+from autolite.measure import Measurement, faster, random_texts, time_interleaved, timing_to_measurements
 from autolite.plan import Plan
 from autolite.search.evaluate import Evaluation, evaluate
 from autolite.search.problem import Problem, provenance
@@ -35,7 +33,8 @@ def confirm(
     shutil.rmtree(part, ignore_errors=True)
     found = evaluate(problem, plan, "selection", part, progress)
     teacher = problem.teacher_score("selection")
-    runtime = f"{problem.runtime.name} {problem.runtime.version}"
+    used = problem.runtime_of(found.files[0])
+    runtime = f"{used.name} {used.version}"
     numbers = {
         **found.predicted,
         "faster": predict_faster(problem.teacher.shape, found.student.shape, problem.profile, problem.workload),
@@ -58,7 +57,7 @@ def confirm(
         ttft_ms=numbers.get("ttft_ms"),
         tokens_per_second=numbers.get("tokens_per_second"),
         p90_ms=numbers.get("p90_ms"),
-        artifacts=({"runtime": problem.runtime.name, "version": problem.runtime.version, "files": files},),
+        artifacts=({"runtime": used.name, "version": used.version, "files": files},),
         seeds=(plan.seed,),
         stage=stage,
     )
@@ -87,17 +86,7 @@ def score_on_test(problem: Problem, candidate: Candidate, store: Store) -> Quali
 def _measure(problem: Problem, found: Evaluation, runtime: str) -> dict[str, Measurement]:
     """Time a candidate against the baseline, in one interleaved run, on inputs of the workload's size."""
     workload = problem.workload
-    rng = np.random.default_rng(problem.settings.seed)
-    shape = (workload.batch, workload.tokens)
-    sets = [
-        {
-            "input_ids": rng.integers(0, problem.teacher.shape.vocab, shape, dtype=np.int64),
-            "attention_mask": np.ones(shape, dtype=np.int64),
-        }
-        for _ in range(4)
-    ]
-    if problem.data.train.token_type_ids is not None:
-        sets = [{**arrays, "token_type_ids": np.zeros(shape, dtype=np.int64)} for arrays in sets]
+    sets = random_texts(problem.teacher.shape.vocab, workload, problem.settings.seed)
     runners = {
         "baseline": problem.runtime.load(problem.baseline[0], threads=workload.threads),
         "candidate": problem.runtime.load(found.files[0], threads=workload.threads),

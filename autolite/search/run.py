@@ -284,7 +284,7 @@ def _baseline(problem: Problem, candidates: list[Candidate]) -> dict[str, Any]:
         middle = times[len(times) // 2]
         latency = replace(latency, value=middle, low=times[0], high=times[-1], source="measured")
     return {
-        "runtime": problem.runtime.name,
+        "runtime": problem.runtime_of(problem.baseline[0]).name,
         "latency_ms": latency.to_json(),
         "size_bytes": size_bytes.to_json(),
         "path": problem.baseline[0].relative_to(problem.settings.out).as_posix(),
