@@ -364,10 +364,7 @@ def _attention(
         time.copy(2 * inputs * batch)  # transposed
         time.operators(_OPERATORS["absorbed"])
 
-    if read < tokens:
-        time.take_fastest(products, absorbed)
-    else:
-        products(time)
+    time.take_fastest(products, *([absorbed] if read < tokens else []))
     time.elements("softmax", batch * layer.heads * read)
     time.product(kernel, batch * read, out.k, out.n, time.weights[out.weights])
     time.elements("normalization", batch * read * stack.hidden)
@@ -375,14 +372,7 @@ def _attention(
     time.operators(_OPERATORS["attention"])
 
 
-def _feed_forward(
-    time: _Time,
-    stack: Stack,
-    layer: LayerShape,
-    first: MatMul,
-    second: MatMul,
-    rows: int,
-) -> None:
+def _feed_forward(time: _Time, stack: Stack, layer: LayerShape, first: MatMul, second: MatMul, rows: int) -> None:
     kernel, weights = time.kernels[first.format], time.weights
     time.product(kernel, rows, first.k, first.n, weights[first.weights])
     rounded = formats.get(first.format).activations != "float" and not stack.gated
