@@ -17,109 +17,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator
 
 from autolite import formats
 from autolite.architecture import LayerShape, MatMul, ModelShape, Stack, matmuls
-from autolite.errors import TargetError
 from autolite.families import FAMILIES
 from autolite.hardware.footprint import BYTES, activations, file_size, head_of_shape, matrices, square_layers
-from autolite.hardware.profile import Number, Profile, growth
+from autolite.hardware.profile import Profile, growth
+from autolite.hardware.roofline import CALIBRATED, Speeds, Time, speeds_of
 from autolite.measure import Measurement, Workload
 
 UNCALIBRATED = 1.5  # without measurements on the device no interval is narrower than this factor each way
-_CALIBRATED = ("measured", "calibrated")
 
 # Operators of the graph that is run; "gated" layers also turn queries and keys by their positions.
 _OPERATORS = {"attention": 9, "ffn": 6, "gated": 10, "absorbed": 9, "around": 26}
-
-
-@dataclass(frozen=True, slots=True)
-class _Kernel:
-    """Speed of one kernel class on so many threads: FLOPs per microsecond, and its efficiency's half sizes."""
-
-    speed: float
-    rows: float
-    columns: float
-    depth: float
-
-
-@dataclass(frozen=True)
-class _Speeds:
-    """A profile reduced to plain floats for so many threads; times are in microseconds."""
-
-    kernels: dict[str, _Kernel]
-    formats: dict[str, tuple[str, ...]]
-    elementwise: dict[str, float]  # elements (softmax: rows) per microsecond
-    memory: float  # bytes per microsecond
-    stall: float
-    cache: float
-    cache_size: float  # bytes
-    dispatch: float
-    fixed: float
-    correction: float
-    watts: float
-    sigmas: dict[str, float]  # relative uncertainty of what governs each key of a `_Time`
-    weak: frozenset[str]  # the keys that rest on a number which was not measured or calibrated
-
-
-class _Time:
-    """Microseconds of one pass, by the number of the profile that governs them.
-
-    `kernels` names the kernel class that computes with each format, and `weights` the bytes of each matrix as it
-    reads them.
-    """
-
-    def __init__(self, speeds: _Speeds, kernels: Mapping[str, str], weights: Mapping[str, int]) -> None:
-        self.speeds, self.kernels, self.weights = speeds, kernels, weights
-        self.parts: dict[str, float] = {}
-        # Weights are used in the same order in every call, so that a cache too small for all of them keeps few.
-        self.missing = min(1.0, max(0.0, sum(weights.values()) / speeds.cache_size - 1.0))
-
-    def add(self, key: str, microseconds: float) -> None:
-        self.parts[key] = self.parts.get(key, 0.0) + microseconds
-
-    def product(self, kernel: str, m: float, k: int, n: int, weights: float, times: int = 1) -> None:
-        """A product [m, k] x [k, n], `times` over, with a second factor of `weights` bytes."""
-        speeds = self.speeds
-        roof = speeds.kernels[kernel]
-        rows, columns, depth = roof.rows / m, roof.columns / n, roof.depth / k
-        compute = times * 2.0 * m * k * n / roof.speed
-        cached = times * weights * (1.0 - self.missing) / speeds.cache
-        streamed = times * weights * self.missing / speeds.memory
-        stalled = speeds.stall * streamed if m > 1 else 0.0
-        if compute * (1.0 + rows + columns + depth) + stalled >= cached + streamed:
-            self.add(f"{kernel}.peak", compute)
-            self.add(f"{kernel}.rows", compute * rows)
-            self.add(f"{kernel}.columns", compute * columns)
-            self.add(f"{kernel}.depth", compute * depth)
-            self.add("stall", stalled)
-        else:
-            self.add("cache", cached)
-            self.add("memory", streamed)
-
-    def elements(self, kind: str, count: float) -> None:
-        self.add(kind, count / self.speeds.elementwise[kind])
-
-    def copy(self, nbytes: float) -> None:
-        self.add("cache", nbytes / self.speeds.cache)
-
-    def operators(self, count: float) -> None:
-        self.add("dispatch", count * self.speeds.dispatch)
-
-    def take_fastest(self, *options: Callable[[_Time], None]) -> None:
-        """Add what one of these adds, the one that takes the least time."""
-        times = [_Time(self.speeds, self.kernels, self.weights) for _ in options]
-        for add, time in zip(options, times, strict=True):
-            add(time)
-        for key, microseconds in min(times, key=lambda time: time.total).parts.items():
-            self.add(key, microseconds)
-
-    @property
-    def total(self) -> float:
-        return sum(self.parts.values()) * self.speeds.correction
 
 
 def predict(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str, Measurement]:
@@ -133,7 +44,7 @@ def predict(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str
         TargetError: if the workload wants more threads than the target's default unit has, or a number format that
             the target cannot run.
     """
-    speeds = _speeds(profile, workload.threads)
+    speeds = speeds_of(profile, workload.threads)
     prompt, *steps = _passes(shape, speeds, workload)
     found: dict[str, tuple[float, float, bool]] = {}  # metric: value, relative uncertainty, floored
     if steps:
@@ -155,7 +66,7 @@ def predict(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str
     packed = profile.packing.value * sum(nbytes for _, nbytes in read)
     memory = size + packed + activations(shape, workload)
     packing = packed / memory * profile.packing.sigma
-    found["memory_bytes"] = (memory, math.hypot(packing, 0.1), profile.packing.kind not in _CALIBRATED)
+    found["memory_bytes"] = (memory, math.hypot(packing, 0.1), profile.packing.kind not in CALIBRATED)
     found["size_bytes"] = (size, 0.0, False)
     return {metric: _measurement(metric, *found[metric], profile, workload) for metric in found}
 
@@ -166,7 +77,7 @@ def predict_faster(baseline: ModelShape, shape: ModelShape, profile: Profile, wo
     Raises:
         TargetError: as `predict`.
     """
-    speeds = _speeds(profile, workload.threads)
+    speeds = speeds_of(profile, workload.threads)
     slow, fast = (_passes(each, speeds, workload) for each in (baseline, shape))
     value = sum(t.total * n for t, n in slow) / sum(t.total * n for t, n in fast)
     ours, theirs = _shares(fast), _shares(slow)
@@ -182,12 +93,12 @@ def _measurement(
     return Measurement(metric, value, value / factor, value * factor, "predicted", profile.runtime, str(workload))
 
 
-def _passes(shape: ModelShape, speeds: _Speeds, workload: Workload) -> list[tuple[_Time, float]]:
+def _passes(shape: ModelShape, speeds: Speeds, workload: Workload) -> list[tuple[Time, float]]:
     """The pass over the prompt, once, and for language models a pass for one token, as often as one is generated."""
     options = [(kernels, matrices(shape, kernels)[1]) for kernels in _kernels(shape, speeds)]
 
-    def fastest(tokens: int, context: int) -> _Time:
-        passes = [_pass(shape, _Time(speeds, *option), workload.batch, tokens, context) for option in options]
+    def fastest(tokens: int, context: int) -> Time:
+        passes = [_pass(shape, Time(speeds, *option), workload.batch, tokens, context) for option in options]
         return min(passes, key=lambda time: time.total)
 
     prompt = fastest(workload.tokens, workload.tokens)
@@ -197,7 +108,7 @@ def _passes(shape: ModelShape, speeds: _Speeds, workload: Workload) -> list[tupl
     return [(prompt, 1.0), (step, float(workload.generated))]
 
 
-def _kernels(shape: ModelShape, speeds: _Speeds) -> Iterator[dict[str, str]]:
+def _kernels(shape: ModelShape, speeds: Speeds) -> Iterator[dict[str, str]]:
     """Yield every choice of a kernel class for each of the formats that the shape's products are in."""
     used = {product.format for product in matmuls(shape)}
     if FAMILIES[shape.family].embedding_projection or FAMILIES[shape.family].patch:
@@ -208,7 +119,7 @@ def _kernels(shape: ModelShape, speeds: _Speeds) -> Iterator[dict[str, str]]:
         yield {**first, **dict(zip(several, chosen, strict=True))}
 
 
-def _shares(passes: list[tuple[_Time, float]], times: float | None = None) -> dict[str, float]:
+def _shares(passes: list[tuple[Time, float]], times: float | None = None) -> dict[str, float]:
     """The share of the time that each number governs; `times` stands for every pass's own count."""
     parts: dict[str, float] = {}
     for time, count in passes:
@@ -218,7 +129,7 @@ def _shares(passes: list[tuple[_Time, float]], times: float | None = None) -> di
     return {key: microseconds / total for key, microseconds in parts.items()}
 
 
-def _spread(speeds: _Speeds, elasticities: dict[str, float], models: int = 1) -> tuple[float, bool]:
+def _spread(speeds: Speeds, elasticities: dict[str, float], models: int = 1) -> tuple[float, bool]:
     """Relative uncertainty of what changes with each number by these elasticities, and whether anything behind it is
     uncalibrated; `models` is how many times enter whose own errors (the correction's sigma) are independent."""
     variance = models * speeds.sigmas["correction"] ** 2
@@ -232,67 +143,7 @@ def _spread(speeds: _Speeds, elasticities: dict[str, float], models: int = 1) ->
     return math.sqrt(variance), any(key in speeds.weak for key in elasticities)
 
 
-@lru_cache(maxsize=64)
-def _speeds(profile: Profile, threads: int) -> _Speeds:
-    unit = profile.unit
-    if threads > unit.threads:
-        raise TargetError(
-            f"threads={threads}, but {unit.name} of {profile.name} has {unit.threads}: ask for at most so many"
-        )
-    if unit.scaling is None or unit.power is None or unit.softmax is None:
-        raise TargetError(f"{profile.name}: unit {unit.name} lacks scaling, power or softmax")
-    further = (threads - 1) * unit.scaling.value
-    used = (1 + further) / unit.threads
-    shared = further / (1 + further) * unit.scaling.sigma
-    sigmas: dict[str, float] = {}
-    weak: set[str] = set()
-
-    def behind(key: str, *numbers: Number, extra: float = 0.0) -> None:
-        sigmas[key] = math.hypot(extra, *(number.sigma for number in numbers))
-        if any(number.kind not in _CALIBRATED for number in numbers):
-            weak.add(key)
-
-    kernels = {}
-    for name, efficiency in profile.efficiency.items():
-        if name in unit.peak:
-            speed = unit.peak[name].value * efficiency.fraction.value * used * 1e3
-            halves = {part: getattr(efficiency, part) for part in ("rows", "columns", "depth")}
-            kernels[name] = _Kernel(speed, **{part: number.value for part, number in halves.items()})
-            behind(f"{name}.peak", unit.peak[name], efficiency.fraction, extra=shared)
-            for part, number in halves.items():
-                behind(f"{name}.{part}", number)
-    elementwise = {"approximation": unit.elementwise["activation"], **unit.elementwise}
-    for kind, number in elementwise.items():
-        behind(kind, number, extra=shared)
-    behind("softmax", unit.softmax, extra=shared)
-    behind("memory", profile.memory.bandwidth)
-    behind("stall", profile.memory.bandwidth, profile.memory.stall)
-    behind("cache", profile.cache.bandwidth)
-    behind("dispatch", profile.dispatch)
-    behind("fixed", profile.fixed)
-    behind("correction", profile.correction)
-    behind("watts", profile.idle, unit.power)
-    return _Speeds(
-        kernels=kernels,
-        formats=profile.formats,
-        elementwise={
-            "softmax": unit.softmax.value * used,
-            **{kind: number.value * used * 1e3 for kind, number in elementwise.items()},
-        },
-        memory=profile.memory.bandwidth.value * 1e3,
-        stall=profile.memory.stall.value,
-        cache=profile.cache.bandwidth.value * 1e3,
-        cache_size=profile.cache.size.value * 1e6,
-        dispatch=profile.dispatch.value,
-        fixed=profile.fixed.value,
-        correction=profile.correction.value,
-        watts=profile.idle.value + (unit.power.value - profile.idle.value) * threads / unit.threads,
-        sigmas=sigmas,
-        weak=frozenset(weak),
-    )
-
-
-def _pass(shape: ModelShape, time: _Time, batch: int, tokens: int, context: int) -> _Time:
+def _pass(shape: ModelShape, time: Time, batch: int, tokens: int, context: int) -> Time:
     """Add the time of one pass over `tokens` new tokens a sequence that attend to `context` tokens, themselves
     included, to `time`, and return it."""
     family, weights = FAMILIES[shape.family], time.weights
@@ -307,12 +158,18 @@ def _pass(shape: ModelShape, time: _Time, batch: int, tokens: int, context: int)
         _dense(time, shape.embedding_format, rows, shape.embedding, shape.stacks[0].hidden)
     products = matmuls(shape)
     for stack in shape.stacks:
+        alike: dict[tuple[object, ...], Time] = {}
         for index, layer in enumerate(stack.layers):
             last = stack is shape.stacks[-1] and index == len(stack.layers) - 1
             # Where only the first position is read, the last layer computes all but keys and values there alone.
             read = 1 if last and pooled and not stack.causal else tokens
-            _attention(time, stack, layer, next(products), next(products), batch, tokens, read, context)
-            _feed_forward(time, stack, layer, next(products), next(products), batch * read)
+            qkv, out, first, second = (next(products) for _ in range(4))
+            key = (layer.heads, layer.kv_heads, layer.head_dim, layer.ffn, qkv.format, first.format, read)
+            if key not in alike:
+                part = alike[key] = time.empty()
+                _attention(part, stack, layer, qkv, out, batch, tokens, read, context)
+                _feed_forward(part, stack, layer, first, second, batch * read)
+            time.include(alike[key])
     read = batch if pooled else rows
     hidden = shape.stacks[-1].hidden
     if family.final_norm:
@@ -326,12 +183,12 @@ def _pass(shape: ModelShape, time: _Time, batch: int, tokens: int, context: int)
     return time
 
 
-def _dense(time: _Time, form: str, rows: int, k: int, n: int) -> None:
+def _dense(time: Time, form: str, rows: int, k: int, n: int) -> None:
     time.product(time.kernels[form], rows, k, n, formats.nbytes(form, n, k))
 
 
 def _attention(
-    time: _Time,
+    time: Time,
     stack: Stack,
     layer: LayerShape,
     qkv: MatMul,
@@ -348,13 +205,13 @@ def _attention(
     if read < tokens:
         time.product(kernel, batch * read, qkv.k, query, nbytes * query / qkv.n)
 
-    def products(time: _Time) -> None:
+    def products(time: Time) -> None:
         time.product(kernel, batch * tokens, qkv.k, rest, nbytes * rest / qkv.n)
         past = 2 * BYTES * context * layer.head_dim * layer.kv_heads / layer.heads
         time.product("attention", read, 2 * layer.head_dim, context, past, batch * layer.heads)
         time.copy(2 * BYTES * batch * tokens * qkv.n)  # split into query, key and value
 
-    def absorbed(time: _Time) -> None:
+    def absorbed(time: Time) -> None:
         """Keys and values are not computed: their matrices, decoded, multiply what is on the other side of them."""
         width, inputs = BYTES * stack.hidden * layer.head_dim, BYTES * tokens * stack.hidden
         time.product("fp32", batch, layer.head_dim, stack.hidden, width, layer.heads)
@@ -372,7 +229,7 @@ def _attention(
     time.operators(_OPERATORS["attention"])
 
 
-def _feed_forward(time: _Time, stack: Stack, layer: LayerShape, first: MatMul, second: MatMul, rows: int) -> None:
+def _feed_forward(time: Time, stack: Stack, layer: LayerShape, first: MatMul, second: MatMul, rows: int) -> None:
     kernel, weights = time.kernels[first.format], time.weights
     time.product(kernel, rows, first.k, first.n, weights[first.weights])
     rounded = formats.get(first.format).activations != "float" and not stack.gated
