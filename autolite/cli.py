@@ -175,14 +175,20 @@ def front(run: str, as_json: bool) -> None:
 @click.option("--max-latency", help="5ms.")
 @click.option("--max-size", help="6MB.")
 @click.option("--by", type=click.Choice(["latency", "size"]), default="latency", show_default=True)
+@click.option("--format", "form", type=click.Choice(["onnx", "ort"]), default="onnx", show_default=True)
 @_reported
-def export(run: str, out: str, max_drop: str | None, max_latency: str | None, max_size: str | None, by: Any) -> None:
+def export(
+    run: str, out: str, max_drop: str | None, max_latency: str | None, max_size: str | None, by: Any, form: Any
+) -> None:
     r"""Copy the best candidate that meets the limits to OUT.
+
+    The format ort is for the reduced builds of ONNX Runtime that phones and browsers have.
 
     \b
     Examples:
       autolite export runs/demo-pixel8 --max-drop 1% deploy/
       autolite export runs/demo-pixel8 --max-drop 3% --by size deploy-small/
+      autolite export runs/demo-pixel8 --format ort deploy-phone/
     """
     from autolite.front import Result
     from autolite.search.settings import parse_bytes, parse_fraction, parse_milliseconds
@@ -193,11 +199,12 @@ def export(run: str, out: str, max_drop: str | None, max_latency: str | None, ma
         max_size_bytes=None if max_size is None else parse_bytes(max_size, "--max-size"),
         by=by,
     )
-    picked.export(out)
+    folder = picked.export(out, form)
     chosen = picked.candidate
+    size = (folder / "model.ort").stat().st_size if form == "ort" else int(chosen.size_bytes.value)
     click.echo(
         f"{out}: candidate {chosen.id}, {chosen.kept.value:.1%} kept, {chosen.faster.value:.1f}x faster "
-        f"({chosen.latency_ms.source}), {int(chosen.size_bytes.value):,} bytes"
+        f"({chosen.latency_ms.source}), {size:,} bytes"
     )
 
 

@@ -13,6 +13,7 @@ from autolite.formats import decode
 from autolite.front import Candidate, write_json
 from autolite.parts import embeddings_of, matrices_of
 from autolite.reload import save_student
+from autolite.runtime.requirements import CODES, SIGNED, metadata_of, required
 from autolite.surgery import clone
 from autolite.tasks.base import Task
 from autolite.techniques.base import Student
@@ -61,7 +62,7 @@ def write_candidate(folder: Path, student: Student, candidate: Candidate, made: 
     versions, SHA-256 of every file) and README.md (the model card).
     """
     save_student(decoded(student), student.shape, folder, made.tokenizer)
-    (folder / "README.md").write_text(_card(candidate, made, inputs_of(student)), encoding="utf-8")
+    (folder / "README.md").write_text(_card(folder, candidate, made, inputs_of(student)), encoding="utf-8")
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
@@ -74,7 +75,7 @@ def write_candidate(folder: Path, student: Student, candidate: Candidate, made: 
         "target": made.target,
         "workload": made.workload,
         "data": made.data_fingerprint,
-        "artifacts": list(candidate.artifacts),
+        "artifacts": [{**one, **_needs(folder / one["files"][0])} for one in candidate.artifacts],
         "inputs": inputs_of(student),
         "quality": candidate.to_json()["quality"],
         "versions": made.versions,
@@ -83,7 +84,22 @@ def write_candidate(folder: Path, student: Student, candidate: Candidate, made: 
     write_json(folder / "autolite.json", manifest)
 
 
-def _card(candidate: Candidate, made: Provenance, inputs: list[str]) -> str:
+def _needs(file: Path) -> dict[str, Any]:
+    """Return what an ONNX model says it needs of its runtime, as an entry of the manifest."""
+    return {"requires": required(file)} if file.suffix == ".onnx" else {}
+
+
+def _session(file: Path, inputs: list[str]) -> str:
+    """Return the lines that load an ONNX model in plain ONNX Runtime."""
+    takes = f"  # int64 {', '.join(inputs)} -> float32 logits"
+    if file.suffix != ".onnx" or metadata_of(file).get(CODES) != SIGNED:
+        return f'session = onnxruntime.InferenceSession("{file.name}"){takes}'
+    return f"""options = onnxruntime.SessionOptions()
+options.add_session_config_entry("session.x64quantprecision", "1")  # x86 without VNNI: else 8-bit products overflow
+session = onnxruntime.InferenceSession("{file.name}", options){takes}"""
+
+
+def _card(folder: Path, candidate: Candidate, made: Provenance, inputs: list[str]) -> str:
     quality, kept = candidate.quality, candidate.kept
     latency, faster = candidate.latency_ms, candidate.faster
     file = candidate.artifacts[0]["files"][0]
@@ -115,7 +131,7 @@ autolite.pipeline(".")("some text")  # ONNX Runtime underneath
 
 import onnxruntime
 
-session = onnxruntime.InferenceSession("{file}")  # int64 {", ".join(inputs)} -> float32 logits
+{_session(folder / file, inputs)}
 
 from transformers import AutoTokenizer, {made.task.auto_class}
 

@@ -268,11 +268,16 @@ class PickedCandidate:
     candidate: Candidate
     folder: Path
 
-    def export(self, out: str | Path) -> Path:
+    def export(self, out: str | Path, format: Literal["onnx", "ort"] = "onnx") -> Path:
         """Copy the candidate's folder to `out` and return it.
+
+        Args:
+            out: where to.
+            format: "ort" for ONNX Runtime's own format instead of ONNX, which reduced builds of it load.
 
         Raises:
             InputError: if `out` exists and is not an empty folder.
+            ModelError: if the model cannot be converted.
             RunError: if the candidate's folder is not there any more.
         """
         target = Path(out).expanduser()
@@ -284,6 +289,10 @@ class PickedCandidate:
         shutil.rmtree(part, ignore_errors=True)
         with storage_errors(str(target)):
             shutil.copytree(self.folder, part)
+            if format == "ort":
+                from autolite.runtime.ortformat import convert_folder
+
+                convert_folder(part)
             if target.exists():
                 target.rmdir()
             part.replace(target)

@@ -51,6 +51,8 @@ class OnnxRuntime:
             raise ModelError(f"{file} is a folder; give the model in it, as in {file / emit.FILE}")
         if not file.is_file():
             raise ModelError(f"there is no model at {file}; give a folder or file that AutoLite exported")
+        if file.suffix == ".ort":
+            return self._load_ort(file, threads, trace)
         requirements.check(file, self.version)
         try:
             return OrtRunner(_session(file, threads, trace, exact=True))
@@ -60,6 +62,17 @@ class OnnxRuntime:
             return OrtRunner(_session(file, threads, trace, exact=False), overflow=True)
         except Exception:
             raise ModelError(self._refusal(file, failure)) from None
+
+    def _load_ort(self, file: Path, threads: int, trace: Path | None) -> OrtRunner:
+        try:
+            session = _session(file, threads, trace, exact=False)
+        except Exception as error:
+            raise ModelError(
+                f"cannot load {file}: it is damaged, or was made by another version of onnxruntime than this, "
+                f"{self.version}, can read; export it again with this version ({str(error).splitlines()[0][:200]})"
+            ) from None
+        requirements.check_version(file, session.get_modelmeta().custom_metadata_map, self.version)
+        return OrtRunner(session)
 
     def _refusal(self, file: Path, failure: str) -> str:
         operator = next((found for pattern in _MISSING if (found := re.search(pattern, failure))), None)

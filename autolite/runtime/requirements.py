@@ -44,21 +44,22 @@ _PRODUCTS = {
     "QLinearMatMul": 3,
 }
 _MOVES = ("Identity", "Reshape", "Slice", "Transpose")  # what leaves the codes of weights as they are
-_LARGEST_CODE = 64  # 2 * 255 * 64 fits in 16 bits
+_LARGEST_CODE = 64
 
 
-def requirements(model: ModelProto, constants: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Return the metadata for a model whose stored tensors are `constants`."""
+def requirements(model: ModelProto, constants: Mapping[str, np.ndarray], least: str = "") -> dict[str, str]:
+    """Return the metadata for a model whose stored tensors are `constants`; `least` is the release that it needs if
+    that is more than its operators do."""
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     operators: dict[str, set[str]] = {}
     for node in model.graph.node:
         operators.setdefault(node.domain or "ai.onnx", set()).add(node.op_type)
     needed: dict[str, Any] = {
-        "onnxruntime": first_release(opset, model.graph.node),
+        "onnxruntime": least or first_release(opset, model.graph.node),
         "opset": opset,
         "operators": {domain: sorted(names) for domain, names in sorted(operators.items())},
     }
-    codes = {CODES: SIGNED} if _overflows(model.graph.node, constants) else {}
+    codes = {CODES: SIGNED} if overflowing(model.graph.node, constants) else {}
     return {REQUIRES: json.dumps(needed), **codes}
 
 
@@ -76,8 +77,11 @@ def first_release(opset: int, nodes: Iterable[NodeProto]) -> str:
     return max(found, key=_version)
 
 
-def _overflows(nodes: Iterable[NodeProto], constants: Mapping[str, np.ndarray]) -> bool:
+def overflowing(nodes: Iterable[NodeProto], constants: Mapping[str, np.ndarray]) -> list[NodeProto]:
+    """Return the products with signed 8-bit weights that do not fit in 16 bits in pairs: 2 * 255 * 64 does."""
+    nodes = list(nodes)
     made = {output: node for node in nodes for output in node.output}
+    found = []
     for node in nodes:
         if node.op_type in _PRODUCTS:
             source = node.input[_PRODUCTS[node.op_type]]
@@ -85,8 +89,8 @@ def _overflows(nodes: Iterable[NodeProto], constants: Mapping[str, np.ndarray]) 
                 source = made[source].input[0]
             codes = constants.get(source)
             if codes is not None and codes.dtype == np.int8 and max(codes.max(), -int(codes.min())) > _LARGEST_CODE:
-                return True
-    return False
+                found.append(node)
+    return found
 
 
 def required(file: Path) -> dict[str, Any]:
@@ -117,12 +121,7 @@ def check(file: Path, installed: str) -> None:
             runtime is too old.
     """
     metadata = metadata_of(file)
-    if REQUIRES in metadata:
-        needs = json.loads(metadata[REQUIRES])["onnxruntime"]
-        if _version(installed) < _version(needs):
-            raise ModelError(
-                f"{file} needs onnxruntime >= {needs}, this is {installed}: pip install 'onnxruntime>={needs}'"
-            )
+    check_version(file, metadata, installed)
     if DATA in metadata:
         size, name = metadata[DATA].split(" ", 1)
         data = file.with_name(name)
@@ -136,6 +135,19 @@ def check(file: Path, installed: str) -> None:
                 f"cannot load {file}: {data.name} is truncated, {data.stat().st_size:,} of {int(size):,} bytes; "
                 "export or copy it again"
             )
+
+
+def check_version(file: Path, metadata: Mapping[str, str], installed: str) -> None:
+    """Check that version `installed` of ONNX Runtime has all that a model's metadata ask for.
+
+    Raises:
+        ModelError: if it is too old.
+    """
+    needs = json.loads(metadata.get(REQUIRES, "{}")).get("onnxruntime", "0")
+    if _version(installed) < _version(needs):
+        raise ModelError(
+            f"{file} needs onnxruntime >= {needs}, this is {installed}: pip install 'onnxruntime>={needs}'"
+        )
 
 
 def _version(text: str) -> tuple[int, ...]:

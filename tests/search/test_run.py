@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 import autolite
 from autolite.errors import AutoliteError, InputError, NoCandidateError, PlanError, RunError
 from autolite.front import Result
+from autolite.runtime.requirements import required
 from autolite.search.progress import Snapshot
 from autolite.techniques.distill import Distill
 from tests.conftest import RunSearch, write_jsonl
@@ -79,6 +80,7 @@ def test_every_candidate_runs_in_plain_onnxruntime_with_the_quality_and_size_tha
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         inputs = tokenizer([r["text"] for r in rows], padding=True, return_tensors="np")
         manifest = json.loads((folder / "autolite.json").read_text(encoding="utf-8"))
+        assert manifest["artifacts"][0]["requires"] == required(folder / "model.onnx")
         assert manifest["inputs"] == [i.name for i in session.get_inputs()]
         (logits,) = session.run(None, {name: inputs[name].astype(np.int64) for name in manifest["inputs"]})
         accuracy = float((logits.argmax(-1) == [r["label"] for r in rows]).mean())
