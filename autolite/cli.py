@@ -269,3 +269,37 @@ def show_target(name: str) -> None:
     from autolite.report.tables import profile_table
 
     _console().print(profile_table(load_target(name, progress=lambda text: click.echo(text, err=True))))
+
+
+@main.command()
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
+@_reported
+def variants(threads: int, as_json: bool) -> None:
+    r"""Show which equivalent forms of a graph's pieces were timed on this machine, and which is taken.
+
+    \b
+    Examples:
+      autolite variants
+      autolite variants --threads 2 --json
+    """
+    from autolite.report.tables import variants_table
+    from autolite.runtime.tune import fastest, table
+
+    rows = table(threads)
+    if as_json:
+        found = [
+            {
+                "place": place.kind,
+                "format": place.format,
+                "sizes": place.sizes,
+                "chosen": fastest(place, options),
+                "options": [vars(o) for o in options],
+            }
+            for place, options in rows
+        ]
+        click.echo(json.dumps(found, indent=1))
+    elif rows:
+        _console().print(variants_table([(place, options, fastest(place, options)) for place, options in rows]))
+    else:
+        click.echo(f"nothing was timed on {threads} threads yet: a search with --target local does it where it matters")

@@ -120,6 +120,12 @@ class Store:
             fact = session.get(Fact, (self.run, key))
             return default if fact is None else fact.value
 
+    def facts(self, prefix: str) -> dict[str, Any]:
+        """Return all facts whose key begins with `prefix`, by key, in order."""
+        with self._session() as session:
+            found = select(Fact).filter_by(run=self.run).where(Fact.key.startswith(prefix, autoescape=True))
+            return {fact.key: fact.value for fact in session.scalars(found.order_by(Fact.key))}
+
     def put(self, key: str, value: Any) -> None:
         """Write the fact called `key` (plain JSON types), replacing what was there."""
         with self._session() as session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -12,6 +13,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from autolite.front import Front
     from autolite.hardware.profile import Profile
+    from autolite.runtime.tune import Found
+    from autolite.runtime.variants import Place
 
 
 def size(count: float) -> str:
@@ -106,4 +109,19 @@ def profile_table(profile: Profile) -> Table:
         unit = "" if number.unit == "1" else f" {number.unit}"
         row = (f"{number.value:g}{unit}", number.kind, f"{number.sigma:.0%}", number.source, str(number.date))
         table.add_row(path, *row)
+    return table
+
+
+def variants_table(rows: Sequence[tuple[Place, Sequence[Found], str]]) -> Table:
+    """The options of each place: the chosen one is bold, those that compute something else are struck out."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("place", "format", "sizes", "microseconds of each option"):
+        table.add_column(column, no_wrap=column != "microseconds of each option")
+    for place, options, chosen in rows:
+        cells = []
+        for found in options:
+            style = "bold green" if found.option == chosen else "" if found.equivalent else "strike dim"
+            text = f"{found.option} {found.microseconds:,.{0 if found.microseconds >= 100 else 1}f}"
+            cells.append(f"[{style}]{text}[/]" if style else text)
+        table.add_row(place.kind, place.format, " x ".join(map(str, place.sizes)), "   ".join(cells))
     return table

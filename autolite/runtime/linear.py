@@ -5,7 +5,9 @@ A format can be multiplied by several kernels (`KERNELS`), which agree within th
     float   32-bit products; weights that are not in float32 are decoded once, when the runtime loads the model
     int8    8-bit integers: activations are quantized to unsigned codes, by the range of each call or by a calibrated
             one. Weights of 4 bits are decoded, when the model is loaded, to the 7-bit codes that overflow nowhere
-    blocks  ONNX Runtime's MatMulNBits, which reads the codes as they are stored: fast for a few rows
+    blocks  ONNX Runtime's MatMulNBits, which reads the codes as they are stored: fast for a few rows. Activations are
+            quantized to 8 bits by row and group (its accuracy level 4)
+    blocks-float  the same with activations in floating point (accuracy level 1)
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "int8-static": ("int8",),
     "int8-weight": ("float",),
     "int7": ("int8",),
-    "int4": ("blocks", "int8", "float"),
+    "int4": ("blocks", "blocks-float", "int8", "float"),
     "kmeans4": ("int8", "float"),
 }
 # 8-bit codes of these formats fill their range: two products of such with 8-bit activations do not fit in 16 bits.
@@ -106,15 +108,15 @@ def product(graph: Graph, x: str, weights: Weights, kernel: str, rows: Rows | No
         case "float":
             value, transposed = decoded(graph, weights, rows)
             return graph.op("Gemm", x, value, *([bias] if bias else []), transB=int(transposed))
-        case "blocks" if weights.format == "int4":
+        case "blocks" | "blocks-float" if weights.format == "int4":
             n = weights.n if rows is None else rows[1] - rows[0]
             groups = weights.tensors["scales"].shape[1]
             codes = graph.op("Reshape", _stored(graph, weights), graph.constant([weights.n, groups, GROUP // 2]))
             scales = _some(graph, graph.constant(weights.tensors["scales"]), rows)
             settings = {"K": weights.k, "N": n, "bits": 4, "block_size": GROUP}
-            # Level 4 quantizes the activations to 8 bits: the only one that is faster than float32 products.
+            level = 4 if kernel == "blocks" else 1
             inputs = (x, _some(graph, codes, rows), scales, "", "", bias)
-            return graph.op("MatMulNBits", *inputs, domain=CONTRIB, accuracy_level=4, **settings)
+            return graph.op("MatMulNBits", *inputs, domain=CONTRIB, accuracy_level=level, **settings)
         case "int8" if kernel in KERNELS[weights.format]:
             codes, scales, zero = _codes(graph, weights, rows)
             if weights.span is None:

@@ -34,7 +34,9 @@ CLEARLY = 0.97  # an option replaces the usual one if it takes at most this part
 # agree exactly, unless they overflow; quantizing other values than the reference does moves roundings, not results.
 TOLERANCE = {"float": 1e-4, "dynamic": 2e-3, "static": 2e-3, "any": 0.05}
 TOLERANCE_FIRST = 0.05
-REVISION = 1  # of the probes: what another one measured is not read
+REVISION = 2  # of the probes: what another one measured is not read
+
+PREFIX = "variant "  # of the facts in the store
 
 Feed = dict[str, np.ndarray]
 
@@ -58,7 +60,7 @@ def bucket(place: Place) -> Place:
     >>> bucket(Place("gelu", "int8", (130, 1500))).sizes
     (128, 1536)
     """
-    exact = {"attention": (0, 2, 3, 4), "first": (0, 2, 3)}.get(place.kind, ())
+    exact = {"attention": (0, 2, 3, 4, 5), "first": (0, 2, 3)}.get(place.kind, ())
     return replace(place, sizes=tuple(n if i in exact else _rounded(n) for i, n in enumerate(place.sizes)))
 
 
@@ -116,8 +118,19 @@ class _Tuned:
         return [Found(**each) for each in kept]
 
 
+def table(threads: int, store: Store | None = None) -> list[tuple[Place, list[Found]]]:
+    """Return what was measured so far on so many threads of this machine: each place with its options."""
+    facts = (store or machine_store(threads)).facts(PREFIX)
+    return [(_place(key), [Found(**each) for each in found]) for key, found in facts.items()]
+
+
 def _key(place: Place) -> str:
-    return f"variant {place.kind} {place.format} {'x'.join(map(str, place.sizes))}"
+    return f"{PREFIX}{place.kind} {place.format} {'x'.join(map(str, place.sizes))}"
+
+
+def _place(key: str) -> Place:
+    kind, form, sizes = key.removeprefix(PREFIX).split(" ")
+    return Place(kind, form, tuple(map(int, sizes.split("x"))))
 
 
 def fastest(place: Place, found: list[Found]) -> str:
@@ -176,7 +189,7 @@ def _feed(place: Place) -> tuple[dict[str, Input], Feed]:
     sizes = place.sizes
     match place.kind:
         case "attention":
-            batch, tokens, heads, kv_heads, dim = sizes
+            batch, tokens, heads, kv_heads, dim, _ = sizes
             feed = {"x": normal(batch, tokens, heads * dim)}
             feed |= {name: normal(batch, tokens, kv_heads * dim) for name in ("key", "value")}
             feed["mask"] = np.ones((batch, tokens), np.int64)
@@ -228,8 +241,8 @@ def _qkv(graph: Graph, place: Place, option: str) -> str:
 
 
 def _attention(graph: Graph, place: Place, option: str) -> str:
-    _, _, heads, kv_heads, dim = place.sizes
-    return attend(graph, "x", "key", "value", "mask", Heads(heads, kv_heads, dim, dim**-0.5), option)
+    _, _, heads, kv_heads, dim, causal = place.sizes
+    return attend(graph, "x", "key", "value", "mask", Heads(heads, kv_heads, dim, dim**-0.5, bool(causal)), option)
 
 
 def _first(graph: Graph, place: Place, option: str) -> str:

@@ -23,7 +23,7 @@ class Place:
     int8        ()                                             int8, uint8: how signed 8-bit weights are stored
     product     rows, k, n                                     the kernels of the format (`autolite.runtime.linear`)
     qkv         rows, hidden, query width, key width           merged, separate
-    attention   batch, tokens, heads, key/value heads, dim     Attention, MultiHeadAttention, plain
+    attention   batch, tokens, heads, kv heads, dim, causal    Attention, MultiHeadAttention, plain
     first       batch, tokens, heads, dim, hidden              products, absorbed: attention of the first token alone
     gelu        rows, width                                    erf, tanh
     norm        rows, width                                    add, skip
@@ -41,7 +41,7 @@ class Place:
             case "int8":
                 return ("int8", "uint8")
             case "product":
-                return tuple(k for k in ("float", "blocks", "int8") if k in KERNELS[self.format])
+                return tuple(k for k in ("float", "blocks", "blocks-float", "int8") if k in KERNELS[self.format])
             case "qkv":
                 return ("merged", "separate")
             case "attention":
