@@ -48,7 +48,8 @@ def narrow(problem: Problem, note: Callable[[str], None]) -> Space:
     for name, setting in _format_settings(problem.space):
         instead[name] = {}
         runnable, remarks = _runnable(problem, name, setting)
-        options = _options(problem, name, runnable)
+        # Prices that describe another runtime say nothing of which formats are fast on this one.
+        options = _options(problem, name, runnable) if problem.runtime.name == problem.profile.runtime else []
         better = beaten(options)
         remarks += [
             f"{worse} is neither smaller nor faster than {best} here: not tried" for worse, best in better.items()

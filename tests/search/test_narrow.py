@@ -154,6 +154,14 @@ def test_what_the_runtime_or_the_target_lacks_is_left_out_and_said() -> None:
         narrow(problem(bert_shape(), "quantize-only", runnable=("nf4",)), lambda text: None)
 
 
+def test_nothing_is_said_of_the_speed_of_a_runtime_that_the_prices_are_not_of() -> None:
+    one = problem(bert_shape(), "quantize-only", runnable=("fp32", "bf16", "int8", "int7"))
+    one.runtime.name = "other"
+    gone, said = left_out(one, "ffn")
+    assert gone == {"int8-static", "int8-weight", "int4", "kmeans4"}
+    assert not any("faster" in line or "slower" in line for line in said)
+
+
 def test_groups_that_one_format_decides_for_both_are_compared_where_that_is_possible() -> None:
     """The head of this Llama is its embedding: formats that differ from it are refused, not compared."""
     shape = llama_shape()
