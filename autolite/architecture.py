@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from autolite.families import family_of, head_for
+from autolite.families import family_of, head_for, is_mapped
 
 SOURCE_LAYERS = "autolite_source_layers"  # the attribute by which a model remembers its teacher's layers
 
@@ -41,8 +41,42 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """A weight matrix [n, k] of a model that has no map: it multiplies `calls` times in one pass, for every token or,
+    if `pooled`, for one vector a sequence. `part` is "attention", "ffn", "embedding" or "head", `weights` its name."""
+
+    part: str
+    weights: str
+    n: int
+    k: int
+    calls: int = 1
+    pooled: bool = False
+    format: str = "fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class Unmapped:
+    """What stands for the layers of a model whose architecture the map does not have.
+
+    Attributes:
+        products: the matrices it multiplies with, in the order of its modules.
+        layers: how many layers its configuration has, 0 if it does not say.
+        heads: attention heads of a layer, 0 if it does not say.
+        floats: values of all other parameters (norms, biases, positions), the token embedding aside.
+    """
+
+    products: tuple[Product, ...]
+    layers: int
+    heads: int
+    floats: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """A whole model in numbers: enough to price a plan, to rebuild a reshaped model, and to draw it.
+
+    A model that the map of architectures does not have has transformers' model type for its `family`, one stack
+    without layers, and its matrices one by one in `unmapped`.
 
     `embedding` is the width of the token embedding (ALBERT's is below `hidden`); `positions` the rows of the position
     table, of which not every one need be usable (`autolite.families.usable_positions`); `outputs` the width of the
@@ -60,6 +94,7 @@ class ModelShape:
     embedding_format: str = "fp32"
     head_format: str = "fp32"
     source_layers: tuple[tuple[int, ...], ...] = ()
+    unmapped: Unmapped | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the shape as plain JSON types."""
@@ -72,7 +107,10 @@ class ModelShape:
             Stack(**{**s, "layers": tuple(LayerShape(**layer) for layer in s["layers"])}) for s in data["stacks"]
         )
         source = tuple(tuple(s) for s in data["source_layers"])
-        return cls(**{**data, "stacks": stacks, "source_layers": source})
+        other = data.get("unmapped")
+        if other is not None:
+            other = Unmapped(**{**other, "products": tuple(Product(**product) for product in other["products"])})
+        return cls(**{**data, "stacks": stacks, "source_layers": source, "unmapped": other})
 
     def with_layers(self, stack: int, layers: tuple[LayerShape, ...], **changes: Any) -> ModelShape:
         """Return a copy in which stack number `stack` has these layers (and the shape these other changes)."""
@@ -90,13 +128,28 @@ class ModelShape:
         kept = tuple(tuple(s[i] for i in indices) if n == stack else s for n, s in enumerate(source))
         return self.with_layers(stack, numbered(layers[i] for i in indices), source_layers=kept)
 
-    def without_formats(self) -> ModelShape:
-        """Return a copy in which every part is in "fp32": what the weights of a model show."""
+    def with_formats(self, attention: str, ffn: str, embedding: str, head: str) -> ModelShape:
+        """Return a copy with these number formats in all its layers and around them."""
         stacks = tuple(
-            replace(s, layers=tuple(replace(x, attention_format="fp32", ffn_format="fp32") for x in s.layers))
+            replace(s, layers=tuple(replace(x, attention_format=attention, ffn_format=ffn) for x in s.layers))
             for s in self.stacks
         )
-        return replace(self, stacks=stacks, embedding_format="fp32", head_format="fp32")
+        other, formats = self.unmapped, {"attention": attention, "ffn": ffn, "embedding": embedding, "head": head}
+        if other is not None:
+            other = replace(other, products=tuple(replace(p, format=formats[p.part]) for p in other.products))
+        return replace(self, stacks=stacks, embedding_format=embedding, head_format=head, unmapped=other)
+
+    def without_formats(self) -> ModelShape:
+        """Return a copy in which every part is in "fp32": what the weights of a model show."""
+        return self.with_formats("fp32", "fp32", "fp32", "fp32")
+
+    @property
+    def formats(self) -> frozenset[str]:
+        """The number formats that its parts are in."""
+        layers = [layer for stack in self.stacks for layer in stack.layers]
+        products = self.unmapped.products if self.unmapped is not None else ()
+        parts = [form for layer in layers for form in (layer.attention_format, layer.ffn_format)]
+        return frozenset({self.embedding_format, self.head_format, *parts, *(p.format for p in products)})
 
 
 def numbered(layers: Iterable[LayerShape]) -> tuple[LayerShape, ...]:
@@ -115,9 +168,13 @@ def shape_of(model: Any) -> ModelShape:
     Weight identities are the index of the first layer that uses them (ALBERT's are all 0); formats are "fp32". For
     images, `vocab` is 0 and `embedding` is the size of a flattened patch.
 
+    A model that the map of architectures does not have is run once on a few tokens.
+
     Raises:
-        ModelError: if the model's family or head is not known.
+        ModelError: if it is such a model and cannot be run on token ids alone.
     """
+    if not is_mapped(model):
+        return _shape_without_map(model)
     config = model.config
     family = family_of(config)
     base = model.base_model
@@ -157,6 +214,33 @@ def shape_of(model: Any) -> ModelShape:
     )
 
 
+def _shape_without_map(model: Any) -> ModelShape:
+    from autolite import unmapped  # with torch, which reading and pricing shapes does not need
+
+    found = unmapped.look(model)
+    config = model.config.get_text_config()
+    table = unmapped.word_table(model)
+    vocab, width = (0, 0) if table is None else table.weight.shape
+    products = []
+    for matrix in found.matrices:
+        if matrix.calls:
+            k, n = matrix.module.weight.shape[:: 1 if unmapped.is_conv1d(matrix.module) else -1]
+            products.append(Product(matrix.group, matrix.key, int(n), int(k), matrix.calls, matrix.pooled))
+    layers, heads = (int(getattr(config, f"num_{what}", 0) or 0) for what in ("hidden_layers", "attention_heads"))
+    hidden = getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or width
+    return ModelShape(
+        family=str(config.model_type),
+        stacks=(Stack("decoder" if found.every_token else "encoder", int(hidden), (), causal=found.every_token),),
+        vocab=int(vocab),
+        embedding=int(width),
+        positions=unmapped.positions_of(model),
+        outputs=found.outputs,
+        tied=found.tied,
+        source_layers=((),),
+        unmapped=Unmapped(tuple(products), layers, heads, found.floats),
+    )
+
+
 def _positions(base: Any, config: Any, path: str) -> int:
     """Rows of the position table, or the longest input of a model with rotary positions."""
     if not path:
@@ -170,16 +254,22 @@ def _positions(base: Any, config: Any, path: str) -> int:
 class MatMul:
     """A product of activations [rows, k] with a weight matrix [k, n]. Equal `weights` are one stored matrix."""
 
-    part: str  # "attention", "ffn" or "head"
+    part: str  # "attention", "ffn" or "head"; without a map also "embedding"
     layer: int
     k: int
     n: int
     format: str
     weights: str
+    pooled: bool = False  # with one vector a sequence; only said of models without a map
 
 
 def matmuls(shape: ModelShape) -> Iterator[MatMul]:
     """Yield every weight matrix product of one forward pass, in order (query, key and value merged into one)."""
+    if shape.unmapped is not None:
+        for p in shape.unmapped.products:
+            for _ in range(p.calls):
+                yield MatMul(p.part, _layer(p.weights), p.k, p.n, p.format, p.weights, p.pooled)
+        return
     for stack in shape.stacks:
         for index, layer in enumerate(stack.layers):
             attention, ffn = f"{stack.name}.attention.{layer.attention}", f"{stack.name}.ffn.{layer.feed_forward}"
@@ -193,3 +283,8 @@ def matmuls(shape: ModelShape) -> Iterator[MatMul]:
     hidden = shape.stacks[-1].hidden
     if shape.outputs:
         yield MatMul("head", 0, hidden, shape.outputs, shape.head_format, "embedding" if shape.tied else "head")
+
+
+def _layer(name: str) -> int:
+    """The first number in a dotted name, which is that of the layer wherever there are layers; else 0."""
+    return next((int(word) for word in name.split(".") if word.isdigit()), 0)

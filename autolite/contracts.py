@@ -34,12 +34,12 @@ DECODERS = ("gpt2", "llama", "qwen2", "qwen3")
 FAMILIES = TEXT_FAMILIES + DECODERS
 
 
-def tiny_context(family: str, task: Task, seed: int = 0) -> Context:
-    """Return a tiny random teacher of `family` with 24 sentences of 3 to 9 tokens to train on."""
+def tiny_context(family: str, task: Task, seed: int = 0, **config: Any) -> Context:
+    """Return a tiny random teacher (`autolite.testing.tiny_model`) with 24 sentences of 3 to 9 tokens to train on."""
     rng = np.random.default_rng(7)
     ids = [rng.integers(4, VOCAB, rng.integers(3, 10)) for _ in range(24)]
     causal = task.auto_class == "AutoModelForCausalLM"
-    model = tiny_model(family, "language-modeling" if causal else "text-classification", seed=seed)
+    model = tiny_model(family, "language-modeling" if causal else "text-classification", seed=seed, **config)
     labels = np.zeros(0, np.int64) if causal else rng.integers(0, 3, 24)
     return Context(Student(model, shape_of(model)), task, Split("train", ids, None, labels), PAD)
 

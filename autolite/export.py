@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from autolite import unmapped
 from autolite.files import sha256
 from autolite.formats import decode
 from autolite.front import Candidate, write_json
@@ -50,6 +51,8 @@ def decoded(student: Student) -> PreTrainedModel:
 
 def inputs_of(student: Student) -> list[str]:
     """Return the names of the artifact's inputs, each int64 [batch, tokens]."""
+    if student.shape.unmapped is not None:
+        return unmapped.inputs_of(student.model)
     types = embeddings_of(student.model).token_type
     typed = types is not None and types.weight.shape[0] > 1  # a single type is part of the embedding
     return ["input_ids", "attention_mask", *(["token_type_ids"] if typed else [])]

@@ -234,60 +234,66 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_for(model_type: str | None) -> Family:
-    """Return the family of transformers' `model_type`.
-
-    Raises:
-        ModelError: if it is of no known family; the message names the known types.
-    """
-    for family in FAMILIES.values():
-        if model_type in family.model_types:
-            return family
-    known = ", ".join(sorted(t for f in FAMILIES.values() for t in f.model_types))
-    raise ModelError(
-        f"models of type '{model_type}' are not supported by this version; supported types are: {known}. "
-        "Choose a model of one of these types"
-    )
+def family_for(model_type: str | None) -> Family | None:
+    """Return the family of transformers' `model_type`, None if the map has none."""
+    return next((family for family in FAMILIES.values() if model_type in family.model_types), None)
 
 
 def family_of(config: Any) -> Family:
     """Return the family of a transformers configuration.
 
     Raises:
-        ModelError: if its `model_type` is of no known family, or the model is a variant of one that works
-            differently (an encoder used as a decoder, ALBERT with several groups of layers).
+        ModelError: if the map has no family of its `model_type`, or the model is a variant of one that works
+            differently (an encoder used as a decoder, ALBERT with several groups of layers). Such models are
+            compressed without the map; see `autolite.unmapped`.
     """
     kind = getattr(config, "model_type", None)
     family = family_for(kind)
+    if family is None:
+        raise ModelError(f"the architecture map has no '{kind}'; it has {', '.join(mapped_types())}")
     if not family.causal and (getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)):
-        raise ModelError(f"a '{kind}' used as a decoder (is_decoder=True) is not supported; use it as an encoder")
+        raise ModelError(f"the architecture map has no '{kind}' that is used as a decoder (is_decoder=True)")
     if family.causal and getattr(config, "add_cross_attention", False):
-        raise ModelError(f"a '{kind}' with cross-attention is not supported; load it with add_cross_attention=False")
+        raise ModelError(f"the architecture map has no '{kind}' with cross-attention")
     if family.repeated and (config.num_hidden_groups, config.inner_group_num) != (1, 1):
         raise ModelError(
-            f"'{kind}' with {config.num_hidden_groups} groups of {config.inner_group_num} layers is not supported; "
-            "only one group of one layer is"
+            f"the architecture map has no '{kind}' with {config.num_hidden_groups} groups of {config.inner_group_num} "
+            "layers, only with one group of one layer"
         )
     return family
+
+
+def mapped_types() -> list[str]:
+    """Return transformers' names of the model types that the map has."""
+    return sorted(kind for family in FAMILIES.values() for kind in family.model_types)
+
+
+def is_mapped(model: Any) -> bool:
+    """Whether the map says where a live transformers model keeps its parts, its head included."""
+    try:
+        head_for(family_of(model.config), type(model).__name__)
+    except ModelError:
+        return False
+    return True
 
 
 def usable_positions(config: Any) -> int:
     """Return how many tokens a model with this transformers configuration takes at once; 10**9 if it sets no limit.
 
-    A position table can have more rows: RoBERTa counts from `pad_token_id` + 1, so that of 514 rows 512 serve.
-
-    Raises:
-        ModelError: if its `model_type` is of no known family.
+    A position table can have more rows: RoBERTa counts from `pad_token_id` + 1, so that of 514 rows 512 serve. Of
+    models outside the map only the table itself shows that (`autolite.unmapped.positions_of`).
     """
-    rows = getattr(config, "max_position_embeddings", None) or 10**9
-    return int(rows - (config.pad_token_id + 1 if family_for(config.model_type).positions_after_padding else 0))
+    rows = getattr(config, "max_position_embeddings", None) or -1
+    rows = rows if rows > 0 else 10**9  # XLNet says -1
+    family = family_for(config.model_type)
+    return int(rows - (config.pad_token_id + 1 if family is not None and family.positions_after_padding else 0))
 
 
 def head_for(family: Family, class_name: str) -> Head | None:
     """Return the head of the transformers class called `class_name`, or None for a bare model without one.
 
     Raises:
-        ModelError: if that class has a head this version does not know.
+        ModelError: if that class has a head that the map has not.
     """
     for head in family.heads:
         if class_name.endswith(head.suffix):
@@ -295,4 +301,4 @@ def head_for(family: Family, class_name: str) -> Head | None:
     if class_name.endswith("Model") and not class_name.endswith(("HeadModel", "HeadsModel")):
         return None
     known = ", ".join(f"...{head.suffix}" for head in family.heads)
-    raise ModelError(f"the head of {class_name} is not supported for the {family.name} family; supported: {known}")
+    raise ModelError(f"the architecture map has no head of {class_name}; for the {family.name} family it has {known}")

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from autolite.families import Family, family_of, head_for
+from autolite.families import Family, family_of, head_for, is_mapped
+from autolite.unmapped import is_conv1d, look
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +249,16 @@ def head_of(model: PreTrainedModel) -> HeadParts:
 
 def matrices_of(model: PreTrainedModel) -> dict[str, dict[str, Matrix]]:
     """Return every stored matrix by its key, each once, a fused projection whole, in the groups that number formats
-    are chosen for: "attention", "ffn", "embedding" (with ALBERT's projection) and "head" (with its pooler)."""
+    are chosen for: "attention", "ffn", "embedding" (with ALBERT's projection) and "head" (with its pooler).
+
+    Of a model that the map does not have these are the matrices that a pass over a few tokens uses, grouped by the
+    names of their modules.
+
+    Raises:
+        ModelError: if it is such a model and cannot be run on token ids alone.
+    """
+    if not is_mapped(model):
+        return _matrices_without_map(model)
     layers, embeddings, head = layers_of(model), embeddings_of(model), head_of(model)
     tables = [t for t in (embeddings.word, embeddings.projection) if t is not None]
     return {
@@ -259,9 +269,14 @@ def matrices_of(model: PreTrainedModel) -> dict[str, dict[str, Matrix]]:
     }
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Tell whether a module is transformers' Conv1D: a Linear with its weight stored [in, out]."""
-    return type(module).__name__ == "Conv1D"
+def _matrices_without_map(model: PreTrainedModel) -> dict[str, dict[str, Matrix]]:
+    groups: dict[str, dict[str, Matrix]] = {"attention": {}, "ffn": {}, "embedding": {}, "head": {}}
+    found = look(model)
+    for matrix in found.matrices:
+        transposed = is_conv1d(matrix.module)
+        weight, bias = matrix.module.weight, getattr(matrix.module, "bias", None)
+        groups[matrix.group][matrix.key] = Matrix(matrix.key, weight.T if transposed else weight, bias, transposed)
+    return groups
 
 
 def attention_paths(family: Family) -> tuple[str, ...]:

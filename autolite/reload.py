@@ -13,12 +13,12 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from autolite.architecture import ModelShape, shape_of
 from autolite.errors import ModelError, StorageError
-from autolite.families import family_for, family_of, head_for
 from autolite.hf_quantizer import METHOD, AutoliteConfig
+from autolite.unmapped import positions_of
 
 
 def save_student(model: PreTrainedModel, shape: ModelShape, folder: str | Path, tokenizer: Any = None) -> None:
@@ -81,28 +81,27 @@ def load_model(model: str, task_auto_class: str) -> tuple[PreTrainedModel, Any]:
         task_auto_class: the transformers class for the task, "AutoModelForSequenceClassification".
 
     Raises:
-        ModelError: if it is not found, of an unknown family, has pickle weights only, is corrupt, or its head for the
-            task was never trained.
+        ModelError: if it is not found, of a type that transformers has not or not for this task, has pickle weights
+            only, is corrupt, or its head for the task was never trained.
     """
     folder = Path(model).expanduser()
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        family_for(_read_config(folder).get("model_type"))
+        _read_config(folder)
         model = str(folder)
     try:
-        raw, _ = PretrainedConfig.get_config_dict(model)
-        family_for(raw.get("model_type"))
         settings = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except ModelError:
-        raise
     except Exception as error:  # a hub's, a file's, JSON's, or any that a value in it provokes
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"'{model}' needs code of its own, from its folder, which is never run: choose a model of a type that "
+                "transformers itself has"
+            ) from error
         raise ModelError(f"cannot read the configuration of '{model}': {_first_line(error)}") from error
-    family = family_of(settings)
     auto: Any = getattr(transformers, task_auto_class)
-    try:
-        kind = auto._model_mapping[type(settings)]
-    except KeyError:
-        raise ModelError(f"a {settings.model_type} model cannot be a {task_auto_class}") from None
-    head_for(family, kind.__name__)
+    if type(settings) not in auto._model_mapping:
+        raise ModelError(
+            f"'{model}' is a '{settings.model_type}' model, of which transformers has no class for {task_auto_class}"
+        )
     if folder.is_dir():
         _require_safetensors(folder)
     loaded, missing = _load(auto, model)
@@ -114,7 +113,7 @@ def load_model(model: str, task_auto_class: str) -> tuple[PreTrainedModel, Any]:
             f"'{model}' has no trained head for {task_auto_class} ({_some(missing)} are missing from its weights): "
             "fine-tune it on the task first"
         )
-    return loaded, None if family.patch else _tokenizer(model, loaded)
+    return loaded, _tokenizer(model, loaded) if loaded.main_input_name == "input_ids" else None
 
 
 def _tokenizer(model: str, loaded: PreTrainedModel) -> Any:
@@ -126,6 +125,7 @@ def _tokenizer(model: str, loaded: PreTrainedModel) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions_of(loaded))
     return tokenizer
 
 

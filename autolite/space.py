@@ -8,7 +8,7 @@ range (`low`, `high`, and `step` or `log`). `stage` names the fidelity from whic
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -144,6 +144,16 @@ class Space(BaseModel):
             other = {**params, **dict(zip(free, values, strict=True))}
             if other != dict(params):
                 yield other
+
+    def only(self, techniques: Collection[str]) -> Space:
+        """Return the space with just the steps of these techniques; start plans lose the others' settings."""
+        steps = tuple(step for step in self.steps if set(step) <= set(techniques))
+        start: list[dict[str, Scalar]] = []
+        for plan in self.start:
+            kept = {name: value for name, value in plan.items() if name.partition(".")[0] in techniques}
+            if kept and kept not in start:
+                start.append(kept)
+        return self.model_copy(update={"steps": steps, "start": tuple(start)})
 
     def without(self, instead: Mapping[str, Mapping[Any, Scalar]]) -> Space:
         """Return the space without some choices.

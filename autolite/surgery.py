@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from autolite.architecture import SOURCE_LAYERS, ModelShape, shape_of
 from autolite.errors import ModelError
-from autolite.families import Family, family_of
-from autolite.parts import attention_paths, ffn_paths, is_conv1d, layer_modules, layer_of, part
+from autolite.families import Family, family_for, family_of, head_for
+from autolite.parts import attention_paths, ffn_paths, layer_modules, layer_of, part
+from autolite.unmapped import is_conv1d
 
 
 def _select(module: Any, index: Tensor, side: Literal["out", "in"]) -> None:
@@ -200,10 +201,15 @@ def reshape(model: PreTrainedModel, shape: ModelShape) -> None:
     Raises:
         ModelError: if the shape is of another family or cannot be cut out of this model.
     """
-    family = family_of(model.config)
+    kind = str(model.config.model_type)
+    known = family_for(kind)
+    named = kind if known is None or shape.unmapped is not None else known.name
+    if shape.family != named:
+        raise ModelError(f"the manifest is of a {shape.family} model, but the configuration of a {named} model")
+    if shape.unmapped is not None:
+        return  # nothing is ever cut out of a model without a map
+    head_for(family_of(model.config), type(model).__name__)
     (stack,) = shape.stacks
-    if shape.family != family.name:
-        raise ModelError(f"the manifest is of a {shape.family} model, but the configuration of a {family.name} model")
     source = shape.source_layers[0] if shape.source_layers else tuple(range(len(stack.layers)))
     try:
         origins = shape_of(model).source_layers[0]

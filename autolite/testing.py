@@ -25,26 +25,27 @@ def tiny_model(
     key/value heads, and ALBERT an embedding of width 16. `vit` classifies images, whatever the task.
 
     Args:
-        family: a name in `autolite.families.FAMILIES`.
+        family: a name in `autolite.families.FAMILIES`, or transformers' type of any other text model; `config` may
+            have to give it the sizes that it calls by names of its own.
         task: "text-classification" (three labels) or "language-modeling".
         seed: equal seeds give equal weights.
         layers: number of layers.
         config: further settings of the transformers configuration.
 
     Raises:
-        ValueError: if there is no such family or task, or the family has no head for the task.
+        ValueError: if there is no such family or task, or transformers has no such head for the family.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
     from transformers import AutoModelForSequenceClassification as Classifier
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if family not in FAMILIES:
+    known = FAMILIES.get(family)
+    if known is None and family not in CONFIG_MAPPING:
         raise ValueError(unknown("family", family, FAMILIES))
     builders = {"text-classification": Classifier, "language-modeling": AutoModelForCausalLM}
     if task not in builders:
         raise ValueError(unknown("task", task, builders))
-    if task == "language-modeling" and not FAMILIES[family].causal:
-        raise ValueError(f"the {family} family has no language-modeling head")
     sizes: dict[str, Any] = {
         "num_hidden_layers": layers,
         "hidden_size": 32,
@@ -68,7 +69,7 @@ def tiny_model(
         sizes["head_dim"] = 8
     if family == "vit":
         sizes = {k: v for k, v in sizes.items() if not k.endswith("token_id") and "vocab" not in k and "max_" not in k}
-    settings = AutoConfig.for_model(FAMILIES[family].model_types[0], **(sizes | config))
+    settings = AutoConfig.for_model(known.model_types[0] if known else family, **(sizes | config))
     builder: Any = AutoModelForImageClassification if family == "vit" else builders[task]
     model: PreTrainedModel = builder.from_config(settings)
     generator = torch.Generator().manual_seed(seed)
@@ -79,7 +80,7 @@ def tiny_model(
                 is_norm = name.endswith("weight")
                 parameter.copy_((1.0 if is_norm else 0.0) + 0.2 * noise)
             else:
-                fan_in = parameter.shape[0] if FAMILIES[family].transposed else parameter[0].numel()
+                fan_in = parameter.shape[0] if known and known.transposed else parameter[0].numel()
                 parameter.copy_(noise * (1.5 / fan_in**0.5))
     model.train(False)
     return model

@@ -220,11 +220,23 @@ def test_pickle_weights_are_never_opened(teacher_folder: Path) -> None:
         load_model(str(teacher_folder), CLASSIFIER)
 
 
-@pytest.mark.parametrize("model_type", ["t5", "no-such-type"])
-def test_an_unknown_family_is_refused_before_weights_are_read(model_type: str, teacher_folder: Path) -> None:
-    edit_config(teacher_folder, model_type=model_type)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "no-such-type"}, r"cannot read the configuration of .*no-such-type"),
+        ({"model_type": "marian"}, "'marian' model, of which transformers has no class for AutoModelForSequence"),
+        (
+            {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.MyConfig"}},
+            "needs code of its own, .*never run",
+        ),
+    ],
+)
+def test_a_type_that_transformers_cannot_load_is_refused_before_weights_are_read(
+    changes: dict[str, Any], message: str, teacher_folder: Path
+) -> None:
+    edit_config(teacher_folder, **changes)
     (teacher_folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match=f"'{model_type}' are not supported by this version.*bert"):
+    with pytest.raises(ModelError, match=message):
         load_model(str(teacher_folder), CLASSIFIER)
 
 
@@ -235,9 +247,12 @@ def test_a_model_without_a_trained_head_must_be_fine_tuned_first(teacher_folder:
         load_model(str(teacher_folder), CLASSIFIER)
 
 
-def test_a_head_the_family_lacks_is_refused(teacher_folder: Path) -> None:
-    with pytest.raises(ModelError, match="BertLMHeadModel is not supported"):
-        load_model(str(teacher_folder), "AutoModelForCausalLM")
+def test_a_head_that_the_map_lacks_is_loaded_without_the_map(tmp_path: Path) -> None:
+    tiny_model("bert", "language-modeling").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), "AutoModelForCausalLM")
+    assert type(model).__name__ == "BertLMHeadModel"
+    assert shape_of(model).unmapped is not None
 
 
 def test_corrupt_files_are_named(teacher_folder: Path) -> None:

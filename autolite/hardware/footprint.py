@@ -8,6 +8,7 @@ from autolite import formats
 from autolite.architecture import ModelShape, matmuls
 from autolite.errors import TargetError
 from autolite.families import FAMILIES, Head
+from autolite.hardware import without_map
 from autolite.measure import Workload
 
 BYTES = 4  # activations, norms, biases and positions are fp32
@@ -57,6 +58,8 @@ def file_size(shape: ModelShape, stored: Mapping[str, int]) -> int:
 
     `stored` are the bytes of the products' matrices, as `matrices` gives them first.
     """
+    if shape.unmapped is not None:
+        return without_map.file_size(shape, stored)
     family = FAMILIES[shape.family]
     hidden = shape.stacks[0].hidden
     norm = 1 if family.rms_norm else 2
@@ -99,6 +102,8 @@ def file_size(shape: ModelShape, stored: Mapping[str, int]) -> int:
 
 def activations(shape: ModelShape, workload: Workload) -> float:
     """Return the most bytes of activations alive at once, and the keys and values of a language model's context."""
+    if shape.unmapped is not None:
+        return without_map.activations(shape, workload)
     rows = workload.batch * workload.tokens
     context = workload.tokens + workload.generated
     alive = cached = 0

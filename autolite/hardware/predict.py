@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from autolite import formats
 from autolite.architecture import LayerShape, MatMul, ModelShape, Stack, matmuls
 from autolite.families import FAMILIES
+from autolite.hardware import without_map
 from autolite.hardware.footprint import BYTES, activations, file_size, head_of_shape, matrices, square_layers
 from autolite.hardware.profile import Profile, growth
 from autolite.hardware.roofline import CALIBRATED, Speeds, Time, speeds_of
@@ -39,6 +40,8 @@ def predict(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str
     Returns latency_ms (of one call; language models: the prompt and then `generated` steps), size_bytes, memory_bytes
     and energy_mj, and for language models ttft_ms (the prompt) and tokens_per_second (of the steps after it, each of
     which reads all weights once and the keys and values of the context so far). All are "predicted"; the size is exact.
+    Of a model without an architecture map the products are known and what is between them is estimated, so that
+    intervals of times are wider, and that of the size has the size of the graph in it.
 
     Raises:
         TargetError: if the workload wants more threads than the target's default unit has, or a number format that
@@ -67,7 +70,8 @@ def predict(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str
     memory = size + packed + activations(shape, workload)
     packing = packed / memory * profile.packing.sigma
     found["memory_bytes"] = (memory, math.hypot(packing, 0.1), profile.packing.kind not in CALIBRATED)
-    found["size_bytes"] = (size, 0.0, False)
+    graph = 0.0 if shape.unmapped is None else without_map.graph_bytes(shape) / size
+    found["size_bytes"] = (size, graph, False)
     return {metric: _measurement(metric, *found[metric], profile, workload) for metric in found}
 
 
@@ -111,7 +115,7 @@ def _passes(shape: ModelShape, speeds: Speeds, workload: Workload) -> list[tuple
 def _kernels(shape: ModelShape, speeds: Speeds) -> Iterator[dict[str, str]]:
     """Yield every choice of a kernel class for each of the formats that the shape's products are in."""
     used = {product.format for product in matmuls(shape)}
-    if FAMILIES[shape.family].embedding_projection or FAMILIES[shape.family].patch:
+    if shape.unmapped is None and (FAMILIES[shape.family].embedding_projection or FAMILIES[shape.family].patch):
         used.add(shape.embedding_format)
     first = {form: kernels[0] for form, kernels in speeds.formats.items()}
     several = [form for form in speeds.formats if form in used and len(speeds.formats[form]) > 1]
@@ -132,7 +136,8 @@ def _shares(passes: list[tuple[Time, float]], times: float | None = None) -> dic
 def _spread(speeds: Speeds, elasticities: dict[str, float], models: int = 1) -> tuple[float, bool]:
     """Relative uncertainty of what changes with each number by these elasticities, and whether anything behind it is
     uncalibrated; `models` is how many times enter whose own errors (the correction's sigma) are independent."""
-    variance = models * speeds.sigmas["correction"] ** 2
+    estimated = speeds.sigmas["estimated"] if "estimated" in elasticities else 0.0
+    variance = models * (speeds.sigmas["correction"] ** 2 + estimated**2)
     # One kernel's peak governs all its parts together; its half sizes govern their own.
     for kernel in speeds.kernels:
         governed = sum(elasticities.get(f"{kernel}.{part}", 0.0) for part in ("peak", "rows", "columns", "depth"))
@@ -146,6 +151,10 @@ def _spread(speeds: Speeds, elasticities: dict[str, float], models: int = 1) -> 
 def _pass(shape: ModelShape, time: Time, batch: int, tokens: int, context: int) -> Time:
     """Add the time of one pass over `tokens` new tokens a sequence that attend to `context` tokens, themselves
     included, to `time`, and return it."""
+    if shape.unmapped is not None:
+        without_map.add_pass(time, shape, batch, tokens, context)
+        time.add("fixed", time.speeds.fixed)
+        return time
     family, weights = FAMILIES[shape.family], time.weights
     head = head_of_shape(shape)
     pooled = head is not None and head.pooling != "none"

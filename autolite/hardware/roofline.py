@@ -12,6 +12,8 @@ from autolite.errors import TargetError
 from autolite.hardware.profile import Number, Profile
 
 CALIBRATED = ("measured", "calibrated")
+# Relative uncertainty of the times of models without an architecture map, beside what the profile's numbers have.
+ESTIMATED = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,7 @@ def speeds_of(profile: Profile, threads: int) -> Speeds:
     behind("dispatch", profile.dispatch)
     behind("fixed", profile.fixed)
     behind("correction", profile.correction)
+    behind("estimated", extra=ESTIMATED)
     behind("watts", profile.idle, unit.power)
     return Speeds(
         kernels=kernels,

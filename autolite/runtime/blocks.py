@@ -37,14 +37,18 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+class BeyondError(ModelError):
+    """A part of the model that these pieces cannot express; torch's exporter may."""
+
+
 def activate(graph: Graph, x: str, name: str, gelu: str = "erf") -> str:
     """Apply the activation function that transformers calls `name`; `gelu` is the option for the exact Gelu.
 
     Raises:
-        ModelError: if it is not known.
+        BeyondError: if it is not known.
     """
     if name not in ACTIVATIONS:
-        raise ModelError(unknown("activation", name, ACTIVATIONS))
+        raise BeyondError(unknown("activation", name, ACTIVATIONS))
     kind, settings = ACTIVATIONS[name]
     if kind == "Gelu" and gelu == "tanh":
         kind, settings = _TANH_GELU
@@ -97,9 +101,15 @@ def attend(graph: Graph, query: str, key: str, value: str, mask: str, heads: Hea
         option: "Attention", "MultiHeadAttention" or "plain".
     """
     if option == "Attention":
-        sizes = {"q_num_heads": heads.heads, "kv_num_heads": heads.kv_heads}
         inputs = (query, key, value, *([additive(graph, mask, heads.one_query)] if mask else []))
-        return graph.op("Attention", *inputs, is_causal=int(heads.causal), scale=heads.scale, **sizes)
+        return graph.op(
+            "Attention",
+            *inputs,
+            is_causal=int(heads.causal),
+            scale=heads.scale,
+            q_num_heads=heads.heads,
+            kv_num_heads=heads.kv_heads,
+        )
     if heads.kv_heads != heads.heads:
         key, value = (_repeated(graph, x, heads) for x in (key, value))
     if option == "MultiHeadAttention":

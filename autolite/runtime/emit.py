@@ -1,4 +1,5 @@
-"""Student -> ONNX, straight from the architecture map.
+"""Student -> ONNX, straight from the architecture map; what the map does not have is exported by torch
+(`autolite.runtime.exported`).
 
 Activations are kept as [batch * tokens, width]: that lets a product and its bias be one node, and keeps ONNX Runtime
 from turning every `Add` + `LayerNormalization` into its `SkipLayerNormalization`, which is 5.6 times slower.
@@ -7,6 +8,7 @@ from turning every `Add` + `LayerNormalization` into its `SkipLayerNormalization
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,18 @@ from autolite.parts import (
     head_of,
     layers_of,
 )
-from autolite.runtime.blocks import Heads, activate, add_and_normalize, attend, attend_first, normalize, project
+from autolite.runtime import exported
+from autolite.runtime.blocks import (
+    BeyondError,
+    Heads,
+    Part,
+    activate,
+    add_and_normalize,
+    attend,
+    attend_first,
+    normalize,
+    project,
+)
 from autolite.runtime.graph import CONTRIB, Graph, Input
 from autolite.runtime.linear import Weights, encoded_of, lookup, product, products, weights_of
 from autolite.runtime.variants import Choices, Place, usual
@@ -47,12 +60,13 @@ def emit(student: Student, folder: Path, workload: Workload | None = None, choic
         choices: which option to take at each place where equivalent nodes can stand.
 
     Raises:
-        ModelError: if the model has a part that cannot be emitted: sliding windows that matter, positions that change
-            with the length, or an unknown activation.
+        ModelError: if the model has a part that cannot be emitted, such as positions that change with the length.
         StorageError: if the files cannot be written.
     """
-    with torch.no_grad():
-        return _Emitter.of(student, workload or Workload(), choices).emit(folder / FILE)
+    if student.shape.unmapped is None:
+        with suppress(BeyondError), torch.no_grad():
+            return _Emitter.of(student, workload or Workload(), choices).emit(folder / FILE)
+    return exported.emit(student, folder / FILE, workload, choices)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +93,7 @@ class _Emitter:
         layers = layers_of(model)
         for layer in layers:
             if layer.window is not None and layer.window < student.shape.positions:
-                raise ModelError(
-                    f"layer {layer.index} attends to a sliding window of {layer.window} tokens, which cannot be "
-                    "emitted; set use_sliding_window to false in the model's configuration if you can do without"
-                )
+                raise BeyondError(f"layer {layer.index} attends to a sliding window of {layer.window} tokens")
         return cls(
             student=student,
             graph=Graph(),
@@ -194,7 +205,7 @@ class _Emitter:
         query, key, value = self.query_key_value(layer, x, width, kv)
         query, key = self.head_norm(query, layer.query_norm, width), self.head_norm(key, layer.key_norm, kv)
         query, key = self.rotate(query), self.rotate(key)
-        place = Place("attention", sizes=(self.batch, self.tokens, layer.heads, layer.kv_heads, dim))
+        place = Place("attention", sizes=(self.batch, self.tokens, layer.heads, layer.kv_heads, dim, int(self.causal)))
         mixed = attend(graph, query, key, value, self.mask, heads, self.choices(place))
         # Not Flatten: what shape inference makes of the operator Attention is no use to it.
         return self.product(graph.op("Reshape", mixed, graph.constant([-1, width])), (layer.out,), self.rows)
@@ -225,12 +236,13 @@ class _Emitter:
         separate = self.choices(place) != "merged"  # as in the layers that may share these weights
         q = self.weights((layer.query,)) if separate else self.merged(layer)
         query = product(graph, self.first(x), q, self.kernel(q, self.batch), None if separate else (0, width))
-        keys, values = ((self.weights((m,)), None) for m in (layer.key, layer.value))
-        if not separate:
-            keys, values = ((self.merged(layer), (i * width, (i + 1) * width)) for i in (1, 2))
+        keys: Part = (self.weights((layer.key,)), None) if separate else (self.merged(layer), (width, 2 * width))
+        values: Part = (
+            (self.weights((layer.value,)), None) if separate else (self.merged(layer), (2 * width, 3 * width))
+        )
         sizes = (self.batch, self.tokens, layer.heads, layer.head_dim, hidden)
         option = self.choices(Place("first", q.format, sizes))
-        place = Place("attention", sizes=(self.batch, self.tokens, layer.heads, layer.kv_heads, layer.head_dim))
+        place = Place("attention", sizes=(self.batch, self.tokens, layer.heads, layer.kv_heads, layer.head_dim, 0))
         kernels = self.kernel(keys[0], self.rows), self.choices(place)
         whole = self.per_sequence(x, hidden)
         return attend_first(graph, query, whole, keys, values, self.mask, heads, option, kernels)
@@ -279,7 +291,7 @@ class _Emitter:
     def lookup(self, ids: str, table: Matrix) -> str:
         form = encoded_of(self.student.encoded, table).format
         option = self.choices(Place("lookup", form, (self.rows, table.weight.shape[1])))
-        return lookup(self.graph, ids, table, self.student.encoded, self.unsigned, option)
+        return lookup(self.graph, ids, table, self.student.encoded, self.unsigned and self.head.tied, option)
 
     def add_norm(self, x: str, y: str, norm: Norm) -> str:
         place = Place("norm", sizes=(self.rows, norm.weight.shape[0]))

@@ -19,13 +19,13 @@ from autolite.architecture import ModelShape, shape_of
 from autolite.compress import shape_after
 from autolite.errors import InputError, PlanError, RunError
 from autolite.export import Provenance
-from autolite.families import usable_positions
 from autolite.files import sha256, write_atomically
 from autolite.front import Quality
 from autolite.hardware import load_target
 from autolite.hardware.profile import Profile, dump_profile, parse_profile
 from autolite.measure import Workload
 from autolite.plan import Plan
+from autolite.runtime.auto import AutoRuntime
 from autolite.runtime.base import Runtime
 from autolite.search.scoring import Score, quality, score, scoring_threads
 from autolite.search.settings import Settings
@@ -33,6 +33,7 @@ from autolite.space import Space
 from autolite.store import Store
 from autolite.tasks.base import Split, Task, TaskData
 from autolite.techniques.base import Context, Student
+from autolite.unmapped import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +62,14 @@ class Problem:
     def split(self, name: str) -> Split:
         """Return the split called "screen", "search", "selection" or "test"."""
         return self.screen_split if name == "screen" else getattr(self.data, name)
+
+    def emit(self, student: Student, folder: Path) -> list[Path]:
+        """Write a student's artifact, the fastest form for the workload: by measurements where the target is here."""
+        return self.runtime.emit(student, folder, self.workload, tuned=self.profile.name == "local")
+
+    def runtime_of(self, file: Path) -> Runtime:
+        """Return the runtime that an artifact is for: the search's own, or the one that "auto" took."""
+        return self.runtime.of(file) if isinstance(self.runtime, AutoRuntime) else self.runtime
 
     def teacher_score(self, name: str) -> Score:
         """Return the teacher's score on a split; made once, then read from the run's folder."""
@@ -94,10 +103,8 @@ class Problem:
                 been trained then.
         """
         shape = shape_after(plan, self.teacher.shape)
-        used = {shape.embedding_format, shape.head_format}
-        used |= {f for s in shape.stacks for layer in s.layers for f in (layer.attention_format, layer.ffn_format)}
         for what, known in ((self.runtime.name, self.runtime.formats), (self.profile.name, self.profile.formats)):
-            missing = sorted(used - set(known))
+            missing = sorted(shape.formats - set(known))
             if missing:
                 raise PlanError(f"{what} cannot run the format {missing[0]}; it has {', '.join(sorted(known))}")
         return shape
@@ -158,10 +165,16 @@ def load_problem(settings: Settings, space: Space, store: Store, note: Callable[
 
     task: Task = registry.get("task", settings.task)
     runtime: Runtime = registry.get("runtime", settings.runtime)
+    if isinstance(runtime, AutoRuntime) and settings.target != "local":
+        raise InputError(
+            f"--runtime auto times both runtimes on this machine, which is not '{settings.target}': use --target local, "
+            "or name the runtime"
+        )
     _check_device(settings.device)
     note("loading the model")
     model, tokenizer = load_model(settings.model or str(demo_model_path()), task.auto_class)
     teacher = Student(model, shape_of(model))
+    space = _applicable(space, teacher.shape, note)
     note("reading the data")
     data = task.load(settings.data, tokenizer, model.config)
     for line in data.notes:
@@ -171,7 +184,7 @@ def load_problem(settings: Settings, space: Space, store: Store, note: Callable[
     asked = Workload.parse(settings.workload, default) if settings.workload else default
     profile = _profile(settings.target, asked.threads or None, store, note)
     workload = replace(asked, threads=asked.threads or profile.threads)
-    positions = usable_positions(model.config)
+    positions = positions_of(model)
     if workload.tokens + workload.generated > positions:
         raise InputError(
             f"workload {workload} needs {workload.tokens + workload.generated} positions, but the model has "
@@ -184,13 +197,41 @@ def load_problem(settings: Settings, space: Space, store: Store, note: Callable[
     pad_id = tokenizer.pad_token_id or 0
     context = Context(teacher, task, data.train, pad_id, settings.seed, settings.device, {}, cache)
     note("emitting the baseline")
-    baseline = runtime.emit(teacher, folder)
+    baseline = runtime.emit(teacher, folder, workload, tuned=profile.name == "local")
     count = min(SCREEN_EXAMPLES, len(data.search))
     chosen = np.sort(np.random.default_rng(settings.seed).permutation(len(data.search))[:count])
     screen = replace(data.search.take(chosen), name="screen")
     return Problem(
         settings, space, task, data, screen, teacher, tokenizer, runtime, profile, workload, context, baseline, {}
     )
+
+
+def _applicable(space: Space, shape: ModelShape, note: Callable[[str], None]) -> Space:
+    """Leave out what needs the architecture map if that does not have the model; and training, if what is left changes
+    nothing but number formats: an uncut student has nothing to learn from its teacher.
+
+    Raises:
+        InputError: if nothing is left.
+    """
+    techniques = {name: registry.get("technique", name) for name, _ in space.techniques}
+    missing = [name for name, technique in techniques.items() if technique.needs_map]
+    if shape.unmapped is None or not missing:
+        return space
+    kept = {name: technique for name, technique in techniques.items() if name not in missing}
+    training = [name for name, technique in kept.items() if technique.effort]
+    if all(technique.numeric or technique.effort for technique in kept.values()):
+        kept = {name: technique for name, technique in kept.items() if not technique.effort}
+    if not kept:
+        raise InputError(
+            f"search space '{space.name}' has only what needs the architecture map ({', '.join(missing)}), which does "
+            f"not have this '{shape.family}' model: choose another with --space, such as quantize-only"
+        )
+    rest = [name for name in training if name not in kept]
+    note(
+        f"the architecture map does not have this '{shape.family}' model: without {', '.join(missing)}"
+        + (f", and without {', '.join(rest)}, which would have nothing to recover" if rest else "")
+    )
+    return space.only(kept)
 
 
 def _check_device(name: str) -> None:

@@ -55,12 +55,15 @@ class Technique(Protocol):
 
     `numeric` techniques change number formats only: a student made without them serves all their settings.
     `effort` names the integer field of the config that says how much training is done (None: no training).
+    `needs_map` techniques change parts that only the architecture map knows; models that it does not have can be
+    compressed by the others.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[plan.Config]]
     numeric: ClassVar[bool]
     effort: ClassVar[str | None]
+    needs_map: ClassVar[bool]
 
     def shape(self, shape: ModelShape, config: plan.Config) -> ModelShape:
         """Return the shape after this step, without weights. Raises PlanError where it cannot be applied."""
@@ -71,15 +74,26 @@ class Technique(Protocol):
         ...
 
 
+def require_map(technique: str, shape: ModelShape) -> None:
+    """Refuse a model whose parts `technique` cannot find.
+
+    Raises:
+        PlanError: if the architecture map does not have the model.
+    """
+    if shape.unmapped is not None:
+        raise PlanError(
+            f"{technique} needs the architecture map, which does not have this '{shape.family}' model: leave it out; "
+            "number formats and distillation work without"
+        )
+
+
 def require_float32(technique: str, shape: ModelShape) -> None:
     """Refuse a model whose matrices are in a number format already, which `technique` would leave behind.
 
     Raises:
         PlanError: naming the formats.
     """
-    layers = [layer for stack in shape.stacks for layer in stack.layers]
-    formats = {form for layer in layers for form in (layer.attention_format, layer.ffn_format)}
-    strange = sorted((formats | {shape.embedding_format, shape.head_format}) - {"fp32"})
+    strange = sorted(shape.formats - {"fp32"})
     if strange:
         raise PlanError(
             f"{technique} works on fp32 weights, but some are {', '.join(strange)} already; put it before quantize"

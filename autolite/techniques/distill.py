@@ -84,8 +84,11 @@ def layer_map(student: ModelShape, teacher: ModelShape) -> tuple[int, ...]:
     """Return for each layer of the student's last stack the teacher's layer that it imitates.
 
     The layer it came from, if the shape knows; else uniformly, layer l of L_s imitates round((l + 1) * L_t / L_s) - 1.
-    The last always imitates the last, whose state the head reads.
+    The last always imitates the last, whose state the head reads. A model without an architecture map keeps all of its
+    layers: nothing is said of them.
     """
+    if student.unmapped is not None:
+        return ()
     count, total = len(student.stacks[-1].layers), len(teacher.stacks[-1].layers)
     if student.source_layers:
         source = student.source_layers[-1]
@@ -112,6 +115,7 @@ class Distill:
     Config: ClassVar[type[plan.Config]] = DistillConfig
     numeric: ClassVar[bool] = False
     effort: ClassVar[str | None] = "steps"
+    needs_map: ClassVar[bool] = False
 
     def shape(self, shape: ModelShape, config: plan.Config) -> ModelShape:
         """Return `shape` itself.
@@ -169,9 +173,9 @@ def _train(model: PreTrainedModel, layers: tuple[int, ...], config: DistillConfi
         if config.alpha < 1:
             rows, targets = context.task.soft_targets(own_logits, labels), context.task.soft_targets(logits, labels)
             loss = loss + (1 - config.alpha) * soft_loss(rows, targets, config.temperature)
-        if config.hidden > 0:
-            mask = inputs["attention_mask"]
-            loss = loss + config.hidden * hidden_loss(own_states, [states[layer] for layer in layers], mask)
+        if config.hidden > 0 and own_states:
+            mask, wanted = inputs["attention_mask"], [states[layer] for layer in layers] or states
+            loss = loss + config.hidden * hidden_loss(own_states, wanted, mask)
         torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_(trained, MAX_NORM)
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):

@@ -12,7 +12,7 @@ from pydantic import Field
 from autolite import plan
 from autolite.architecture import ModelShape, numbered
 from autolite.surgery import clone, keep_heads, keep_layers, keep_neurons
-from autolite.techniques.base import Context, Student, require_float32
+from autolite.techniques.base import Context, Student, require_float32, require_map
 from autolite.techniques.importance import importance
 
 
@@ -65,15 +65,19 @@ class Prune:
     Config: ClassVar[type[plan.Config]] = PruneConfig
     numeric: ClassVar[bool] = False
     effort: ClassVar[str | None] = None
+    needs_map: ClassVar[bool] = True
 
     def shape(self, shape: ModelShape, config: plan.Config) -> ModelShape:
         """Return the shape after pruning.
 
         Raises:
-            PlanError: if matrices are already in a number format.
+            PlanError: if matrices are already in a number format, or the model's architecture is not in the map.
         """
         assert isinstance(config, PruneConfig)
         require_float32(self.name, shape)
+        if (config.heads, config.ffn, config.depth) == (1, 1, 1):
+            return shape
+        require_map(self.name, shape)
         for number, stack in enumerate(shape.stacks):
             kept = kept_layers(len(stack.layers), config.depth)
             if len(kept) < len(stack.layers):

@@ -48,6 +48,7 @@ class Quantize:
     Config: ClassVar[type[plan.Config]] = QuantizeConfig
     numeric: ClassVar[bool] = True
     effort: ClassVar[str | None] = None
+    needs_map: ClassVar[bool] = False
 
     def shape(self, shape: ModelShape, config: plan.Config) -> ModelShape:
         """Return the shape with these formats.
@@ -56,11 +57,7 @@ class Quantize:
             PlanError: if a head that is tied to the embedding asks for another format.
         """
         assert isinstance(config, QuantizeConfig)
-        head = _head_format(config, shape.tied)
-        for index, stack in enumerate(shape.stacks):
-            layers = (replace(x, attention_format=config.attention, ffn_format=config.ffn) for x in stack.layers)
-            shape = shape.with_layers(index, tuple(layers))
-        return replace(shape, embedding_format=config.embedding, head_format=head)
+        return shape.with_formats(config.attention, config.ffn, config.embedding, _head_format(config, shape.tied))
 
     def apply(self, student: Student, config: plan.Config, context: Context) -> Student:
         """Return the student with its matrices encoded; each stored matrix once, biases and norms not at all."""

@@ -16,7 +16,7 @@ from autolite.errors import PlanError
 from autolite.families import family_of
 from autolite.parts import attention_paths, ffn_paths, layer_modules
 from autolite.surgery import clone, share_layers
-from autolite.techniques.base import Context, Student
+from autolite.techniques.base import Context, Student, require_map
 
 
 class ShareConfig(plan.Config):
@@ -41,14 +41,17 @@ class Share:
     Config: ClassVar[type[plan.Config]] = ShareConfig
     numeric: ClassVar[bool] = False
     effort: ClassVar[str | None] = None
+    needs_map: ClassVar[bool] = True
 
     def shape(self, shape: ModelShape, config: plan.Config) -> ModelShape:
         """Return the shape with the weight identities of each set made equal.
 
         Raises:
-            PlanError: if layers of one set differ in width.
+            PlanError: if layers of one set differ in width, or the model's architecture is not in the map.
         """
         assert isinstance(config, ShareConfig)
+        if config.part != "none":
+            require_map(self.name, shape)
         for index, stack in enumerate(shape.stacks):
             sets = _sets(len(stack.layers), config)
             attention, ffn = config.part in ("attention", "all"), config.part in ("ffn", "all")

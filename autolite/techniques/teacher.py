@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -51,12 +52,19 @@ def to_tensors(batch: Batch, device: str) -> tuple[dict[str, torch.Tensor], torc
 
 
 def forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor], hidden: bool) -> tuple[torch.Tensor, States]:
-    """Run `model` and return its logits and, if asked, the hidden state after each layer ([batch, tokens, width])."""
+    """Run `model` and return its logits and, if asked, the hidden state after each layer ([batch, tokens, width]).
+
+    Inputs that it does not take are left out; a model that tells no hidden states has none.
+    """
+    taken = inspect.signature(model.forward).parameters
+    inputs = {name: tensor for name, tensor in inputs.items() if name in taken}
     tokens = inputs["input_ids"].shape[1] if "input_ids" in inputs else LONG
     short_on_cpu = model.device.type == "cpu" and tokens < LONG
     with sdpa_kernel(SDPBackend.MATH) if short_on_cpu else nullcontext():
         output = model(**inputs, output_hidden_states=True) if hidden else model(**inputs)
-    return output.logits, tuple(output.hidden_states[1:]) if hidden else ()
+    states = getattr(output, "hidden_states", None) or () if hidden else ()
+    # Models that shorten or pool the sequence in between have states of other lengths, which no mask fits.
+    return output.logits, tuple(state for state in states[1:] if state.shape[:2] == output.hidden_states[0].shape[:2])
 
 
 class TeacherOutputs:
