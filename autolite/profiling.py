@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,7 +65,8 @@ def profile(
 
     check_threads(wanted.threads)
     runner = OnnxRuntime().load(found.file, wanted.threads)
-    wanted = fitting(wanted, runner.inputs, asked=workload)
+    asked = [part.partition("=")[0].strip() for part in (workload or "").split(",") if part]
+    wanted = fitting(wanted, runner.inputs, asked)
     check_positions(wanted, runner.inputs, found.config)
     inputs = inputs_for(runner.inputs, wanted, found.config)
     try:
@@ -144,20 +145,23 @@ def _config(folder: Path) -> Any:
     return None
 
 
-def fitting(workload: Workload, inputs: Mapping[str, tuple[str, Dims]], asked: str | None = None) -> Workload:
-    """Return the workload with the sizes at which the model's inputs are fixed.
+def fitting(workload: Workload, inputs: Mapping[str, tuple[str, Dims]], asked: Collection[str] = ()) -> Workload:
+    """Return the workload with the sizes at which the model's inputs are fixed; images are one token.
 
     Raises:
-        InputError: if other sizes were `asked` for.
+        InputError: if a part of the workload is fixed at another size, and this part was `asked` for.
     """
-    fixed: dict[str, int] = {}
+    tokens = any(kind in _INTEGERS for kind, _ in inputs.values())
+    fixed: dict[str, int] = {} if tokens else {"tokens": 1}
     for kind, dims in inputs.values():
         parts = ("batch", "tokens") if kind in _INTEGERS and len(dims) == 2 else ("batch",) if len(dims) > 1 else ()
         fixed |= {part: dim for part, dim in zip(parts, dims, strict=False) if isinstance(dim, int)}
-    fitted = replace(workload, **fixed)
-    if asked is not None and fitted != workload:
-        raise InputError(f"the model's inputs are fixed at {fitted}, but the workload is {workload}; ask for that")
-    return fitted
+    for part in asked:
+        if fixed.get(part, getattr(workload, part)) != getattr(workload, part):
+            raise InputError(
+                f"{part}={getattr(workload, part)}, but this model takes {part}={fixed[part]} only; leave it out"
+            )
+    return replace(workload, **fixed)
 
 
 def check_positions(workload: Workload, inputs: Mapping[str, tuple[str, Dims]], config: Any) -> None:

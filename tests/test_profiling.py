@@ -172,15 +172,17 @@ def test_a_workload_that_does_not_fit_is_refused_in_one_sentence(model: Path, tm
     alone.write_bytes((model / "model.onnx").read_bytes())
     refused((alone, "--workload", "tokens=65"), "does not run with batch=1,tokens=65,threads=1; if it has fewer")
     fixed = foreign(tmp_path / "fixed" / "model.onnx", [4, 3])
-    refused((fixed, "--workload", "batch=2"), "fixed at batch=4,tokens=128,threads=1, but the workload is batch=2")
+    refused((fixed, "--workload", "batch=2"), "batch=2, but this model takes batch=4 only; leave it out")
 
 
 def test_fixed_inputs_decide_unless_others_are_asked_for() -> None:
     fixed: dict[str, tuple[str, Dims]] = {"ids": ("tensor(int64)", [2, 16]), "mask": ("tensor(float)", ["batch", 16])}
     assert fitting(Workload(1, 128, 1), fixed) == Workload(2, 16, 1)
-    assert fitting(Workload(2, 16, 3), fixed, asked="tokens=16") == Workload(2, 16, 3)
-    with pytest.raises(InputError, match="fixed at batch=2,tokens=16"):
-        fitting(Workload(1, 16, 1), fixed, asked="tokens=16")
+    assert fitting(Workload(1, 16, 3), fixed, asked=["tokens", "threads"]) == Workload(2, 16, 3)
+    with pytest.raises(InputError, match="batch=1, but this model takes batch=2 only"):
+        fitting(Workload(1, 16, 1), fixed, asked=["batch"])
+    images: dict[str, tuple[str, Dims]] = {"pixel_values": ("tensor(float)", ["batch", 3, 8, 8])}
+    assert fitting(Workload(4, 128, 1), images, asked=["batch"]) == Workload(4, 1, 1)
     assert fitting(Workload(1, 9, 1), IDS) == Workload(1, 9, 1)
 
 

@@ -81,14 +81,14 @@ def _notes(profile: OperatorProfile) -> list[str]:
     call, operators = 1e3 * profile.call.median, profile.microseconds
     low, high = profile.call.median_interval()
     threads = f"{profile.workload.threads} thread{'s' if profile.workload.threads > 1 else ''}"
+    notes = ["the rest is the runtime around them"] if operators < call else []
     if high - low > _NOISE * profile.call.median:
-        rest = "other programs disturbed the calls, run this again on a quiet machine"
-    else:
-        rest = "what is left is the runtime around them"
+        notes = ["other programs disturbed the calls, so run this again on a quiet machine"]
     return [
         "Inputs: " + ", ".join(f"{name} {value}" for name, value in profile.inputs.items()),
-        f"{len(profile.nodes)} nodes take {operators:,.0f} us, {operators / call:.0%} of a call; {rest}. Recorded, a "
-        f"call takes {profile.traced.median:.3g} ms: {profile.recording:.1f} us of recording are taken off each node.",
+        "; ".join([f"{len(profile.nodes)} nodes take {operators:,.0f} us, {operators / call:.0%} of a call", *notes])
+        + f". Recorded, a call takes {profile.traced.median:.3g} ms: {profile.recording:.1f} us of recording are taken "
+        "off each node.",
         f"Rates are of products only. Peaks of this machine in GFLOP/s, {threads}: "
         + ", ".join(f"{kernel} {peak:.3g}" for kernel, peak in profile.peaks.items()),
     ]
