@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 By = Literal["operator", "layer", "node"]
 
-_NOISE = 0.15  # width of the interval of a call's time, relative, above which the machine was not quiet
 _TOP = {"operator": 12, "layer": 50, "node": 20}  # rows shown unless asked otherwise
 
 
@@ -79,16 +78,16 @@ def _title(profile: OperatorProfile) -> str:
 
 def _notes(profile: OperatorProfile) -> list[str]:
     call, operators = 1e3 * profile.call.median, profile.microseconds
-    low, high = profile.call.median_interval()
     threads = f"{profile.workload.threads} thread{'s' if profile.workload.threads > 1 else ''}"
-    notes = ["the rest is the runtime around them"] if operators < call else []
-    if high - low > _NOISE * profile.call.median:
-        notes = ["other programs disturbed the calls, so run this again on a quiet machine"]
+    taken = f"{len(profile.nodes)} nodes take {operators:,.0f} us, {operators / call:.0%} of a call"
+    if profile.disturbed:
+        taken += "; other programs disturbed the calls, so run this again on a quiet machine"
+    elif operators < call:
+        taken += "; the rest is the runtime around them"
     return [
         "Inputs: " + ", ".join(f"{name} {value}" for name, value in profile.inputs.items()),
-        "; ".join([f"{len(profile.nodes)} nodes take {operators:,.0f} us, {operators / call:.0%} of a call", *notes])
-        + f". Recorded, a call takes {profile.traced.median:.3g} ms: {profile.recording:.1f} us of recording are taken "
-        "off each node.",
+        f"{taken}. Recorded, a call takes {profile.traced.median:.3g} ms: {profile.recording:.1f} us of recording are "
+        "taken off each node.",
         f"Rates are of products only. Peaks of this machine in GFLOP/s, {threads}: "
         + ", ".join(f"{kernel} {peak:.3g}" for kernel, peak in profile.peaks.items()),
     ]

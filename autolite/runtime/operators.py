@@ -7,7 +7,7 @@ import statistics
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from autolite.runtime.trace import Event, read_trace
 
 OTHER = "other"  # the layer of nodes whose names say none
 _LAYER = re.compile(r"(?:^|[ /])(embedding|head|layer\.\d+)/(?:(attention|ffn)/)?")
+_NOISE = 0.15  # of a call's time, above which the machine was not quiet
 _CHAINS = (2, 64)  # operators that do next to nothing
 _CHAIN_INPUT = "autolite_chain"
 
@@ -78,6 +79,7 @@ class OperatorProfile:
         inputs: of the call, by name.
         call: times of calls that nothing recorded.
         traced: times of the recorded calls, interleaved with those.
+        empty: milliseconds of a call of a model that does next to nothing: what the runtime itself takes.
         recording: microseconds that recording adds to the time of each node.
         peaks: GFLOP/s of each kernel class on this machine.
         nodes: in the order they ran.
@@ -90,6 +92,7 @@ class OperatorProfile:
     inputs: dict[str, Tensor]
     call: Timing
     traced: Timing
+    empty: float
     recording: float
     peaks: Mapping[str, float]
     nodes: tuple[Node, ...]
@@ -98,6 +101,13 @@ class OperatorProfile:
     def microseconds(self) -> float:
         """Sum over the nodes."""
         return sum(node.microseconds for node in self.nodes)
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other programs slowed the calls: their times differ, or are not those of the nodes."""
+        low, high = self.call.median_interval()
+        missing = self.call.median - self.empty - self.microseconds / 1e3
+        return max(high - low, missing) > _NOISE * self.call.median
 
     def row(self, name: str, nodes: Sequence[Node]) -> Row:
         """Add nodes up. Against its peak, a group is the time that its products need at best over the one they took."""
@@ -147,8 +157,10 @@ class OperatorProfile:
                 "low": low,
                 "high": high,
                 "operators": self.microseconds / 1e3,
+                "empty": self.empty,
                 "recorded": self.traced.median,
             },
+            "disturbed": self.disturbed,
             "recording_us": self.recording,
             "peaks": dict(self.peaks),
             "operators": [_json("operator", row) for row in self.operators()],
@@ -177,9 +189,10 @@ def collect(
 ) -> OperatorProfile:
     """Run a model with and without recording, in turn, and say what its nodes take.
 
-    ONNX Runtime's recording costs microseconds for every node, part of which its trace counts as the node's own: as
-    much as a small node takes itself. How much is measured in the same rounds, on a chain of nodes that do next to
-    nothing, recorded and not, and subtracted.
+    ONNX Runtime's recording costs microseconds for every node, part of which its trace counts as the node's own: more
+    than a small node takes itself. How much is measured in the same rounds, on a chain of nodes that do next to
+    nothing, recorded and not, and subtracted. In a model it costs more, because the matrices push what it needs out of
+    the caches: the nodes cannot take longer than the call does, and what they do is taken off all of them alike.
 
     Args:
         file: the model.
@@ -206,9 +219,11 @@ def collect(
         calls = _timed(read_trace(traced.end_trace()), timings["traced"])
         idle = _timed(read_trace(chain.end_trace()), timings["chain"])
     few, many = _CHAINS
-    plain = 1e3 * (timings[f"chain {many}"].median - timings[f"chain {few}"].median) / (many - few)
+    empty = timings[f"chain {few}"].median
+    plain = 1e3 * (timings[f"chain {many}"].median - empty) / (many - few)
     in_trace = statistics.fmean(_median([call[i].microseconds for call in idle]) for i in range(len(idle[0])))
     recording = max(0.0, in_trace - plain)
+    recording, nodes = within(1e3 * (timings["model"].median - empty), recording, nodes_of(calls, recording, file))
     return OperatorProfile(
         model=str(file),
         runtime=runtime.name,
@@ -217,9 +232,10 @@ def collect(
         inputs={name: Tensor(str(array.dtype), array.shape) for name, array in inputs.items()},
         call=timings["model"],
         traced=timings["traced"],
+        empty=empty,
         recording=recording,
         peaks=peaks,
-        nodes=tuple(nodes_of(calls, recording, file)),
+        nodes=nodes,
     )
 
 
@@ -231,6 +247,24 @@ def _timed(calls: list[list[Event]], timing: Timing) -> list[list[Event]]:
         found += calls[max(0, first + 1) : max(0, first + 1 + len(burst))]
         first += 1 + len(burst)
     return found or calls
+
+
+def within(microseconds: float, recording: float, nodes: Iterable[Node]) -> tuple[float, tuple[Node, ...]]:
+    """Take off each run of each node what they have too much together.
+
+    Args:
+        microseconds: that they can take at most.
+        recording: microseconds that were taken off each run before.
+        nodes: of a call.
+
+    Returns:
+        `recording` with what was taken off now, and the nodes.
+    """
+    found = tuple(nodes)
+    excess = sum(node.microseconds for node in found) - microseconds
+    extra = max(0.0, excess / sum(node.calls for node in found))
+    less = (replace(node, microseconds=max(0.0, node.microseconds - extra * node.calls)) for node in found)
+    return recording + extra, tuple(less)
 
 
 def nodes_of(calls: Sequence[Sequence[Event]], recording: float, file: Path) -> Iterator[Node]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from autolite.formats import FORMATS
 from autolite.measure import Timing, Workload
 from autolite.report.operators import operators_table
 from autolite.runtime.onnxruntime import OnnxRuntime
-from autolite.runtime.operators import OTHER, Node, OperatorProfile, collect, nodes_of
+from autolite.runtime.operators import OTHER, Node, OperatorProfile, collect, nodes_of, within
 from autolite.runtime.trace import Event, read_trace
 from autolite.techniques.quantize import Quantize, QuantizeConfig
 
@@ -263,6 +264,14 @@ def test_a_node_has_the_median_of_its_times_less_what_recording_costs(tmp_path: 
     assert [node.microseconds for node in nodes_of(calls, 100.0, tmp_path / "none.onnx")] == [0, 0]
 
 
+def test_nodes_do_not_take_longer_than_the_call() -> None:
+    nodes = [node("Gemm", 100, None, None), replace(node("Add", 20, None, None), calls=3)]
+    recording, found = within(80.0, 3.0, nodes)
+    assert recording == 3 + 40 / 4
+    assert [each.microseconds for each in found] == [100 - 10, 0]  # no time is negative
+    assert within(130.0, 3.0, nodes) == (3, tuple(nodes))
+
+
 def test_what_a_branch_runs_is_not_counted_twice(tmp_path: Path) -> None:
     inner = [event("before", "Add", 0, 5), event("a", "Add", 10, 30), event("b", "Mul", 45, 40)]
     nested = [event("inner", "If", 42, 50), event("outer", "If", 6, 100), event("after", "Add", 110, 7)]
@@ -326,13 +335,21 @@ def test_nothing_is_left_behind(profiled: OperatorProfile, tmp_path: Path, monke
     assert [path.name for path in file.parent.iterdir()] == ["model.onnx"]
 
 
-def synthetic(*nodes: Node) -> OperatorProfile:
-    timing = Timing(((1.0,), (1.0,)))
-    return OperatorProfile("m", "onnxruntime", "1", Workload(), {}, timing, timing, 0.0, PEAKS, nodes)
+def synthetic(*nodes: Node, calls: Sequence[float] = (0.1, 0.1), empty: float = 0.02) -> OperatorProfile:
+    timing = Timing(tuple((ms,) for ms in calls))
+    return OperatorProfile("m", "onnxruntime", "1", Workload(), {}, timing, timing, empty, 0.0, PEAKS, nodes)
 
 
 def node(operator: str, microseconds: float, flops: int | None, kernel: str | None) -> Node:
     return Node(operator, operator, OTHER, "", 1, microseconds, flops, kernel, (), ())
+
+
+def test_a_call_is_disturbed_if_its_times_differ_or_nothing_explains_them() -> None:
+    alone = node("Add", 80, None, None)
+    assert not synthetic(alone).disturbed
+    assert synthetic(alone, calls=(0.1, 0.13) * 10).disturbed
+    assert synthetic(alone, calls=(0.2, 0.2)).disturbed
+    assert not synthetic(alone, calls=(0.2, 0.2), empty=0.12).disturbed  # what the runtime takes explains it
 
 
 def test_rates_are_of_the_products_alone_and_each_is_held_against_its_own_peak() -> None:
