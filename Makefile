@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow install lint
+.PHONY: demo test slow arm64 install lint
 
 demo: $(BIN)/autolite
 	$(BIN)/autolite search --target pixel8
@@ -13,6 +13,11 @@ test: $(VENV)/.dev lint
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+# The artifacts on emulated Arm processors; what that needs is downloaded to .arm64, once.
+arm64: $(VENV)/.dev
+	tests/arm64/prepare.sh .arm64 $(BIN)/python
+	$(BIN)/python -m pytest -m arm64 tests/arm64
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -46,7 +46,7 @@ def convert(file: Path, folder: Path) -> list[Path]:
     try:
         with tempfile.TemporaryDirectory() as temporary:
             optimised = Path(temporary) / "optimised.onnx"
-            _optimise(file, optimised)
+            optimise(file, optimised)
             model = onnx.load(optimised, load_external_data=False)
             onnx.load_external_data_for_model(model, str(file.parent))
             _drop_signs(model)
@@ -86,7 +86,8 @@ def convert_folder(folder: Path) -> None:
     write_atomically(folder / "autolite.json", json.dumps(manifest, indent=1, allow_nan=False).encode())
 
 
-def _optimise(file: Path, out: Path) -> None:
+def optimise(file: Path, out: Path) -> None:
+    """Write the graph that ONNX Runtime makes of a model, but for the layout of convolutions that only x86 has."""
     options = _options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL, out)
     onnxruntime.InferenceSession(
         str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=["NchwcTransformer"]
