@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from autolite import registry
 from autolite.errors import AutoliteError, InputError, ModelError
-from autolite.measure import Runner
+from autolite.measure import Runner, Workload
 from autolite.tasks.base import DataSpec
 from autolite.tasks.encoding import max_tokens
 
@@ -121,13 +122,14 @@ _KINDS: dict[str, type[Pipeline]] = {  # by the task's `pipeline_tag`
 }
 
 
-def pipeline(task: str | Path, folder: str | Path | None = None, threads: int = 1) -> Any:
+def pipeline(task: str | Path, folder: str | Path | None = None, threads: int | None = None) -> Any:
     """Load a candidate's folder: `pipeline(folder)`, or `pipeline(task, folder)` to insist on its task.
 
     Args:
         task: the folder, or the name of a task if the folder follows.
         folder: what `autolite search` or `export` wrote.
-        threads: processor threads one call uses.
+        threads: processor threads one call uses; by default those of the workload that the candidate was made for, as
+            far as this machine has them.
 
     Raises:
         ModelError: if the folder is no candidate, is of another task, or something in it is missing or corrupt.
@@ -145,10 +147,18 @@ def pipeline(task: str | Path, folder: str | Path | None = None, threads: int = 
         runtime, file = registry.get("runtime", artifact["runtime"]), place / artifact["files"][0]
     except (AutoliteError, KeyError, IndexError, TypeError) as error:
         raise ModelError(f"{place / MANIFEST} names no artifact that can be run: {artifact!r}") from error
-    runner = runtime.load(file, threads)
+    runner = runtime.load(file, threads or _threads(place, manifest))
     tokenizer, config = _load_rest(place)
     limit = max_tokens(DataSpec(None), tokenizer, config, 10**9)
     return _KINDS.get(registry.get("task", name).pipeline_tag, Pipeline)(name, runner, tokenizer, config, limit)
+
+
+def _threads(folder: Path, manifest: Mapping[str, Any]) -> int:
+    try:
+        wanted = Workload.parse(str(manifest["workload"])).threads if "workload" in manifest else 1
+    except InputError as error:
+        raise ModelError(f"{folder / MANIFEST} is damaged: {error}") from error
+    return min(wanted, os.cpu_count() or 1)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

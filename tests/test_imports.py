@@ -98,3 +98,24 @@ def test_every_public_name_is_there() -> None:
         assert getattr(autolite, name) is not None
     with pytest.raises(AttributeError):
         _ = autolite.no_such_name  # type: ignore[attr-defined]
+
+
+# What may look at a clock, beside measure.py: the search's budget, and the view that shows it.
+CLOCKS = {"search/progress.py", "search/engine.py", "search/evaluate.py", "search/run.py", "report/live.py"}
+
+
+def test_nothing_but_measure_times_a_model() -> None:
+    """Elsewhere the only clock is the slow one that budgets are kept by, and no session is made beside it."""
+    assert {f.relative_to(ROOT).as_posix() for f in ROOT.rglob("*.py") if "perf_counter" in f.read_text()} == {
+        "measure.py"
+    }
+    for file in ROOT.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        modules = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+        modules |= {str(n.module) for n in nodes if isinstance(n, ast.ImportFrom)}
+        assert not modules & {"timeit", "cProfile", "profile"}, file
+        if "time" in modules and file.name != "measure.py":
+            assert file.relative_to(ROOT).as_posix() in CLOCKS, f"{file.name} has a clock: time with autolite.measure"
+            read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "time"}
+            assert read == {"monotonic"}, file
+            assert "InferenceSession" not in file.read_text(), file

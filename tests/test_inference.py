@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ import autolite
 from autolite.architecture import shape_of
 from autolite.errors import InputError, ModelError
 from autolite.runtime.emit import emit
+from autolite.runtime.onnxruntime import OnnxRuntime
 from autolite.techniques.base import Student
 from autolite.testing import tiny_model
 
@@ -142,6 +144,22 @@ def test_what_is_no_text_is_refused(classifier: Path, inputs: Any) -> None:
         autolite.pipeline(classifier)(inputs)
 
 
+@pytest.mark.parametrize(("asked", "cores", "used"), [(None, 8, 3), (None, 2, 2), (1, 8, 1), (5, 2, 5)])
+def test_a_call_uses_the_threads_of_the_workload_that_the_candidate_was_made_for(
+    asked: int | None, cores: int, used: int, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(classifier, folder)
+    manifest = json.loads((folder / "autolite.json").read_text())
+    (folder / "autolite.json").write_text(json.dumps({**manifest, "workload": "batch=1,tokens=8,threads=3"}))
+    found: list[int] = []
+    load = OnnxRuntime.load
+    monkeypatch.setattr(OnnxRuntime, "load", lambda self, file, threads: found.append(threads) or load(self, file, 1))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert autolite.pipeline(folder, threads=asked)("it was good")
+    assert found == [used]
+
+
 def delete(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
@@ -168,6 +186,10 @@ def content(name: str, text: str) -> Callable[[Path], None]:
         (
             content("autolite.json", '{"schema": 1, "task": "text-classification", "artifacts": [{"runtime": "x"}]}'),
             "names no artifact",
+        ),
+        (
+            content("autolite.json", '{"schema": 1, "task": "text-classification", "workload": "fast"}'),
+            r"autolite\.json is damaged: workload 'fast'",
         ),
         (content("model.onnx", "no model"), "cannot load"),
         (content("config.json", "{}"), "cannot be loaded"),
