@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from autolite import families
 from autolite.errors import ModelError
 
-BATCH, TOKENS = 2, 8  # of the run that finds out what is used; no matrix has so few rows that they could be its own
+BATCH, TOKENS = 2, 8  # of the run that shows what is used: 2 rows are the sequences', 16 the tokens'
 _ATTENTION = frozenset(
     {"self", "query", "key", "value", "q_proj", "k_proj", "v_proj", "o_proj", "qkv", "query_key_value"}
 )
@@ -59,46 +59,67 @@ def look(model: PreTrainedModel) -> Look:
     Raises:
         ModelError: if it cannot be run on token ids alone, or gives no logits.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    whole: Any = model
-    table, output = word_table(model), whole.get_output_embeddings()
-    inside = set() if model.base_model is model else {id(module) for module in model.base_model.modules()}
-    candidates = {}
-    for name, module in model.named_modules():
-        if (isinstance(module, nn.Linear) or is_conv1d(module)) and id(module.weight) in names:
-            head = module is output or (bool(inside) and id(module) not in inside)
-            candidates[name] = (names[id(module.weight)], "head" if head else group_of(name), module)
-    rows: dict[str, list[int]] = {name: [] for name in candidates}
+    linears = _linears(model)
     with ExitStack() as hooks:
-        for name, (_, _, module) in candidates.items():
-
-            def note(called: Any, given: tuple[Any, ...], name: str = name) -> None:
-                if given and isinstance(given[0], Tensor):
-                    rows[name].append(given[0].numel() // given[0].shape[-1])
-
-            hooks.callback(module.register_forward_pre_hook(note).remove)
+        for linear in linears:
+            hooks.callback(linear.module.register_forward_pre_hook(linear.note).remove)
         logits = _run(model)
-    matrices: dict[str, Found] = {}
-    for name, (key, group, module) in candidates.items():
-        if rows[name]:
-            pooled = BATCH in rows[name] and BATCH * TOKENS not in rows[name]
-            # Products of other sizes are with what does not depend on the input, and are computed at loading.
-            calls = rows[name].count(BATCH if pooled else BATCH * TOKENS) or len(rows[name])
-            group = "head" if pooled else group  # poolers stand inside some base models
-            first = matrices.get(key)  # several modules can have one weight
-            calls += first.calls if first else 0
-            matrices[key] = Found(key, first.group if first else group, module, calls, pooled)
+    table = word_table(model)
+    names = _names(model)
     tables = [] if table is None else [Found(names[id(table.weight)], "embedding", table, 0)]
-    unused = {id(p) for name, (_, _, m) in candidates.items() if not rows[name] for p in m.parameters()}
+    matrices: dict[str, Found] = {}
+    for linear in linears:
+        if linear.rows:
+            found = linear.found()
+            first = matrices.get(found.key)  # several modules can have one weight
+            matrices[found.key] = found if first is None else replace(first, calls=first.calls + found.calls)
+    idle = {id(parameter) for linear in linears if not linear.rows for parameter in linear.module.parameters()}
     used = {found.key for found in (*tables, *matrices.values())}
-    others = (p for name, p in model.named_parameters() if name not in used and id(p) not in unused)
+    others = (p for name, p in model.named_parameters() if name not in used and id(p) not in idle)
     return Look(
         matrices=(*tables, *matrices.values()),
         outputs=int(logits.shape[-1]),
         every_token=logits.ndim == 3,
-        tied=output is not None and table is not None and output.weight is table.weight,
+        tied=bool(tables) and tables[0].key in matrices,
         floats=sum(parameter.numel() for parameter in others),
     )
+
+
+@dataclass(eq=False)
+class _Linear:
+    """A module that multiplies with a matrix, and the rows of its inputs in each of its calls."""
+
+    key: str
+    group: str
+    module: Any
+    rows: list[int] = field(default_factory=list)
+
+    def note(self, called: Any, given: tuple[Any, ...]) -> None:
+        if given and isinstance(given[0], Tensor):
+            self.rows.append(given[0].numel() // given[0].shape[-1])
+
+    def found(self) -> Found:
+        pooled = BATCH in self.rows and BATCH * TOKENS not in self.rows
+        # Products of other sizes are with what does not depend on the input, and are computed at loading.
+        calls = self.rows.count(BATCH if pooled else BATCH * TOKENS) or len(self.rows)
+        # What is read once a sequence belongs to the head: poolers stand inside some base models.
+        return Found(self.key, "head" if pooled else self.group, self.module, calls, pooled)
+
+
+def _linears(model: PreTrainedModel) -> list[_Linear]:
+    whole: Any = model
+    names, output = _names(model), whole.get_output_embeddings()
+    inside = {id(module) for module in whole.base_model.modules()}
+    linears = []
+    for name, module in model.named_modules():
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and id(module.weight) in names:
+            head = module is output or id(module) not in inside
+            linears.append(_Linear(names[id(module.weight)], "head" if head else group_of(name), module))
+    return linears
+
+
+def _names(model: PreTrainedModel) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
 def inputs_of(model: PreTrainedModel) -> list[str]:

@@ -134,7 +134,11 @@ def test_inputs_are_those_that_the_model_takes(kind: str, inputs: list[str]) -> 
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("distill", {"steps": 2, "batch_size": 8}), ("quantize", {"attention": "int8", "ffn": "kmeans4"})],
+    [
+        ("distill", {"steps": 2, "batch_size": 8}),
+        ("quantize", {"attention": "int8", "ffn": "kmeans4", "embedding": "int4"}),
+        ("quantize", {"ffn": "int8-static"}),
+    ],
 )
 @pytest.mark.parametrize("kind", ["electra", "fnet", "opt"])
 def test_what_needs_no_map_keeps_its_promises(name: str, settings: dict[str, Any], kind: str) -> None:

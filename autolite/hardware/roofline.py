@@ -12,8 +12,10 @@ from autolite.errors import TargetError
 from autolite.hardware.profile import Number, Profile
 
 CALIBRATED = ("measured", "calibrated")
-# Relative uncertainty of the times of models without an architecture map, beside what the profile's numbers have.
-ESTIMATED = 0.2
+# Relative uncertainty of the times of models without an architecture map, beside what the profile's numbers have: of
+# seven such models the slowest (DeBERTa, whose attention to relative positions nobody counts) took 1.7 times as long as
+# was predicted, the others less than 1.4 times.
+ESTIMATED = 0.3
 
 
 @dataclass(frozen=True, slots=True)

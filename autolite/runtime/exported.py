@@ -23,7 +23,7 @@ from autolite.errors import ModelError
 from autolite.measure import Workload
 from autolite.parts import Matrix, matrices_of
 from autolite.runtime.graph import Graph, Input
-from autolite.runtime.linear import Weights, decoded, encoded_of, lookup, product, weights_of
+from autolite.runtime.linear import Weights, decoded, encoded_of, lookup, products, weights_of
 from autolite.runtime.skeleton import Skeleton, skeletons, structure
 from autolite.runtime.variants import Choices, Place, usual
 from autolite.techniques.base import Student
@@ -140,6 +140,16 @@ class _Player:
         looked_up = (node.inputs[0] for node in self.skeleton.graph if node.op_type == "Gather")
         return frozenset(self.skeleton.parameters[value] for value in looked_up if value in self.skeleton.parameters)
 
+    @cached_property
+    def fixed(self) -> frozenset[Any]:
+        """Values that do not depend on the input."""
+        found = set(self.skeleton.parameters)
+        for node in self.skeleton.graph:
+            inputs = [value for value in node.inputs if value is not None]
+            if all(value in found or value.const_value is not None for value in inputs):
+                found |= set(node.outputs)
+        return frozenset(found)
+
     def play(self, node: Any) -> None:
         if all(output in self.values for output in node.outputs):
             return  # a bias that went into its product
@@ -246,7 +256,11 @@ class _Player:
         if flat and not matrix.transposed:
             rows = self.workload.batch
         kernel = self.choices(Place("product", weights.format, (rows, weights.k, weights.n)))
-        found = product(graph, x if flat else graph.op("Reshape", x, graph.constant([-1, weights.k])), weights, kernel)
+        if node.inputs[0] in self.fixed:
+            kernel = "float"  # runtimes compute it once, when they load the model; of other kernels they may not
+        (found,) = products(
+            graph, x if flat else graph.op("Reshape", x, graph.constant([-1, weights.k])), [weights], kernel
+        )
         if not flat:
             dims = graph.op("Concat", graph.op("Shape", x, start=0, end=-1), graph.constant([weights.n]), axis=0)
             found = graph.op("Reshape", found, dims)

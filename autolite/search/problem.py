@@ -226,10 +226,10 @@ def _applicable(space: Space, shape: ModelShape, note: Callable[[str], None]) ->
             f"search space '{space.name}' has only what needs the architecture map ({', '.join(missing)}), which does "
             f"not have this '{shape.family}' model: choose another with --space, such as quantize-only"
         )
-    rest = [name for name in training if name not in kept]
+    idle = [name for name in training if name not in kept]
     note(
-        f"the architecture map does not have this '{shape.family}' model: without {', '.join(missing)}"
-        + (f", and without {', '.join(rest)}, which would have nothing to recover" if rest else "")
+        f"the architecture map does not have this '{shape.family}' model: {', '.join(missing)} left out"
+        + (f", and {', '.join(idle)}, which would have nothing to recover" if idle else "")
     )
     return space.only(kept)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autolite.techniques.base import Context
-from autolite.techniques.teacher import to_tensors
+from autolite.techniques.teacher import forward, to_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +53,7 @@ def input_ranges(model: PreTrainedModel, keys: Collection[str], context: Context
         for batch in islice(batches, EXAMPLES // BATCH):
             inputs, _ = to_tensors(batch, str(device))
             mask[:] = [inputs["attention_mask"].bool()] if "attention_mask" in inputs else []
-            model(**inputs)
+            forward(model, inputs, hidden=False)
     return {key: fitted(torch.cat(values)) for key, values in samples.items()}
 
 
