@@ -21,10 +21,10 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from autolite.errors import ModelError, StorageError
 from autolite.files import sha256, write_atomically
-from autolite.runtime.modelfile import MAX_PROTOBUF
 from autolite.runtime.requirements import overflowing, requirements
 
 FILE, OPERATORS = "model.ort", "required_operators.config"
+LARGEST = 2**31 - 2**20  # bytes that the format can hold
 _ZERO_POINTS = {"DynamicQuantizeMatMul": 3, "MatMulInteger": 3, "MatMulIntegerToFloat": 5}  # which input they are
 
 
@@ -41,8 +41,8 @@ def convert(file: Path, folder: Path) -> list[Path]:
     """
     made, operators = folder / FILE, folder / OPERATORS
     size = sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
-    if size > MAX_PROTOBUF:
-        raise ModelError(f"{file} has {size:,} bytes, and a file in the ORT format at most {MAX_PROTOBUF:,}; keep ONNX")
+    if size > LARGEST:
+        raise ModelError(f"{file} has {size:,} bytes, and a file in the ORT format at most {LARGEST:,}; keep ONNX")
     try:
         with tempfile.TemporaryDirectory() as temporary:
             optimised = Path(temporary) / "optimised.onnx"

@@ -93,7 +93,7 @@ def test_nothing_local_is_in_the_file(pair: tuple[Path, Path]) -> None:
 def test_a_model_above_the_limit_of_the_format_is_refused(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ortformat, "MAX_PROTOBUF", 10_000)
+    monkeypatch.setattr(ortformat, "LARGEST", 10_000)
     with pytest.raises(ModelError, match=r"has [\d,]+ bytes, .* at most 10,000; keep ONNX"):
         ortformat.convert(pair[0], tmp_path)
     assert not list(tmp_path.iterdir())

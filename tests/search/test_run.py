@@ -17,8 +17,10 @@ import transformers
 from optuna.trial import TrialState
 
 import autolite
-from autolite.errors import AutoliteError, InputError, NoCandidateError, PlanError, RunError
+from autolite.errors import AutoliteError, InputError, ModelError, NoCandidateError, PlanError, RunError
+from autolite.files import sha256
 from autolite.front import Result
+from autolite.runtime import modelfile
 from autolite.runtime.requirements import required
 from autolite.search.progress import Snapshot
 from autolite.techniques.distill import Distill
@@ -103,6 +105,29 @@ def test_every_candidate_reloads_in_transformers_and_in_the_pipeline(finished: R
         assert abs(found["score"] - float(expected.max())) < 0.15
         manifest = json.loads((folder / "autolite.json").read_text(encoding="utf-8"))
         assert manifest["plan_digest"] == candidate.plan.digest
+
+
+def test_weights_too_large_for_one_file_follow_their_model_everywhere(
+    run_search: RunSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modelfile, "MAX_PROTOBUF", 10_000)
+    result = run_search(out=tmp_path / "run", budget="3trials")
+    picked = result.pick(max_drop=1.0)
+    (artifact,) = picked.candidate.artifacts
+    assert artifact["files"] == ["model.onnx", "model.onnx.data"]
+    assert picked.candidate.size_bytes.value == sum((picked.folder / f).stat().st_size for f in artifact["files"])
+    out = picked.export(tmp_path / "deploy")
+    manifest = json.loads((out / "autolite.json").read_text(encoding="utf-8"))
+    assert {name: manifest["sha256"][name] for name in artifact["files"]} == {
+        name: sha256(out / name) for name in artifact["files"]
+    }
+    expected = autolite.pipeline(str(out))("w1 great")
+    ort = picked.export(tmp_path / "phone", format="ort")
+    assert autolite.pipeline(str(ort))("w1 great") == expected
+    assert not list(ort.glob("model.onnx*"))
+    (out / "model.onnx.data").unlink()
+    with pytest.raises(ModelError, match="which is not beside it"):
+        autolite.pipeline(str(out))
 
 
 def test_pick_and_export_give_a_folder_that_runs(finished: Result, tmp_path: Path) -> None:
