@@ -95,6 +95,20 @@ def test_a_model_of_any_inputs_runs_and_its_nodes_are_other(tmp_path: Path) -> N
     assert data["call_ms"]["median"] > 0
 
 
+def test_a_model_of_which_nothing_is_left_to_run(tmp_path: Path) -> None:
+    value = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
+    constant = helper.make_tensor("w", TensorProto.FLOAT, [2], [1.0, 2.0])
+    graph = helper.make_graph([helper.make_node("Relu", ["w"], ["y"])], "g", [], [value], [constant])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save_model(model, tmp_path / "model.onnx")
+    done = invoke(tmp_path, "--json")
+    assert done.exit_code == 0, done.output
+    data = json.loads(done.stdout)
+    assert (data["operators"], data["layers"], data["nodes"]) == ([], [], [])
+    assert data["call_ms"]["operators"] == 0
+    assert "0 nodes take 0 us" in invoke(tmp_path).stdout
+
+
 # Finding the model
 
 

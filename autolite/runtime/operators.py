@@ -211,7 +211,8 @@ def collect(
         folder = Path(name)
         traced = runtime.load(file, workload.threads, trace=folder)
         chains = {length: _chain(folder / f"chain-{length}.onnx", length) for length in _CHAINS}
-        chain = runtime.load(chains[_CHAINS[1]], workload.threads, trace=folder)
+        (folder / "chain").mkdir()  # the name of a trace is the time it began: two could be the same
+        chain = runtime.load(chains[_CHAINS[1]], workload.threads, trace=folder / "chain")
         runners: dict[str, Runner] = {"model": runner, "traced": traced, "chain": chain}
         runners |= {f"chain {length}": runtime.load(path, workload.threads) for length, path in chains.items()}
         feed = {**inputs, _CHAIN_INPUT: np.zeros((1, 16), np.float32)}
@@ -262,7 +263,7 @@ def within(microseconds: float, recording: float, nodes: Iterable[Node]) -> tupl
     """
     found = tuple(nodes)
     excess = sum(node.microseconds for node in found) - microseconds
-    extra = max(0.0, excess / sum(node.calls for node in found))
+    extra = max(0.0, excess / max(1, sum(node.calls for node in found)))
     less = (replace(node, microseconds=max(0.0, node.microseconds - extra * node.calls)) for node in found)
     return recording + extra, tuple(less)
 
