@@ -269,7 +269,7 @@ def clean_leftovers(out: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions of everything a result depends on."""
-    names = ("autolite", "torch", "transformers", "onnxruntime", "onnx", "optuna", "numpy")
+    names = ("autolite", "torch", "transformers", "onnxruntime", "onnx", "onnxscript", "optuna", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
