@@ -27,6 +27,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "runtime": {
         "onnxruntime": "autolite.runtime.onnxruntime:OnnxRuntime",
+        "openvino": "autolite.runtime.openvino:OpenVino",
         "auto": "autolite.runtime.auto:AutoRuntime",
         "fake": "autolite.runtime.fake:FakeRuntime",
     },

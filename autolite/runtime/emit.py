@@ -322,8 +322,9 @@ class _Emitter:
         angles = graph.op("Mul", positions, graph.constant(rotary.inv_freq.float()[None, :]))
         scaling = graph.constant(float(rotary.attention_scaling))
         cos, sin = (graph.op("Mul", graph.op(f, angles), scaling) for f in ("Cos", "Sin"))
-        start = graph.constant([0])
-        return graph.op("RotaryEmbedding", x, start, cos, sin, domain=CONTRIB, interleaved=0)
+        # All positions, where ONNX Runtime would do with the first: OpenVINO reads that as the position of every token.
+        ids = graph.op("Expand", self.positions(), graph.op("Shape", "input_ids"))
+        return graph.op("RotaryEmbedding", x, ids, cos, sin, domain=CONTRIB, interleaved=0)
 
     def dims(self, *rest: int) -> str:
         """Return the shape [batch, tokens, *rest] as a value."""

@@ -8,6 +8,8 @@ A format can be multiplied by several kernels (`KERNELS`), which agree within th
     blocks  ONNX Runtime's MatMulNBits, which reads the codes as they are stored: fast for a few rows. Activations are
             quantized to 8 bits by row and group (its accuracy level 4)
     blocks-float  the same with activations in floating point (accuracy level 1)
+    rounded what other runtimes recognise as a product of 8-bit integers and compute as one: "float" of inputs that were
+            quantized and dequantized again
 """
 
 from __future__ import annotations
@@ -95,7 +97,8 @@ def weights_of(
 
 
 def product(graph: Graph, x: str, weights: Weights, kernel: str, rows: Rows | None = None) -> str:
-    """Multiply `x` [..., k] with a matrix [n, k] and add its bias: [..., n]; with the kernel "float" x is [rows, k].
+    """Multiply `x` [..., k] with a matrix [n, k] and add its bias: [..., n]; with the kernels "float" and "rounded" `x`
+    is [rows, k].
 
     `rows` keeps only these rows of the matrix; the slice is of a constant, which runtimes compute once when they load
     the model, so that layers which share the matrix but use other rows of it still store it once.
@@ -105,7 +108,9 @@ def product(graph: Graph, x: str, weights: Weights, kernel: str, rows: Rows | No
     """
     bias = _bias(graph, weights, rows)
     match kernel:
-        case "float":
+        case "float" | "rounded":
+            if kernel == "rounded":
+                x = graph.op("DequantizeLinear", *quantized(graph, x, weights))
             value, transposed = decoded(graph, weights, rows)
             return graph.op("Gemm", x, value, *([bias] if bias else []), transB=int(transposed))
         case "blocks" | "blocks-float" if weights.format == "int4":
