@@ -79,11 +79,12 @@ def _title(profile: OperatorProfile) -> str:
 def _notes(profile: OperatorProfile) -> list[str]:
     call, operators = 1e3 * profile.call.median, profile.microseconds
     threads = f"{profile.workload.threads} thread{'s' if profile.workload.threads > 1 else ''}"
-    taken = f"{len(profile.nodes)} nodes take {operators:,.0f} us, {operators / call:.0%} of a call"
+    taken = (
+        f"{len(profile.nodes)} nodes take {operators:,.0f} us, {operators / call:.0%} of a call; the runtime itself, in a "
+        f"call of an empty model, {1e3 * profile.empty:.0f} us"
+    )
     if profile.disturbed:
         taken += "; other programs disturbed the calls, so run this again on a quiet machine"
-    elif operators < call:
-        taken += "; the rest is the runtime around them"
     return [
         "Inputs: " + ", ".join(f"{name} {value}" for name, value in profile.inputs.items()),
         f"{taken}. Recorded, a call takes {profile.traced.median:.3g} ms: {profile.recording:.1f} us of recording are "

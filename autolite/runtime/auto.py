@@ -31,9 +31,10 @@ class AutoRuntime:
         for suffix, name in CANDIDATES.items():
             try:
                 runtime: Runtime = registry.get("runtime", name)
-                found[suffix] = runtime if runtime.version else runtime
-            except (AutoliteError, ImportError):  # an extra that is not installed
+                assert runtime.version  # asking for it shows whether it is installed
+            except AutoliteError:
                 continue
+            found[suffix] = runtime
         return found
 
     @property
@@ -48,7 +49,7 @@ class AutoRuntime:
 
     def of(self, file: Path) -> Runtime:
         """Return the runtime that an artifact is for."""
-        return self.runtimes.get(file.suffix, registry.get("runtime", "onnxruntime"))
+        return self.runtimes[".xml" if file.suffix == ".xml" else ".onnx"]
 
     def emit(self, student: Student, folder: Path, workload: Workload | None = None, tuned: bool = False) -> list[Path]:
         """Write the artifact of the runtime that is fastest, or with nothing to time, of the first.

@@ -167,8 +167,8 @@ def load_problem(settings: Settings, space: Space, store: Store, note: Callable[
     runtime: Runtime = registry.get("runtime", settings.runtime)
     if isinstance(runtime, AutoRuntime) and settings.target != "local":
         raise InputError(
-            f"--runtime auto times both runtimes on this machine, which is not '{settings.target}': use --target local, "
-            "or name the runtime"
+            f"--runtime auto times both runtimes on this machine, which is not '{settings.target}': use --target "
+            "local, or name the runtime"
         )
     _check_device(settings.device)
     note("loading the model")
