@@ -79,16 +79,14 @@ def _title(profile: OperatorProfile) -> str:
 def _notes(profile: OperatorProfile) -> list[str]:
     call, operators = 1e3 * profile.call.median, profile.microseconds
     threads = f"{profile.workload.threads} thread{'s' if profile.workload.threads > 1 else ''}"
-    taken = (
-        f"{len(profile.nodes)} nodes take {operators:,.0f} us, {operators / call:.0%} of a call; the runtime itself, in a "
-        f"call of an empty model, {1e3 * profile.empty:.0f} us"
-    )
+    taken = f"{len(profile.nodes)} nodes take {operators:,.0f} us, {operators / call:.0%} of a call"
     if profile.disturbed:
         taken += "; other programs disturbed the calls, so run this again on a quiet machine"
     return [
         "Inputs: " + ", ".join(f"{name} {value}" for name, value in profile.inputs.items()),
-        f"{taken}. Recorded, a call takes {profile.traced.median:.3g} ms: {profile.recording:.1f} us of recording are "
-        "taken off each node.",
+        f"{taken}. A call of an empty model takes {1e3 * profile.empty:.0f} us.",
+        f"Recorded, a call takes {profile.traced.median:.3g} ms: {profile.recording:.1f} us of recording are taken off "
+        "each node.",
         f"Rates are of products only. Peaks of this machine in GFLOP/s, {threads}: "
         + ", ".join(f"{kernel} {peak:.3g}" for kernel, peak in profile.peaks.items()),
     ]
