@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 demo: $(BIN)/autolite
 	$(BIN)/autolite search --target pixel8
 
+# A process for each core; a file's tests stay together, and so do what they share.
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

@@ -16,6 +16,8 @@ from autolite.front import Result
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch is imported: tests run in a process for each core, and threads that compete for cores crawl.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 GOOD, BAD = ("great", "fine", "lovely", "bright"), ("awful", "poor", "dull", "broken")
 
