@@ -14,6 +14,7 @@ runs another form of the same faster. What that is was measured (OpenVINO 2026.4
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -56,7 +57,7 @@ class OpenVino:
         Raises:
             InputError: if it is not installed.
         """
-        return str(_openvino().__version__).partition("-")[0]
+        return str(imported().__version__).partition("-")[0]
 
     def emit(self, student: Student, folder: Path, workload: Workload | None = None, tuned: bool = False) -> list[Path]:
         """Write the artifact; it is the same for all workloads and on all machines.
@@ -66,7 +67,7 @@ class OpenVino:
             ModelError: if the model has a part that cannot be emitted; see `autolite.runtime.emit.emit`.
             StorageError: if the files cannot be written.
         """
-        ov = _openvino()
+        ov = imported()
         with tempfile.TemporaryDirectory() as scratch:
             file, *_ = emit.emit(student, Path(scratch), workload, _choose)
             try:
@@ -93,7 +94,7 @@ class OpenVino:
             InputError: if OpenVINO is not installed.
             ModelError: if a file is missing, truncated, or not a model that OpenVINO can load.
         """
-        ov = _openvino()
+        ov = imported()
         for part in (file, file.with_suffix(".bin")):
             if not part.is_file():
                 raise ModelError(f"there is no model at {file}: {part.name} is missing; export it again")
@@ -165,13 +166,25 @@ class OpenVinoRunner:
             )
 
 
-def _openvino() -> Any:
+def imported() -> Any:
+    """Import openvino without its telemetry, which would report every import and leave files in the home folder.
+
+    Raises:
+        InputError: if it is not installed.
+    """
+    name = "openvino_telemetry"
+    before = sys.modules.pop(name, None)
+    sys.modules[name] = None  # type: ignore[assignment]  # as if not installed, which openvino provides for
     try:
         import openvino
     except ImportError:
         raise InputError(
             "the runtime openvino is not installed; install it with pip install 'autolite[openvino]'"
         ) from None
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
     return openvino
 
 
