@@ -93,11 +93,15 @@ def _needs(file: Path) -> dict[str, Any]:
 
 
 def _session(file: Path, inputs: list[str]) -> str:
-    """Return the lines that load an ONNX model in plain ONNX Runtime."""
+    """Return the lines that load an artifact in its plain runtime."""
     takes = f"  # int64 {', '.join(inputs)} -> float32 logits"
+    if file.suffix == ".xml":
+        return f'import openvino\n\nmodel = openvino.compile_model("{file.name}", "CPU"){takes}'
     if file.suffix != ".onnx" or metadata_of(file).get(CODES) != SIGNED:
-        return f'session = onnxruntime.InferenceSession("{file.name}"){takes}'
-    return f"""options = onnxruntime.SessionOptions()
+        return f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{file.name}"){takes}'
+    return f"""import onnxruntime
+
+options = onnxruntime.SessionOptions()
 options.add_session_config_entry("session.x64quantprecision", "1")  # x86 without VNNI: else 8-bit products overflow
 session = onnxruntime.InferenceSession("{file.name}", options){takes}"""
 
@@ -105,7 +109,7 @@ session = onnxruntime.InferenceSession("{file.name}", options){takes}"""
 def _card(folder: Path, candidate: Candidate, made: Provenance, inputs: list[str]) -> str:
     quality, kept = candidate.quality, candidate.kept
     latency, faster = candidate.latency_ms, candidate.faster
-    file = candidate.artifacts[0]["files"][0]
+    file, runtime = candidate.artifacts[0]["files"][0], candidate.artifacts[0]["runtime"]
     return f"""---
 base_model: {made.model}
 library_name: autolite
@@ -123,16 +127,14 @@ pipeline_tag: {made.task.pipeline_tag}
 | faster than the fp32 baseline, {faster.source} | {faster.value:.2f}x ({faster.low:.2f}x to {faster.high:.2f}x) |
 | size of the artifact | {int(candidate.size_bytes.value):,} bytes |
 
-The quality is that of `{file}`, scored with ONNX Runtime on the machine that made it. The safetensors hold the same
+The quality is that of `{file}`, scored with {runtime} on the machine that made it. The safetensors hold the same
 weights, decoded to float32: transformers computes with float32 activations, so its numbers differ slightly from the
 artifact's where a format quantizes activations.
 
 ```python
 import autolite
 
-autolite.pipeline(".")("some text")  # ONNX Runtime underneath
-
-import onnxruntime
+autolite.pipeline(".")("some text")  # {runtime} underneath
 
 {_session(folder / file, inputs)}
 

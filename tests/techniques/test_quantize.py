@@ -96,8 +96,8 @@ def test_a_tied_head_follows_the_embedding_or_the_plan_is_refused(family: str, s
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"ffn": "int5"}, r"quantize\.ffn.*one of fp32, int8, int4, kmeans4.*'int5'"),
-        ({"embedding": "kmeans4"}, r"quantize\.embedding.*one of fp32, int8, int4.*'kmeans4'"),
+        ({"ffn": "int5"}, r"quantize\.ffn.*one of fp32, bf16, int8.*kmeans4.*'int5'"),
+        ({"embedding": "kmeans4"}, r"quantize\.embedding.*one of fp32, bf16, int8, int7, int4.*'kmeans4'"),
         ({"attn": "int8"}, "unknown setting 'attn'"),
     ],
 )
