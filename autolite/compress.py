@@ -14,7 +14,7 @@ from autolite import registry
 from autolite.architecture import ModelShape
 from autolite.errors import ModelError
 from autolite.files import write_atomically
-from autolite.plan import Plan
+from autolite.plan import Plan, Step
 from autolite.surgery import clone, reshape
 from autolite.tasks.encoding import fingerprint
 from autolite.techniques.base import Context, Student
@@ -30,6 +30,22 @@ def shape_after(plan: Plan, shape: ModelShape) -> ModelShape:
     for step in plan.steps:
         shape = registry.get("technique", step.technique).shape(shape, step.config)
     return shape
+
+
+def resolve(plan: Plan, context: Context) -> Plan:
+    """Return the plan with every setting that depends on the teacher's weights or data replaced by what it comes to;
+    a resolved plan is returned as it is.
+
+    Raises:
+        PlanError: if a step cannot be applied.
+    """
+    steps, shape = [], context.teacher.shape
+    for step in plan.steps:
+        technique = registry.get("technique", step.technique)
+        config = technique.resolve(shape, step.config, context)
+        shape = technique.shape(shape, config)
+        steps.append(Step(step.technique, config))
+    return replace(plan, steps=tuple(steps))
 
 
 def training(plan: Plan) -> int:
@@ -71,8 +87,7 @@ def compress(plan: Plan, context: Context, students: Path | None = None) -> Stud
         StorageError: if the student cannot be written.
     """
     context = replace(context, seed=plan.seed)
-    shape_after(plan, context.teacher.shape)
-    plan = canonical(plan, context.teacher.shape)
+    plan = canonical(resolve(plan, context), context.teacher.shape)
     trained = student_plan(plan)
     first = len(trained.steps)
     if students is None or not training(trained) or plan.steps[:first] != trained.steps:

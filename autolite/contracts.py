@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from autolite import registry
 from autolite.architecture import shape_of
 from autolite.errors import ModelError
 from autolite.hardware.predict import predict
@@ -27,16 +28,29 @@ from autolite.measure import Workload
 from autolite.runtime.base import Runtime
 from autolite.tasks.base import DataSpec, Split, Task
 from autolite.techniques.base import Context, Student, Technique
-from autolite.testing import PAD, VOCAB, tiny_model, tiny_tokenizer
+from autolite.testing import PAD, VOCAB, TinyImages, tiny_model, tiny_tokenizer
 
 TEXT_FAMILIES = ("bert", "distilbert", "roberta", "albert")
 DECODERS = ("gpt2", "llama", "qwen2", "qwen3")
-FAMILIES = TEXT_FAMILIES + DECODERS
+FAMILIES = (*TEXT_FAMILIES, *DECODERS, "vit")
+
+
+def tiny_task(family: str) -> Task:
+    """Return a task that tiny models of `family` can learn."""
+    if family == "vit":
+        return TinyImages()
+    task: Task = registry.get("task", "language-modeling" if family in DECODERS else "text-classification")
+    return task
 
 
 def tiny_context(family: str, task: Task, seed: int = 0, **config: Any) -> Context:
-    """Return a tiny random teacher (`autolite.testing.tiny_model`) with 24 sentences of 3 to 9 tokens to train on."""
+    """Return a tiny random teacher (`autolite.testing.tiny_model`) with 24 sentences of 3 to 9 tokens (or images) to
+    train on."""
     rng = np.random.default_rng(7)
+    if family == "vit":
+        model = tiny_model(family, seed=seed, **config)
+        images = [rng.standard_normal((3, 16, 16), np.float32) for _ in range(24)]
+        return Context(Student(model, shape_of(model)), task, Split("train", images, None, rng.integers(0, 3, 24)), PAD)
     ids = [rng.integers(4, VOCAB, rng.integers(3, 10)) for _ in range(24)]
     causal = task.auto_class == "AutoModelForCausalLM"
     model = tiny_model(family, "language-modeling" if causal else "text-classification", seed=seed, **config)
@@ -47,8 +61,10 @@ def tiny_context(family: str, task: Task, seed: int = 0, **config: Any) -> Conte
 def check_technique(technique: Technique, context: Context, settings: Mapping[str, Any]) -> None:
     """Check a technique with `settings` that change something, on one teacher."""
     teacher, config = context.teacher, technique.Config(**settings)
+    config = technique.resolve(teacher.shape, config, context)
+    assert technique.resolve(teacher.shape, config, context) == config, "what is resolved stays as it is"
     assert technique.Config.model_validate_json(config.model_dump_json()) == config, "settings survive JSON"
-    assert hash(config) == hash(technique.Config(**settings)), "equal settings are equal"
+    assert hash(config) == hash(config.model_copy()), "equal settings are equal"
     idle = {technique.effort: 0} if technique.effort else {}
     assert technique.shape(teacher.shape, technique.Config(**idle)) == teacher.shape, "the defaults change no shape"
     before = {name: value.clone() for name, value in teacher.model.state_dict().items()}

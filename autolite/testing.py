@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from autolite.errors import unknown
 from autolite.families import FAMILIES
+from autolite.tasks.base import Batch, Split
+from autolite.tasks.text_classification import TextClassification
 
 if TYPE_CHECKING:
     import torch
@@ -128,3 +132,21 @@ def tiny_tokenizer(words: Iterable[str] = ()) -> PreTrainedTokenizerBase:
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
     return tokenizer
+
+
+class TinyImages(TextClassification):
+    """Classification of the images that `tiny_model("vit")` takes: float32 [channels, side, side] in the place of ids.
+
+    It cannot load data: for tests of techniques, which only see batches.
+    """
+
+    name = "tiny-images"
+    auto_class = "AutoModelForImageClassification"
+    pipeline_tag = "image-classification"
+
+    def batches(self, split: Split, size: int, pad_id: int) -> Iterator[Batch]:
+        """Yield the images in order, `size` at a time."""
+        for start in range(0, len(split), size):
+            chosen = np.arange(start, min(start + size, len(split)))
+            images = np.stack(split.take(chosen).input_ids)
+            yield Batch({"pixel_values": images}, split.labels[chosen], chosen)

@@ -21,8 +21,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", contracts.FAMILIES)
 @pytest.mark.parametrize("name", registry.names("technique"))
 def test_techniques(name: str, family: str) -> None:
-    task = "language-modeling" if family in contracts.DECODERS else "text-classification"
-    context = contracts.tiny_context(family, registry.get("task", task))
+    context = contracts.tiny_context(family, contracts.tiny_task(family))
     contracts.check_technique(registry.get("technique", name), context, SETTINGS[name])
 
 

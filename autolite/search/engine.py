@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
 
-from autolite.compress import canonical, student_plan
+from autolite.compress import canonical, resolve, student_plan
 from autolite.errors import PlanError
 from autolite.files import sha256
 from autolite.front import Candidate
@@ -116,6 +116,7 @@ class Engine:
         params = problem.space.suggest(trial, stage)
         plan = problem.space.plan(params, decision.effort, problem.settings.seed)
         try:
+            plan = resolve(plan, problem.context)
             shape = problem.shape(plan)
         except PlanError as error:
             self._tell_infeasible(stage, trial, plan, price(problem, problem.teacher.shape), {"plan": 1.0}, str(error))

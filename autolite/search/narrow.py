@@ -96,10 +96,10 @@ def _runnable(problem: Problem, name: str, setting: Setting) -> tuple[list[str],
 
 def _options(problem: Problem, name: str, choices: Sequence[str]) -> list[Option]:
     """Price every choice in every start plan; plans in which one of them is not possible are left out."""
-    space, found = problem.space, []
-    for start in space.start or ({},):
+    found = []
+    for start in problem.space.start or ({},):
         with suppress(PlanError):  # such as a tied head in another format than its embedding
-            plans = [space.plan({**start, name: choice}, 1, problem.settings.seed) for choice in choices]
+            plans = [problem.plan({**start, name: choice}, 1) for choice in choices]
             found.append([price(problem, problem.shape(plan)) for plan in plans])
     return [
         Option(

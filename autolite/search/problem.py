@@ -16,7 +16,7 @@ import numpy as np
 
 from autolite import registry
 from autolite.architecture import ModelShape, shape_of
-from autolite.compress import shape_after
+from autolite.compress import resolve, shape_after
 from autolite.errors import InputError, PlanError, RunError
 from autolite.export import Provenance
 from autolite.files import sha256, write_atomically
@@ -29,7 +29,7 @@ from autolite.runtime.auto import AutoRuntime
 from autolite.runtime.base import Runtime
 from autolite.search.scoring import Score, quality, score, scoring_threads
 from autolite.search.settings import Settings
-from autolite.space import Space
+from autolite.space import Params, Space
 from autolite.store import Store
 from autolite.tasks.base import Split, Task, TaskData
 from autolite.techniques.base import Context, Student
@@ -95,8 +95,16 @@ class Problem:
         """Return the teacher's metric on a split, with its interval."""
         return quality(self.teacher_score(name), self.task, name, self.settings.seed)
 
+    def plan(self, params: Params, effort: int) -> Plan:
+        """Decode `params` into a plan, resolved for this teacher.
+
+        Raises:
+            PlanError: if a step cannot be applied.
+        """
+        return resolve(self.space.plan(params, effort, self.settings.seed), self.context)
+
     def shape(self, plan: Plan) -> ModelShape:
-        """Return the shape the plan leads to.
+        """Return the shape that a resolved plan leads to.
 
         Raises:
             PlanError: if the plan cannot be applied, or uses a format that the runtime or the target lacks; nothing has

@@ -171,7 +171,7 @@ def _check_reachable(problem: Problem, plans: int = 300) -> None:
     drawn += [problem.space.suggest(study.ask(), "confirm") for _ in range(plans)]
     for params in drawn:
         try:
-            prices = price(problem, problem.shape(problem.space.plan(params, 1, 0)))
+            prices = price(problem, problem.shape(problem.plan(params, 1)))
         except PlanError:
             continue
         least = {metric: min(least[metric], prices[metric].low) for metric in wanted}

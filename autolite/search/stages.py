@@ -96,7 +96,7 @@ def decide(stage: Stage, problem: Problem, studies: dict[Stage, StageStudy], clo
 
 def _digest(problem: Problem, params: Params, effort: int) -> str:
     with suppress(PlanError):
-        plan = problem.space.plan(params, effort, problem.settings.seed)
+        plan = problem.plan(params, effort)
         return canonical(plan, problem.teacher.shape).digest
     return ""
 
@@ -129,7 +129,7 @@ def expected_seconds(problem: Problem, study: StageStudy, decision: Decision, ke
     scoring = sum(map(_scoring_seconds, done)) / len(done)
     place = study.next_in_queue(key)
     if place is not None:
-        plan = problem.space.plan(decision.queue[place], decision.effort, problem.settings.seed)
+        plan = problem.plan(decision.queue[place], decision.effort)
         student = student_plan(canonical(plan, problem.teacher.shape)).digest
         if any(t.user_attrs["student"] == student for t in study.trials()):
             return scoring
@@ -201,7 +201,7 @@ def _formats(problem: Problem, queue: list[Params], count: int) -> list[Params]:
         own, prices = [], []
         for option in (params, *problem.space.variants(params)):
             with suppress(PlanError):  # such as a tied head in another format than its embedding
-                prices.append(price(problem, problem.shape(problem.space.plan(option, 1, problem.settings.seed))))
+                prices.append(price(problem, problem.shape(problem.plan(option, 1))))
                 own.append(option)
         points = np.log([[p["latency_ms"].value, p["size_bytes"].value] for p in prices])
         front = [i for i in np.flatnonzero(nondominated(points)) if i != 0]

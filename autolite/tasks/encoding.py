@@ -64,5 +64,6 @@ def fingerprint(splits: Sequence[Split]) -> str:
         digest.update(split.name.encode())
         digest.update(np.array([len(ids) for ids in split.input_ids], dtype="<i8").tobytes())
         for rows in (split.input_ids, split.token_type_ids or [], [split.labels]):
-            digest.update(np.concatenate([*rows, np.zeros(0, np.int64)]).astype("<i8").tobytes())
+            values = np.concatenate([np.zeros(0, np.int64), *(np.ravel(row) for row in rows)])
+            digest.update(values.astype("<i8" if values.dtype.kind == "i" else "<f8").tobytes())
     return digest.hexdigest()

@@ -65,8 +65,14 @@ class Technique(Protocol):
     effort: ClassVar[str | None]
     needs_map: ClassVar[bool]
 
+    def resolve(self, shape: ModelShape, config: plan.Config, context: Context) -> plan.Config:
+        """Return `config` with what depends on the teacher's weights or data (a global budget, an average number of
+        bits) replaced by what it comes to for a model of `shape`; a resolved one is returned as it is."""
+        ...
+
     def shape(self, shape: ModelShape, config: plan.Config) -> ModelShape:
-        """Return the shape after this step, without weights. Raises PlanError where it cannot be applied."""
+        """Return the shape after this step, without weights, for a resolved config. Raises PlanError where it cannot
+        be applied."""
         ...
 
     def apply(self, student: Student, config: plan.Config, context: Context) -> Student:

@@ -117,6 +117,10 @@ class Distill:
     effort: ClassVar[str | None] = "steps"
     needs_map: ClassVar[bool] = False
 
+    def resolve(self, shape: ModelShape, config: plan.Config, context: Context) -> plan.Config:
+        """Return `config` itself: nothing in it depends on the teacher."""
+        return config
+
     def shape(self, shape: ModelShape, config: plan.Config) -> ModelShape:
         """Return `shape` itself.
 
@@ -174,7 +178,8 @@ def _train(model: PreTrainedModel, layers: tuple[int, ...], config: DistillConfi
             rows, targets = context.task.soft_targets(own_logits, labels), context.task.soft_targets(logits, labels)
             loss = loss + (1 - config.alpha) * soft_loss(rows, targets, config.temperature)
         if config.hidden > 0 and own_states:
-            mask, wanted = inputs["attention_mask"], [states[layer] for layer in layers] or states
+            wanted = [states[layer] for layer in layers] or states
+            mask = inputs.get("attention_mask", torch.ones(own_states[0].shape[:2], device=context.device))
             loss = loss + config.hidden * hidden_loss(own_states, wanted, mask)
         torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_(trained, MAX_NORM)

@@ -50,6 +50,10 @@ class Quantize:
     effort: ClassVar[str | None] = None
     needs_map: ClassVar[bool] = False
 
+    def resolve(self, shape: ModelShape, config: plan.Config, context: Context) -> plan.Config:
+        """Return `config` itself: nothing in it depends on the teacher."""
+        return config
+
     def shape(self, shape: ModelShape, config: plan.Config) -> ModelShape:
         """Return the shape with these formats.
 

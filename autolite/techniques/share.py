@@ -43,6 +43,10 @@ class Share:
     effort: ClassVar[str | None] = None
     needs_map: ClassVar[bool] = True
 
+    def resolve(self, shape: ModelShape, config: plan.Config, context: Context) -> plan.Config:
+        """Return `config` itself: nothing in it depends on the teacher."""
+        return config
+
     def shape(self, shape: ModelShape, config: plan.Config) -> ModelShape:
         """Return the shape with the weight identities of each set made equal.
 

@@ -87,8 +87,10 @@ def problem(
 ) -> Any:
     """What `narrow` reads of a problem, without a model or data."""
     profile = load_profile(target)
+    loaded = load_space(space)
     return SimpleNamespace(
-        space=load_space(space),
+        space=loaded,
+        plan=lambda params, effort: loaded.plan(params, effort, 0),
         profile=profile,
         workload=Workload(**{"threads": profile.threads, **workload}),
         settings=SimpleNamespace(seed=0),
