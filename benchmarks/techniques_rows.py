@@ -1,0 +1,157 @@
+"""The rows of benchmarks/techniques.py: (name, plan, number of seeds), by group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Steps = list[tuple[str, Mapping[str, Any]]]
+Rows = list[tuple[str, Steps, int]]
+
+HALF = {"heads": 0.5, "ffn": 0.5}
+CURVE = (25, 75, 225)  # steps of 32 examples
+SEEDS = 3
+
+
+def everywhere(form: str, table: str = "fp32", **settings: Any) -> tuple[str, Mapping[str, Any]]:
+    """Return a step that puts all layers in one format."""
+    return "quantize", {"attention": form, "ffn": form, "embedding": table, **settings}
+
+
+def prune() -> Rows:
+    """Cuts without any training."""
+    kinds = ("magnitude", "activation", "wanda", "taylor", "fisher", "second-order")
+    rows: Rows = [(f"half of heads and FFN, {kind}", [("prune", {**HALF, "importance": kind})], 1) for kind in kinds]
+    rows += [
+        (f"the same, {kind}, rest re-fitted", [("prune", {**HALF, "importance": kind, "reconstruct": True})], 1)
+        for kind in kinds[:-1]
+    ]
+    for allocation in ("global", "isomorphic"):
+        for kind in ("taylor", "second-order"):
+            settings = {**HALF, "importance": kind, "allocation": allocation}
+            rows.append((f"the same, {kind}, {allocation} allocation", [("prune", settings)], 1))
+    rows += [
+        (f"{fraction:.0%} of the layers, {how}", [("prune", {"depth": fraction, "layers": how})], 1)
+        for fraction in (0.84, 0.67)
+        for how in ("spaced", "similarity", "damage")
+    ]
+    rows += [
+        (f"three quarters of the hidden width, {kind}", [("prune", {"hidden": 0.75, "importance": kind})], 1)
+        for kind in ("magnitude", "taylor")
+    ]
+    rows += [
+        (f"{pattern} of the weights zero, {kind}", [("prune", {"sparsity": pattern, "importance": kind})], 1)
+        for pattern in ("50%", "2:4")
+        for kind in ("magnitude", "wanda")
+    ]
+    return rows
+
+
+def share() -> Rows:
+    """Layers that share weights, without any training."""
+    rows: Rows = []
+    for part in ("attention", "ffn", "all"):
+        for init in ("first", "mean", "best"):
+            rows.append((f"{part} in 3 sets, {init}", [("share", {"part": part, "groups": 3, "init": init})], 1))
+    for pattern in ("cycle", "cycle-reversed"):
+        rows.append((f"ffn in 3 sets, {pattern}", [("share", {"part": "ffn", "groups": 3, "pattern": pattern})], 1))
+    ends = {"part": "ffn", "groups": 2, "unshared_first": 1, "unshared_last": 1}
+    rows.append(("ffn in 2 sets between unshared ends", [("share", ends)], 1))
+    rows += [
+        (f"all in 3 sets, mean, differences of rank {rank}", [("share", {**DELTA, "rank": rank})], 1)
+        for rank in (8, 32, 64)
+    ]
+    return rows
+
+
+DELTA = {"part": "all", "groups": 3, "init": "mean"}
+
+
+def quantize() -> Rows:
+    """Number formats of the layers, nothing trained."""
+    forms = ("int8", "int8-static", "int7", "int8-tensor", "int6", "int4", "int4-g64", "int4-asym", "kmeans4", "nf4")
+    forms += ("pot4", "int3", "int3-asym", "kmeans3", "pot3", "int2", "int2-asym", "kmeans2")
+    rows: Rows = [(form, [everywhere(form)], 1) for form in forms]
+    for form in ("int4", "int3", "kmeans3", "int2-asym", "kmeans2"):
+        for rounding in ("weighted", "gptq", "hqq"):
+            if rounding != "hqq" or not form.startswith("kmeans"):
+                rows.append((f"{form}, {rounding}", [everywhere(form, rounding=rounding)], 1))
+    rows += [
+        (f"{bits} bits on average, of int2 to int8", [everywhere("fp32", average_bits=bits, levels=LEVELS)], 1)
+        for bits in (3.5, 4.5)
+    ]
+    rows += [
+        (f"int8-static, {how} ranges", [everywhere("int8-static", calibration=how)], 1)
+        for how in ("minmax", "percentile", "entropy")
+    ]
+    rows.append(("int8-static, smooth", [everywhere("int8-static", scaling="smooth")], 1))
+    rows += [
+        (f"embedding in {form}", [("quantize", {"embedding": form})], 1)
+        for form in ("int8", "int4", "int3", "kmeans3", "int2")
+    ]
+    return rows
+
+
+LEVELS = ("int2", "int3", "int4", "int6", "int8")
+
+
+def decoder() -> Rows:
+    """Number formats and roundings of a language model's layers."""
+    rows: Rows = []
+    for form in (
+        "int8",
+        "int4",
+        "int3",
+        "int2",
+        "int4-asym",
+        "int3-asym",
+        "kmeans4",
+        "kmeans3",
+        "kmeans2",
+        "nf4",
+        "pot4",
+    ):
+        roundings = ("nearest",) if form == "int8" else ("nearest", "weighted", "gptq")
+        roundings += ("hqq",) if form in ("int4-asym", "int3-asym") else ()
+        rows += [(f"{form}, {rounding}", [everywhere(form, rounding=rounding)], 1) for rounding in roundings]
+    rows += [
+        (f"{form}, awq, {how}", [everywhere(form, scaling="awq", rounding=how)], 1)
+        for form in ("int4", "int3")
+        for how in ("nearest", "gptq")
+    ]
+    rows += [
+        (f"{bits} bits on average, gptq", [everywhere("fp32", average_bits=bits, levels=LEVELS, rounding="gptq")], 1)
+        for bits in (3.6, 4.6)
+    ]
+    return rows
+
+
+def distill() -> Rows:
+    """Accuracy against steps of each loss, from the same cut student."""
+    plain = {"alpha": 0.2, "hidden": 0.0}
+    losses: dict[str, dict[str, Any]] = {
+        "labels only": {"alpha": 1.0, "hidden": 0.0},
+        "logits only": {"alpha": 0.0, "hidden": 0.0},
+        "labels and logits": plain,
+        "and hidden states, MSE": {**plain, "hidden": 1.0},
+        "and hidden states, cosine": {**plain, "hidden": 1.0, "hidden_kind": "cosine"},
+        "and attention maps, KL": {**plain, "attention": 1.0},
+        "and attention maps, MSE": {**plain, "attention": 1.0, "attention_kind": "mse"},
+        "and value relations": {**plain, "values": 1.0},
+        "and query, key, value relations": {**plain, "queries": 1.0, "keys": 1.0, "values": 1.0},
+    }
+    return [
+        (f"{name}, {steps} steps", [("prune", QUARTER), ("distill", {**settings, "steps": steps})], SEEDS)
+        for name, settings in losses.items()
+        for steps in CURVE
+    ]
+
+
+QUARTER = {"heads": 0.25, "ffn": 0.25}
+GROUPS: dict[str, Rows] = {
+    "prune": prune(),
+    "share": share(),
+    "quantize": quantize(),
+    "decoder": decoder(),
+    "distill": distill(),
+}
