@@ -5,6 +5,7 @@ Source: Bae et al. 2024, "Relaxed Recursive Transformers", arXiv:2410.20672.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,10 +53,20 @@ class Delta(nn.Module):
     @torch.no_grad()
     def fit(self, difference: Tensor) -> None:
         """Set B A to the best approximation of `difference` [out, in] in the Frobenius norm: B = U S and A = V' of
-        its truncated singular value decomposition. Of a zero difference only B is zero, so that both can be trained."""
-        left, values, right = torch.linalg.svd(difference, full_matrices=False)
-        self.up.weight.copy_(left[:, : self.rank] * values[: self.rank])
-        self.down.weight.copy_(right[: self.rank])
+        its truncated singular value decomposition.
+
+        Of no difference at all B is zero, and A the first cosines of the discrete cosine transform: orthonormal as V',
+        but with a part in every input, so that both can be trained even if inputs are pruned.
+        """
+        if difference.any():
+            left, values, right = torch.linalg.svd(difference, full_matrices=False)
+            self.up.weight.copy_(left[:, : self.rank] * values[: self.rank])
+            self.down.weight.copy_(right[: self.rank])
+        else:
+            width = difference.shape[1]
+            angles = torch.outer(torch.arange(1, self.rank + 1), torch.arange(width) + 0.5) * (math.pi / width)
+            self.up.weight.zero_()
+            self.down.weight.copy_(angles.cos() * math.sqrt(2 / width))
 
 
 def base_of(module: Any) -> Any:
