@@ -16,6 +16,7 @@ from autolite.parts import attention_paths, ffn_paths, layer_modules
 from autolite.surgery import add_deltas, clone, share_layers
 from autolite.techniques import share_start
 from autolite.techniques.base import Context, Student, require_float32, require_map
+from autolite.techniques.share_start import Sets
 
 
 class ShareConfig(plan.Config):
@@ -116,12 +117,15 @@ class Share:
         family = family_of(model.config)
         modules = layer_modules(model)
         attention, ffn = [x.attention for x in layers], [x.feed_forward for x in layers]
-        every = {"attention": (attention, attention_paths(family)), "ffn": (ffn, ffn_paths(family))}
-        every["all"] = (attention, every["attention"][1] + every["ffn"][1])
-        # Where both are shared by the same layers, they start from the same ones: blocks of one layer suit each other.
-        parts = ("attention", "ffn") if config.part == "all" and attention != ffn else (config.part,)
-        weights = share_start.weights_at(modules, [p for name in parts for p in every[name][1]]) if config.rank else []
-        for sets, paths in (every[name] for name in parts):
+        before = student.shape.stacks[0].layers
+        formed = {
+            attention_paths(family): _formed([x.attention for x in before], attention),
+            ffn_paths(family): _formed([x.feed_forward for x in before], ffn),
+        }
+        if len(set(formed.values())) == 1:  # both start from the same layer: its blocks suit each other
+            formed = {sum(formed, ()): next(iter(formed.values()))}
+        weights = share_start.weights_at(modules, formed) if config.rank else []
+        for paths, sets in formed.items():
             if config.init == "mean":
                 share_start.average(modules, sets, paths)
             if config.init == "best":
@@ -163,18 +167,26 @@ def _merge(ids: Sequence[int], sets: Sequence[int]) -> list[int]:
     return merged
 
 
+def _formed(before: Sequence[int], after: Sequence[int]) -> Sets:
+    """Return the sets that form when identities `before` become `after`: of each layer that comes to share with others
+    the number of its set, else None."""
+    olds: dict[int, set[int]] = {}
+    for old, new in zip(before, after, strict=True):
+        olds.setdefault(new, set()).add(old)
+    return tuple(new if len(olds[new]) > 1 else None for new in after)
+
+
 def _ranks(before: Sequence[int], after: Sequence[int], ranks: Sequence[int], rank: int, part: str) -> list[int]:
     """Return the ranks of the layers' differences when identities `before` become `after`: layers that come to share
     with others get `rank`."""
     found = []
-    for index, number in enumerate(after):
-        others = {old for old, new in zip(before, after, strict=True) if new == number}
-        if len(others) > 1 and ranks[index]:
+    for index, (number, own) in enumerate(zip(_formed(before, after), ranks, strict=True)):
+        if number is not None and own:
             raise PlanError(
-                f"share: layer {index} has a low-rank difference of rank {ranks[index]} in {part} already, which no "
-                "longer fits once it shares with others; share it once"
+                f"share: layer {index} has a low-rank difference of rank {own} in {part} already, which no longer fits "
+                "once it shares with others; share it once"
             )
-        found.append(rank if len(others) > 1 else ranks[index])
+        found.append(own if number is None else rank)
     return found
 
 

@@ -22,17 +22,18 @@ from autolite.unmapped import is_conv1d
 
 EXAMPLES, BATCH = 128, 16  # of the training split, on which layers are tried
 
-Sets = Sequence[int]  # for each layer the number of its set
-Paths = Sequence[str]  # of a block's projections in a layer
+Sets = tuple[int | None, ...]  # for each layer the number of the set that it is put in, None if it is not
+Paths = tuple[str, ...]  # of a block's projections in a layer
 Weights = list[dict[str, Tensor]]  # for each layer, by path, [out, in]
 
 
 def members(sets: Sets) -> dict[int, list[int]]:
-    """Return the layers of each set, those of one layer left out."""
+    """Return the layers of each set."""
     found: dict[int, list[int]] = {}
     for layer, number in enumerate(sets):
-        found.setdefault(number, []).append(layer)
-    return {number: layers for number, layers in found.items() if len(layers) > 1}
+        if number is not None:
+            found.setdefault(number, []).append(layer)
+    return found
 
 
 @torch.no_grad()
@@ -62,6 +63,8 @@ def best_layers(student: Student, sets: Sets, paths: Paths, context: Context) ->
 
     Each layer costs one pass over the examples. The result is kept in `context.memory`.
     """
+    if not members(sets):
+        return {}
     key = f"share-{weights_digest(student.model)}-{fingerprint([context.train])[:12]}-{context.seed}-{sets}-{paths}"
     if key not in context.memory:
         context.memory[key] = _least_damage(student, sets, paths, context)
@@ -107,18 +110,21 @@ def _sharing(modules: Sequence[nn.Module], layers: Sequence[int], source: int, p
             module.set_submodule(path, projection)
 
 
-def weights_at(modules: Sequence[nn.Module], paths: Paths) -> Weights:
-    """Return copies of the weights of each layer's projections."""
-    return [{path: _view(part(module, path)).clone() for path in paths} for module in modules]
+def weights_at(modules: Sequence[nn.Module], formed: Mapping[Paths, Sets]) -> Weights:
+    """Return copies of the weights, [out, in], of the projections that are put in a set."""
+    found: Weights = [{} for _ in modules]
+    for paths, sets in formed.items():
+        for layer in (layer for layers in members(sets).values() for layer in layers):
+            found[layer] |= {path: _view(part(modules[layer], path)).clone() for path in paths}
+    return found
 
 
 def fit_deltas(modules: Sequence[nn.Module], weights: Weights) -> None:
-    """Let the low-rank difference of each projection that has one make up for what it lost of these `weights`."""
+    """Let the low-rank difference of each projection make up for what it lost of these `weights`."""
     for module, own in zip(modules, weights, strict=True):
         for path, weight in own.items():
-            projection = part(module, path)
-            if isinstance(projection, Delta):
-                projection.fit(weight - _view(projection.base))
+            projection: Delta = part(module, path)
+            projection.fit(weight - _view(projection.base))
 
 
 def _view(projection: Any) -> Tensor:

@@ -209,3 +209,18 @@ def test_only_layers_that_share_have_a_difference() -> None:
     with pytest.raises(PlanError, match="layer 1 has a low-rank difference of rank 3 in the feed-forward block"):
         share.shape(found, config(part="all"))
     assert [x.ffn_rank for x in share.shape(found, config(part="attention")).stacks[0].layers] == [0, 3, 3, 0, 0]
+
+
+@torch.no_grad()
+def test_sharing_other_layers_leaves_those_that_shared_before() -> None:
+    model = tiny_model("bert", layers=4)
+    teacher = Student(model, shape_of(model))
+    once = share.apply(teacher, config(part="all", unshared_last=2, rank=3), None)  # type: ignore[arg-type]
+    twice = share.apply(once, config(part="all", unshared_first=2, init="mean", rank=2), None)  # type: ignore[arg-type]
+    assert [x.ffn_rank for x in twice.shape.stacks[0].layers] == [3, 3, 2, 2]
+    assert shape_of(twice.model) == twice.shape
+    for before, after in zip(layers_of(once.model)[:2], layers_of(twice.model)[:2], strict=True):
+        assert before.out.delta is not None
+        assert after.out.delta is not None
+        assert torch.equal(before.out.weight, after.out.weight)
+        assert all(torch.equal(b.weight, a.weight) for b, a in zip(before.out.delta, after.out.delta, strict=True))

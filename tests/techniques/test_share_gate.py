@@ -24,6 +24,7 @@ from autolite.plan import Plan, make_step
 from autolite.reload import load_student, save_student
 from autolite.runtime.onnxruntime import OnnxRuntime
 from autolite.techniques.base import Student
+from autolite.techniques.importance import taylor
 from autolite.techniques.quantize import Quantize, QuantizeConfig
 from autolite.techniques.share import Share, ShareConfig
 from autolite.testing import tiny_inputs, tiny_model
@@ -216,3 +217,19 @@ def test_layers_of_two_sets_of_widths_are_refused() -> None:
     with pytest.raises(PlanError, match="rank 3 in attention already"):
         Share().shape(shape_of(shared), ShareConfig(part="attention"))
     assert len(layers_of(shared)) == 4
+
+
+@families
+def test_units_of_a_shared_block_are_as_important_as_in_all_its_uses(family: str) -> None:
+    context = contracts.tiny_context(family, contracts.tiny_task(family))
+    plain, shared = relaxed(family)
+    copies, uses = (
+        taylor(model, context.task, context.train, context.pad_id) for model in (written_out(shared, plain), shared)
+    )
+    for found, of_each, sets in (
+        (uses.heads, copies.heads, [0, 0, 2, 2]),
+        (uses.neurons, copies.neurons, [0, 1, 0, 1]),
+    ):
+        for index, number in enumerate(sets):
+            expected = sum(scores for scores, other in zip(of_each, sets, strict=True) if other == number)
+            torch.testing.assert_close(found[index], expected, atol=1e-5, rtol=1e-4)
