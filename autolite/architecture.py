@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from autolite.families import family_of, head_for, is_mapped
+from autolite.families import FAMILIES, family_of, head_for, is_mapped
 
 SOURCE_LAYERS = "autolite_source_layers"  # the attribute by which a model remembers its teacher's layers
 
@@ -16,7 +16,8 @@ class LayerShape:
     """One transformer layer.
 
     `attention` and `feed_forward` are the identities of its weights: layers with equal numbers use one set of
-    weights, stored once. The formats name the number format (`autolite.formats`) of each part's matrices.
+    weights, stored once. The formats name the number format (`autolite.formats`) of each part's matrices. A rank
+    above 0 says that each matrix of the part has a difference of that rank, the layer's own (`autolite.delta`).
     """
 
     heads: int
@@ -27,6 +28,8 @@ class LayerShape:
     feed_forward: int
     attention_format: str = "fp32"
     ffn_format: str = "fp32"
+    attention_rank: int = 0
+    ffn_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +192,8 @@ def shape_of(model: Any) -> ModelShape:
         heads = out.weight.shape[inner] // dim
         kv_heads = heads if family.fused_qkv else layer.get_submodule(family.key).weight.shape[0] // dim
         ffn = int(ffn_out.weight.shape[inner])
-        shapes.append(LayerShape(heads, kv_heads, dim, ffn, id(out.weight), id(ffn_out.weight)))
+        own = LayerShape(heads, kv_heads, dim, ffn, id(out.weight), id(ffn_out.weight))
+        shapes.append(replace(own, attention_rank=getattr(out, "rank", 0), ffn_rank=getattr(ffn_out, "rank", 0)))
     head = head_for(family, type(model).__name__)
     last = model.get_submodule(head.dense[-1][0]) if head else None
     words = base.get_submodule(family.word) if family.word else None
@@ -252,7 +256,8 @@ def _positions(base: Any, config: Any, path: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class MatMul:
-    """A product of activations [rows, k] with a weight matrix [k, n]. Equal `weights` are one stored matrix."""
+    """A product of activations [rows, k] with a weight matrix [k, n]. Equal `weights` are one stored matrix; `delta`
+    says that it is one of a layer's own low-rank differences."""
 
     part: str  # "attention", "ffn" or "head"; without a map also "embedding"
     layer: int
@@ -261,10 +266,19 @@ class MatMul:
     format: str
     weights: str
     pooled: bool = False  # with one vector a sequence; only said of models without a map
+    delta: bool = False
+
+
+def factor_format(block: str) -> str:
+    """Return the number format of the factors of low-rank differences in a block of format `block`: that itself if it
+    is a floating-point one, else 8 bits that are decoded when the model is loaded. Few bits would save little of so
+    little, and products so thin take no longer in floating point."""
+    return block if block in ("fp32", "bf16") else "int8-weight"
 
 
 def matmuls(shape: ModelShape) -> Iterator[MatMul]:
-    """Yield every weight matrix product of one forward pass, in order (query, key and value merged into one)."""
+    """Yield every weight matrix product of one forward pass (query, key and value merged into one), in order but for
+    low-rank differences, which follow the other products of their layer in pairs."""
     if shape.unmapped is not None:
         for p in shape.unmapped.products:
             for _ in range(p.calls):
@@ -280,9 +294,27 @@ def matmuls(shape: ModelShape) -> Iterator[MatMul]:
             form = layer.ffn_format
             yield MatMul("ffn", index, stack.hidden, layer.ffn * (2 if stack.gated else 1), form, f"{ffn}.in")
             yield MatMul("ffn", index, layer.ffn, stack.hidden, form, f"{ffn}.out")
+            yield from _deltas(shape.family, stack, index)
     hidden = shape.stacks[-1].hidden
     if shape.outputs:
         yield MatMul("head", 0, hidden, shape.outputs, shape.head_format, "embedding" if shape.tied else "head")
+
+
+def _deltas(family: str, stack: Stack, index: int) -> Iterator[MatMul]:
+    """Yield for each product of layer `index` the two of its difference, if it has one: down, then up."""
+    layer, name = stack.layers[index], f"{stack.name}.delta.{index}"
+    width, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+    inputs, gates = 1 if FAMILIES[family].fused_qkv else 3, 2 if stack.gated else 1
+    attention, ffn = factor_format(layer.attention_format), factor_format(layer.ffn_format)
+    for part, side, rank, k, n, merged, form in (
+        ("attention", "qkv", layer.attention_rank, stack.hidden, width + 2 * kv, inputs, attention),
+        ("attention", "out", layer.attention_rank, width, stack.hidden, 1, attention),
+        ("ffn", "in", layer.ffn_rank, stack.hidden, layer.ffn * gates, gates, ffn),
+        ("ffn", "out", layer.ffn_rank, layer.ffn, stack.hidden, 1, ffn),
+    ):
+        if rank:
+            yield MatMul(part, index, k, merged * rank, form, f"{name}.{part}.{side}.down", delta=True)
+            yield MatMul(part, index, rank, n, form, f"{name}.{part}.{side}.up", delta=True)
 
 
 def _layer(name: str) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from autolite.delta import Delta
 from autolite.families import Family, family_of, head_for, is_mapped
 from autolite.unmapped import is_conv1d, look
 
@@ -19,7 +20,9 @@ class Matrix:
 
     `key` is the parameter's name in `state_dict()`; a weight shared by several layers has the name in the first.
     The stored parameter is `weight` transposed where `transposed`. `rows` is the half-open range of output rows
-    that `weight` covers when one parameter holds several matrices (GPT-2's query, key and value), else None.
+    that `weight` covers when one parameter holds several matrices (GPT-2's query, key and value), else None. `delta`
+    are the factors (down [rank, in], up [out, rank]) of what the layer adds to a matrix that it shares, if it does:
+    it multiplies with `weight` + up down. `factor` says that the matrix is one of those two.
     """
 
     key: str
@@ -27,6 +30,8 @@ class Matrix:
     bias: Tensor | None = None
     transposed: bool = False
     rows: tuple[int, int] | None = None
+    delta: tuple[Matrix, Matrix] | None = None
+    factor: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +74,13 @@ class LayerParts:
 
     @property
     def attention_matrices(self) -> tuple[Matrix, ...]:
-        """The stored matrices of the attention block, the output projection last."""
+        """The stored matrices of the attention block, the output projection last; factors are in their `delta`."""
         inputs = (self.qkv,) if self.qkv is not None else (self.query, self.key, self.value)
         return (*inputs, self.out)
 
     @property
     def ffn_matrices(self) -> tuple[Matrix, ...]:
-        """The stored matrices of the feed-forward block, the output projection last."""
+        """The stored matrices of the feed-forward block, the output projection last; factors are in their `delta`."""
         return tuple(m for m in (self.ffn_in, self.ffn_gate, self.ffn_out) if m is not None)
 
 
@@ -124,9 +129,13 @@ class _View:
 
     def matrix(self, root: nn.Module, path: str) -> Matrix:
         module = part(root, path)
+        delta = None
+        if isinstance(module, Delta):
+            down, up = (Matrix(self.names[id(m.weight)], m.weight, factor=True) for m in (module.down, module.up))
+            delta, module = (down, up), module.base
         weight = module.weight
         view = weight.T if is_conv1d(module) else weight.flatten(1)
-        return Matrix(self.names[id(weight)], view, getattr(module, "bias", None), is_conv1d(module))
+        return Matrix(self.names[id(weight)], view, getattr(module, "bias", None), is_conv1d(module), delta=delta)
 
     def optional(self, root: nn.Module, path: str) -> Matrix | None:
         return self.matrix(root, path) if path else None
@@ -205,7 +214,11 @@ def _layer_parts(view: _View, index: int, layer: nn.Module) -> LayerParts:
 
 def _rows(matrix: Matrix, start: int, stop: int) -> Matrix:
     bias = None if matrix.bias is None else matrix.bias[start:stop]
-    return Matrix(matrix.key, matrix.weight[start:stop], bias, matrix.transposed, (start, stop))
+    delta = None
+    if matrix.delta is not None:
+        down, up = matrix.delta
+        delta = (down, replace(up, weight=up.weight[start:stop], rows=(start, stop)))
+    return Matrix(matrix.key, matrix.weight[start:stop], bias, matrix.transposed, (start, stop), delta)
 
 
 def embeddings_of(model: PreTrainedModel) -> EmbeddingParts:
@@ -248,8 +261,9 @@ def head_of(model: PreTrainedModel) -> HeadParts:
 
 
 def matrices_of(model: PreTrainedModel) -> dict[str, dict[str, Matrix]]:
-    """Return every stored matrix by its key, each once, a fused projection whole, in the groups that number formats
-    are chosen for: "attention", "ffn", "embedding" (with ALBERT's projection) and "head" (with its pooler).
+    """Return every stored matrix by its key, each once, a fused projection whole, factors of low-rank differences with
+    the matrices they are of, in the groups that number formats are chosen for: "attention", "ffn", "embedding" (with
+    ALBERT's projection) and "head" (with its pooler).
 
     Of a model that the map does not have these are the matrices that a pass over a few tokens uses, grouped by the
     names of their modules.
@@ -262,11 +276,17 @@ def matrices_of(model: PreTrainedModel) -> dict[str, dict[str, Matrix]]:
     layers, embeddings, head = layers_of(model), embeddings_of(model), head_of(model)
     tables = [t for t in (embeddings.word, embeddings.projection) if t is not None]
     return {
-        "attention": {m.key: m for layer in layers for m in layer.attention_matrices},
-        "ffn": {m.key: m for layer in layers for m in layer.ffn_matrices},
+        "attention": {m.key: m for layer in layers for m in _with_factors(layer.attention_matrices)},
+        "ffn": {m.key: m for layer in layers for m in _with_factors(layer.ffn_matrices)},
         "embedding": {m.key: m for m in tables},
         "head": {m.key: m for m, _ in head.dense},
     }
+
+
+def _with_factors(matrices: Iterable[Matrix]) -> Iterator[Matrix]:
+    for matrix in matrices:
+        yield matrix
+        yield from matrix.delta or ()
 
 
 def _matrices_without_map(model: PreTrainedModel) -> dict[str, dict[str, Matrix]]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from autolite.architecture import SOURCE_LAYERS, ModelShape, shape_of
+from autolite.architecture import SOURCE_LAYERS, LayerShape, ModelShape, shape_of
+from autolite.delta import Delta, base_of
 from autolite.errors import ModelError
 from autolite.families import Family, family_for, family_of, head_for
 from autolite.parts import attention_paths, ffn_paths, layer_modules, layer_of, part
@@ -35,6 +36,16 @@ def _select(module: Any, index: Tensor, side: Literal["out", "in"]) -> None:
         module.out_features, module.in_features = module.weight.shape
     else:
         module.nx, module.nf = module.weight.shape
+
+
+def _cut(model: PreTrainedModel, layer: nn.Module, path: str, index: Tensor, side: Literal["out", "in"]) -> None:
+    """As `_select`, with the factors of every layer that shares the projection at `path` of `layer`."""
+    base = base_of(part(layer, path))
+    for other in layer_modules(model):
+        module = part(other, path)
+        if isinstance(module, Delta) and module.base is base:
+            _select(module.up if side == "out" else module.down, index, side)
+    _select(base, index, side)
 
 
 def _checked(indices: Iterable[int], size: int, what: str) -> Tensor:
@@ -61,15 +72,15 @@ def keep_heads(model: PreTrainedModel, layer_index: int, groups: Sequence[int]) 
     layer = parts.layer
     if family.fused_qkv:
         width = parts.heads * dim
-        _select(part(layer, family.fused_qkv), torch.cat([query_rows + i * width for i in range(3)]), "out")
+        _cut(model, layer, family.fused_qkv, torch.cat([query_rows + i * width for i in range(3)]), "out")
     else:
-        _select(part(layer, family.query), query_rows, "out")
-        _select(part(layer, family.key), kv_rows, "out")
-        _select(part(layer, family.value), kv_rows, "out")
-    out = part(layer, family.out)
-    _select(out, query_rows, "in")
+        _cut(model, layer, family.query, query_rows, "out")
+        _cut(model, layer, family.key, kv_rows, "out")
+        _cut(model, layer, family.value, kv_rows, "out")
+    _cut(model, layer, family.out, query_rows, "in")
+    out = base_of(part(layer, family.out))
     for other in layer_modules(model):
-        if part(other, family.out) is out:
+        if base_of(part(other, family.out)) is out:
             _set_heads(family, other, len(kept) * ratio, dim)
 
 
@@ -96,8 +107,8 @@ def keep_neurons(model: PreTrainedModel, layer_index: int, neurons: Sequence[int
     kept = _checked(neurons, parts.ffn_out.weight.shape[1], f"feed-forward units of layer {layer_index}")
     for path in (family.ffn_in, family.ffn_gate):
         if path:
-            _select(part(parts.layer, path), kept, "out")
-    _select(part(parts.layer, family.ffn_out), kept, "in")
+            _cut(model, parts.layer, path, kept, "out")
+    _cut(model, parts.layer, family.ffn_out, kept, "in")
 
 
 def keep_layers(model: PreTrainedModel, indices: Sequence[int]) -> None:
@@ -137,7 +148,8 @@ def _number_layers(model: PreTrainedModel, source: tuple[int, ...]) -> None:
 def share_layers(
     model: PreTrainedModel, attention: Sequence[int] | None = None, feed_forward: Sequence[int] | None = None
 ) -> None:
-    """Let layers with equal numbers use the projections of the first layer with that number; norms stay per layer.
+    """Let layers with equal numbers use the projections of the first layer with that number; norms stay per layer, and
+    so do low-rank differences that layers have already.
 
     `attention` and `feed_forward` hold one number a layer, as in LayerShape; None leaves that block alone.
 
@@ -159,8 +171,21 @@ def share_layers(
                         f"layers of different widths cannot share {path}: "
                         f"{tuple(ours.weight.shape)} and {tuple(theirs.weight.shape)}"
                     )
-                layer.set_submodule(path, theirs)
+                if isinstance(ours, Delta):
+                    ours.base = base_of(theirs)
+                else:
+                    layer.set_submodule(path, base_of(theirs))
     _store_shared_once(part(model.base_model, family.layers))
+
+
+def add_deltas(model: PreTrainedModel, layers: Sequence[LayerShape]) -> None:
+    """Give the blocks of each layer that has a rank in `layers` and no low-rank differences yet such, of zeros."""
+    family = family_of(model.config)
+    for module, layer in zip(layer_modules(model), layers, strict=True):
+        blocks = ((layer.attention_rank, attention_paths(family)), (layer.ffn_rank, ffn_paths(family)))
+        for path, rank in ((path, rank) for rank, paths in blocks if rank for path in paths):
+            if not isinstance(part(module, path), Delta):
+                module.set_submodule(path, Delta(part(module, path), rank))
 
 
 def _shared_names(layers: nn.Module) -> set[str]:
@@ -224,6 +249,7 @@ def reshape(model: PreTrainedModel, shape: ModelShape) -> None:
             if layer.ffn != now.ffn and now.feed_forward == index:
                 keep_neurons(model, index, range(layer.ffn))
         share_layers(model, [x.attention for x in stack.layers], [x.feed_forward for x in stack.layers])
+        add_deltas(model, stack.layers)
         if (found := shape_of(model).stacks) != shape.without_formats().stacks:
             raise ValueError(f"the nearest to {shape.stacks} is {found}")
     except ValueError as error:

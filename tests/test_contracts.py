@@ -11,7 +11,7 @@ from autolite import contracts, registry
 from autolite.hardware.profile import load_profile, profile_names
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "share": {"part": "ffn", "groups": 1},
+    "share": {"part": "ffn", "groups": 1, "init": "best", "rank": 2},
     "prune": {"heads": 0.5, "ffn": 0.5, "round_to": 8},
     "distill": {"steps": 2, "batch_size": 8},
     "quantize": {"attention": "int8", "ffn": "kmeans4", "embedding": "int4"},

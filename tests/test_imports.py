@@ -21,6 +21,7 @@ LAYERS = [
     "families",
     "unmapped",
     "architecture",
+    "delta",
     "parts",
     "surgery",
     "formats",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from autolite import formats
-from autolite.architecture import ModelShape, matmuls
+from autolite.architecture import ModelShape, factor_format, matmuls
 from autolite.errors import TargetError
 from autolite.families import FAMILIES, Head
 from autolite.hardware import without_map
@@ -13,7 +13,8 @@ from autolite.measure import Workload
 
 BYTES = 4  # activations, norms, biases and positions are fp32
 # Names, shapes and attributes of the operators in the file; "decoding" is what makes 8-bit codes of a matrix of 4 bits.
-_GRAPH_BYTES = {"layer": 2500, "around": 2300, "decoding": 1500}
+# A "thin" product is one of a low-rank difference, and "codes" what decodes its 8-bit factor.
+_GRAPH_BYTES = {"layer": 2500, "around": 2300, "decoding": 1500, "thin": 110, "codes": 140}
 
 
 def head_of_shape(shape: ModelShape) -> Head | None:
@@ -97,7 +98,28 @@ def file_size(shape: ModelShape, stored: Mapping[str, int]) -> int:
     layers = sum(len(stack.layers) for stack in shape.stacks)
     decoded = len({product.weights for product in matmuls(shape) if formats.get(product.format).bits < 8})
     graph = layers * _GRAPH_BYTES["layer"] + decoded * _GRAPH_BYTES["decoding"] + _GRAPH_BYTES["around"]
-    return total + BYTES * floats + graph
+    return total + BYTES * floats + graph + _graph_of_deltas(shape)
+
+
+def _graph_of_deltas(shape: ModelShape) -> int:
+    """Two thin products for each matrix of a block with low-rank differences. Matrices that are else merged into one
+    product stand apart there, and are decoded one by one."""
+    total = 0
+    decoded: set[tuple[str, int]] = set()
+    for stack in shape.stacks:
+        inputs, gates = 1 if FAMILIES[shape.family].fused_qkv else 3, 2 if stack.gated else 1
+        for layer in stack.layers:
+            attention = (f"{stack.name}.attention", layer.attention, layer.attention_rank, layer.attention_format)
+            ffn = (f"{stack.name}.ffn", layer.feed_forward, layer.ffn_rank, layer.ffn_format)
+            for (name, number, rank, form), merged in ((attention, inputs), (ffn, gates)):
+                if not rank:
+                    continue
+                codes = 0 if factor_format(form) in ("fp32", "bf16") else _GRAPH_BYTES["codes"]
+                total += 2 * (merged + 1) * (_GRAPH_BYTES["thin"] + codes)
+                if formats.get(form).bits < 8 and (name, number) not in decoded:
+                    decoded.add((name, number))
+                    total += (merged - 1) * _GRAPH_BYTES["decoding"]
+    return total
 
 
 def activations(shape: ModelShape, workload: Workload) -> float:

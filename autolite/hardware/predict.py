@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 from autolite import formats
@@ -64,9 +65,11 @@ def predict(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str
     )
     stored, _ = matrices(shape, prompt[0].kernels)
     size = float(file_size(shape, stored))
-    # A matrix that the prompt and the steps read in two forms is kept in both.
+    # A matrix that the prompt and the steps read in two forms is kept in both, and for each of its uses: a shared one
+    # takes less of the file, but ONNX Runtime packs it for every product.
     read = {form for time, _ in [prompt, *steps] for form in time.weights.items()}
-    packed = profile.packing.value * sum(nbytes for _, nbytes in read)
+    uses = Counter(product.weights for product in matmuls(shape))
+    packed = profile.packing.value * sum(nbytes * uses[name] for name, nbytes in read)
     memory = size + packed + activations(shape, workload)
     packing = packed / memory * profile.packing.sigma
     found["memory_bytes"] = (memory, math.hypot(packing, 0.1), profile.packing.kind not in CALIBRATED)
@@ -173,11 +176,15 @@ def _pass(shape: ModelShape, time: Time, batch: int, tokens: int, context: int) 
             # Where only the first position is read, the last layer computes all but keys and values there alone.
             read = 1 if last and pooled and not stack.causal else tokens
             qkv, out, first, second = (next(products) for _ in range(4))
-            key = (layer.heads, layer.kv_heads, layer.head_dim, layer.ffn, qkv.format, first.format, read)
+            deltas = [next(products) for _ in range(4 * bool(layer.attention_rank) + 4 * bool(layer.ffn_rank))]
+            sizes = (layer.heads, layer.kv_heads, layer.head_dim, layer.ffn, layer.attention_rank, layer.ffn_rank)
+            key = (*sizes, qkv.format, first.format, read)
             if key not in alike:
                 part = alike[key] = time.empty()
                 _attention(part, stack, layer, qkv, out, batch, tokens, read, context)
                 _feed_forward(part, stack, layer, first, second, batch * read)
+                for product in deltas:
+                    _delta(part, product, rows if product.weights.endswith("qkv.down") else batch * read)
             time.include(alike[key])
     read = batch if pooled else rows
     hidden = shape.stacks[-1].hidden
@@ -194,6 +201,13 @@ def _pass(shape: ModelShape, time: Time, batch: int, tokens: int, context: int) 
 
 def _dense(time: Time, form: str, rows: int, k: int, n: int) -> None:
     time.product(time.kernels[form], rows, k, n, formats.nbytes(form, n, k))
+
+
+def _delta(time: Time, product: MatMul, rows: int) -> None:
+    """One of the two thin products of a low-rank difference, which adds to what is there."""
+    time.product(time.kernels[product.format], rows, product.k, product.n, time.weights[product.weights])
+    time.copy(2 * BYTES * rows * product.n)
+    time.operators(1)
 
 
 def _attention(

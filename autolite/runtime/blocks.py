@@ -228,9 +228,16 @@ def attend_absorbed(graph: Graph, query: str, x: str, keys: Part, values: Part, 
 
 def _per_head(graph: Graph, part: Part, heads: Heads) -> str:
     """Return these rows of a matrix in float32 as [heads, dim, hidden]."""
-    value, by_rows = decoded(graph, *part)
-    value = value if by_rows else graph.op("Transpose", value, perm=(1, 0))
+    value = _by_rows(graph, *part)
+    if (delta := part[0].delta) is not None:  # two constants, so that their product is one as well
+        down, up = delta
+        value = graph.op("Add", value, graph.op("MatMul", _by_rows(graph, up, part[1]), _by_rows(graph, down, None)))
     return graph.op("Reshape", value, graph.constant([heads.heads, heads.dim, part[0].k]))
+
+
+def _by_rows(graph: Graph, weights: Weights, rows: Rows | None) -> str:
+    value, by_rows = decoded(graph, weights, rows)
+    return value if by_rows else graph.op("Transpose", value, perm=(1, 0))
 
 
 def project(graph: Graph, x: str, weights: Weights, kernel: str, widths: Sequence[int]) -> list[str]:

@@ -212,19 +212,27 @@ class _Emitter:
 
     def query_key_value(self, layer: LayerParts, x: str, width: int, kv: int) -> tuple[str, str, str]:
         """Project [rows, hidden] to queries [batch, tokens, width], keys and values [batch, tokens, kv]."""
-        merged = self.merged(layer)
-        kernel = self.kernel(merged, self.rows)
-        if self.choices(Place("qkv", merged.format, (self.rows, merged.k, width, kv))) == "merged":
-            found = project(self.graph, x, merged, kernel, (width, kv, kv))
+        if not self.apart(layer):
+            merged = self.merged(layer)
+            found = project(self.graph, x, merged, self.kernel(merged, self.rows), (width, kv, kv))
         else:
             parts = [self.weights((m,)) for m in (layer.query, layer.key, layer.value)]
-            if kernel != "float":
-                x = self.per_sequence(x, merged.k)
-            found = products(self.graph, x, parts, kernel)
-            if kernel != "float":
+            kernel = self.choices(Place("product", parts[0].format, (self.rows, parts[0].k, width + 2 * kv)))
+            whole = kernel != "float" and parts[0].delta is None
+            found = products(self.graph, self.per_sequence(x, parts[0].k) if whole else x, parts, kernel)
+            if whole:
                 return found[0], found[1], found[2]
         query, key, value = found
         return self.per_sequence(query, width), self.per_sequence(key, kv), self.per_sequence(value, kv)
+
+    def apart(self, layer: LayerParts) -> bool:
+        """Whether query, key and value are products of their own: because that is faster, or because each has a
+        low-rank difference. Layers that share them agree in this."""
+        if layer.qkv is None and layer.query.delta is not None:
+            return True
+        form, (width, hidden) = encoded_of(self.student.encoded, layer.query).format, layer.query.weight.shape
+        sizes = (self.rows, hidden, width, layer.key.weight.shape[0])
+        return self.choices(Place("qkv", form, sizes)) != "merged"
 
     def merged(self, layer: LayerParts) -> Weights:
         return self.weights((layer.query, layer.key, layer.value) if layer.qkv is None else (layer.qkv,))
@@ -232,8 +240,7 @@ class _Emitter:
     def attention_of_first(self, layer: LayerParts, x: str, heads: Heads) -> str:
         """Return what the first token of each sequence attends to, [batch, width]."""
         graph, width, hidden = self.graph, layer.heads * layer.head_dim, layer.query.weight.shape[1]
-        place = Place("qkv", self.merged(layer).format, (self.rows, hidden, width, width))
-        separate = self.choices(place) != "merged"  # as in the layers that may share these weights
+        separate = self.apart(layer)
         q = self.weights((layer.query,)) if separate else self.merged(layer)
         query = product(graph, self.first(x), q, self.kernel(q, self.batch), None if separate else (0, width))
         keys: Part = (self.weights((layer.key,)), None) if separate else (self.merged(layer), (width, 2 * width))
@@ -253,8 +260,12 @@ class _Emitter:
         if layer.ffn_gate is None:
             inner = activate(self.graph, self.product(x, (layer.ffn_in,), rows), self.activation, gelu)
         else:
-            up = self.weights((layer.ffn_gate, layer.ffn_in))
-            gate, value = project(self.graph, x, up, self.kernel(up, rows), (down.k, down.k))
+            if layer.ffn_in.delta is None:
+                up = self.weights((layer.ffn_gate, layer.ffn_in))
+                gate, value = project(self.graph, x, up, self.kernel(up, rows), (down.k, down.k))
+            else:
+                parts = [self.weights((matrix,)) for matrix in (layer.ffn_gate, layer.ffn_in)]
+                gate, value = products(self.graph, x, parts, self.kernel(parts[0], rows))
             inner = self.graph.op("Mul", activate(self.graph, gate, self.activation, gelu), value)
         return product(self.graph, inner, down, self.kernel(down, rows))
 

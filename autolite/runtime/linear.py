@@ -49,6 +49,8 @@ class Weights:
 
     `table` says that the matrix is also looked up as an embedding table, and is stored as one; `span` is the
     calibrated range of the inputs, for formats that have one; `unsigned` says that 128 was added to 8-bit codes.
+    `delta` are the factors down [rank, k] and up [n, rank] whose product is added to the matrix: two thin products in
+    float32, whatever kernel multiplies with the matrix itself.
     """
 
     format: str
@@ -59,6 +61,7 @@ class Weights:
     span: tuple[float, float] | None = None
     table: bool = False
     unsigned: bool = False
+    delta: tuple[Weights, Weights] | None = None
 
 
 def weights_of(
@@ -72,7 +75,8 @@ def weights_of(
     which products of signed ones overflow; codes of 7 bits never do.
 
     Raises:
-        ModelError: if their formats differ, or an encoded matrix has not the model's shape.
+        ModelError: if their formats differ, an encoded matrix has not the model's shape, or several of them have
+            low-rank differences, which do not merge.
     """
     parts = [encoded_of(encoded, m) for m in matrices]
     names = ", ".join(m.key for m in matrices)
@@ -93,12 +97,19 @@ def weights_of(
     unsigned = unsigned and form in OVERFLOWING
     if unsigned:
         merged["codes"] = without_sign(merged["codes"])
-    return Weights(form, sum(p.shape[0] for p in parts), parts[0].shape[1], merged, bias, span, table, unsigned)
+    if len(matrices) > 1 and any(m.delta is not None for m in matrices):
+        raise ModelError(f"{names} have low-rank differences of their own and cannot be merged into one product")
+    delta = None
+    if (factors := matrices[0].delta) is not None:
+        down, up = (weights_of((factor,), encoded) for factor in factors)
+        delta = (down, up)
+    n, k = sum(p.shape[0] for p in parts), parts[0].shape[1]
+    return Weights(form, n, k, merged, bias, span, table, unsigned, delta)
 
 
 def product(graph: Graph, x: str, weights: Weights, kernel: str, rows: Rows | None = None) -> str:
-    """Multiply `x` [..., k] with a matrix [n, k] and add its bias: [..., n]; with the kernels "float" and "rounded" `x`
-    is [rows, k].
+    """Multiply `x` [..., k] with a matrix [n, k] and add its bias: [..., n]; with the kernels "float" and "rounded", or
+    if the matrix has a low-rank difference, `x` is [rows, k].
 
     `rows` keeps only these rows of the matrix; the slice is of a constant, which runtimes compute once when they load
     the model, so that layers which share the matrix but use other rows of it still store it once.
@@ -106,6 +117,17 @@ def product(graph: Graph, x: str, weights: Weights, kernel: str, rows: Rows | No
     Raises:
         ModelError: if the kernel cannot multiply the format.
     """
+    y = _product(graph, x, weights, kernel, rows)
+    return y if weights.delta is None else _add_delta(graph, x, y, weights.delta, rows)
+
+
+def _add_delta(graph: Graph, x: str, y: str, delta: tuple[Weights, Weights], rows: Rows | None) -> str:
+    down, up = delta
+    value, transposed = decoded(graph, up, rows)
+    return graph.op("Gemm", _product(graph, x, down, "float", None), value, y, transB=int(transposed))
+
+
+def _product(graph: Graph, x: str, weights: Weights, kernel: str, rows: Rows | None) -> str:
     bias = _bias(graph, weights, rows)
     match kernel:
         case "float" | "rounded":
@@ -131,13 +153,15 @@ def product(graph: Graph, x: str, weights: Weights, kernel: str, rows: Rows | No
 
 
 def products(graph: Graph, x: str, parts: Sequence[Weights], kernel: str) -> list[str]:
-    """Multiply `x` with several matrices; where the kernel quantizes its input, it is quantized once for all."""
+    """Multiply `x`, as in `product`, with several matrices; where the kernel quantizes its input, it is quantized once
+    for all."""
     if kernel != "int8":
         return [product(graph, x, part, kernel) for part in parts]
     found = []
     for part in parts:
         operands = _codes(graph, part, None)
-        found.append(_multiply(graph, quantized(graph, x, part), *operands, _bias(graph, part, None)))
+        y = _multiply(graph, quantized(graph, x, part), *operands, _bias(graph, part, None))
+        found.append(y if part.delta is None else _add_delta(graph, x, y, part.delta, None))
     return found
 
 

@@ -275,7 +275,8 @@ def _annotate(model: Any, student: Student) -> None:
     """Leave out what the importer says about ONNX, and note what the loader and the plugin must know."""
     if model.has_rt_info(["framework"]):
         del model.rt_info["framework"]
-    formats = {product.format for product in matmuls(student.shape)}
+    # What is said here is for the whole model: low-rank differences, little of it, follow the rest.
+    formats = {product.format for product in matmuls(student.shape) if not product.delta}
     reduced = all(form == "bf16" or FORMATS[form].activations != "float" for form in formats)
     notes = {"precision": "bf16" if "bf16" in formats and reduced else "f32"}
     if student.shape.vocab:

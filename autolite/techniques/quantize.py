@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import field_validator
 
 from autolite import formats, plan
-from autolite.architecture import ModelShape
+from autolite.architecture import ModelShape, factor_format
 from autolite.errors import PlanError
 from autolite.formats import FORMATS
 from autolite.parts import matrices_of
@@ -77,8 +77,9 @@ class Quantize:
         for group, matrices in matrices_of(student.model).items():
             for key, matrix in matrices.items():
                 encoded.pop(key, None)  # a later step replaces an earlier one
-                if wanted[group] != "fp32":
-                    encoded[key] = formats.encode(matrix.weight, wanted[group])
+                form = factor_format(wanted[group]) if matrix.factor else wanted[group]
+                if form != "fp32":
+                    encoded[key] = formats.encode(matrix.weight, form)
         static = [key for key, found in encoded.items() if FORMATS[found.format].activations == "static"]
         ranges = {key: span for key, span in student.ranges.items() if key in static}
         missing = [key for key in static if key not in ranges]
