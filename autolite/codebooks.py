@@ -6,7 +6,7 @@ Levels are either fitted to the weights by k-means and stored with them, or fixe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,6 +50,15 @@ class KMeans:
 
     linear = False
     group = 0
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of the stored tensors that are not by row."""
+        return ("codebook",) if self.whole else ()
+
+    def by_row(self) -> KMeans:
+        """Return the same with a codebook for each row."""
+        return replace(self, whole=False)
 
     @property
     def count(self) -> int:
@@ -103,6 +112,11 @@ class Fixed:
     group: int = 64
 
     linear = False
+    shared = ()
+
+    def by_row(self) -> Fixed:
+        """Return itself: scales are by row."""
+        return self
 
     @property
     def bits(self) -> int:

@@ -67,6 +67,15 @@ class Layout(Protocol):
         """Whether levels are evenly spaced."""
         ...
 
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of the stored tensors that are not by row: of which a matrix has one for all rows, [1, ...]."""
+        ...
+
+    def by_row(self) -> Layout:
+        """Return the same with what is shared repeated for each row."""
+        ...
+
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Grid:
         """Return the grid for a float32 matrix [n, k]; `importance`, not negative and broadcastable to [n, k], weighs
         each value's squared error."""
@@ -88,11 +97,16 @@ class Float:
     type: torch.dtype
 
     linear = True
+    shared = ()
 
     @property
     def bits(self) -> int:
         """Bits of a value."""
         return 8 * self.type.itemsize
+
+    def by_row(self) -> Float:
+        """Return itself."""
+        return self
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Float:
         """Return itself: nothing depends on the weights."""
@@ -225,9 +239,9 @@ def _formats() -> Iterator[Format]:
     for bits in (2, 3, 4):
         text = f"{bits}-bit indices into a codebook of {2**bits} levels per output channel, fitted by k-means"
         yield Format(f"kmeans{bits}", KMeans(bits), "any", text)
-    for bits in (6, 8):
-        text = f"{bits}-bit indices into one codebook of {2**bits} {fitted}, one scale per output channel"
-        yield Format(f"kmeans{bits}", KMeans(bits, whole=True), "any", text)
+    text = f"-bit indices into one codebook of {{}} {fitted}, one scale per output channel"
+    yield Format("kmeans6", KMeans(6, whole=True), "any", f"6{text.format(64)}")
+    yield Format("kmeans8", KMeans(8, whole=True), "float", f"8{text.format(256)}; {floats}")
     yield Format("nf4", Fixed(NF4), "any", "the 16 levels of 4-bit NormalFloat, one scale per group of 64 inputs")
     for bits in (4, 3):
         text = f"{bits}-bit codes of powers of two with a sign, one scale per group of 64 inputs"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,15 @@ class Linear:
     scale: torch.dtype = torch.float32
 
     linear = True
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of the stored tensors that are not by row."""
+        return ("scales",) if self.whole else ()
+
+    def by_row(self) -> Linear:
+        """Return the same with a scale for each row."""
+        return replace(self, whole=False)
 
     @property
     def signed(self) -> bool:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from autolite.errors import ModelError
-from autolite.formats import FORMATS, GROUP, decode, encode
+from autolite.formats import FORMATS, decode, encode
+from autolite.linear_grids import Linear
 from autolite.parts import Matrix
 from autolite.runtime.graph import Graph
 from autolite.runtime.linear import KERNELS, lookup, product, products, weights_of
@@ -52,7 +53,9 @@ def quantized_activations(x: torch.Tensor, form: str, kernel: str) -> torch.Tens
         zero = round(-low / scale)
         return ((x / scale).round() + zero).clamp(0, 255).sub(zero) * scale
     if kernel == "blocks":  # 8 bits with sign for each row and group
-        padded = torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP)).reshape(len(x), -1, GROUP)
+        layout = FORMATS[form].layout
+        assert isinstance(layout, Linear)
+        padded = torch.nn.functional.pad(x, (0, -x.shape[1] % layout.group)).reshape(len(x), -1, layout.group)
         steps = padded.abs().amax(dim=2, keepdim=True) / 127
         rounded: torch.Tensor = torch.where(steps > 0, (padded / steps).round() * steps, padded)
         return rounded.flatten(1)[:, : x.shape[1]]
@@ -168,8 +171,8 @@ def test_what_cannot_be_multiplied_or_looked_up_is_refused_by_name() -> None:
     codes = {"a": encode(first.weight, "int8")}
     with pytest.raises(ModelError, match=r"a, b .* one number format, got \['fp32', 'int8'\]"):
         weights_of([first, second], codes)
-    with pytest.raises(ModelError, match="kmeans4"):
-        lookup(Graph(), "ids", first, {"a": encode(first.weight, "kmeans4")})
+    with pytest.raises(ModelError, match="'int8-static' cannot be looked up; use one of fp32, .* kmeans4"):
+        lookup(Graph(), "ids", first, {"a": encode(first.weight, "int8-static")})
     with pytest.raises(ModelError, match=r"a was encoded as \(8, 32\)"):
         weights_of([matrix("a", 4, 32)], codes)
     with pytest.raises(ModelError, match="'blocks' cannot multiply the format 'int8'"):
