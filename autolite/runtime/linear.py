@@ -21,26 +21,31 @@ import torch
 from onnx import TensorProto
 
 from autolite.errors import ModelError
-from autolite.formats import FORMATS, GROUP, INT7, Encoded, encode
+from autolite.formats import FORMATS, INT7, Encoded, Format, Layout, encode
+from autolite.linear_grids import Linear
 from autolite.parts import Matrix
+from autolite.runtime.decode import values
 from autolite.runtime.graph import CONTRIB, Graph
 from autolite.techniques.calibrate import grid
 
 Rows = tuple[int, int]
 
-# By format: the kernels that can multiply it, the usual one first.
-KERNELS: dict[str, tuple[str, ...]] = {
-    "fp32": ("float",),
-    "bf16": ("float",),
-    "int8": ("int8",),
-    "int8-static": ("int8",),
-    "int8-weight": ("float",),
-    "int7": ("int8",),
-    "int4": ("blocks", "blocks-float", "int8", "float"),
-    "kmeans4": ("int8", "float"),
-}
+
+def kernels(form: Format) -> tuple[str, ...]:
+    """Return the kernels that can multiply a format, the usual one first.
+
+    What is less exact than 7 bits is decoded to these for 8-bit products. MatMulNBits reads groups of 2 and 4 bits.
+    """
+    if form.activations in ("float", "dynamic", "static"):
+        return ("float",) if form.activations == "float" else ("int8",)
+    layout = form.layout
+    blocks = isinstance(layout, Linear) and layout.group and layout.bits in (2, 4)
+    return ("blocks", "blocks-float", "int8", "float") if blocks else ("int8", "float")
+
+
+KERNELS: dict[str, tuple[str, ...]] = {name: kernels(form) for name, form in FORMATS.items()}
 # 8-bit codes of these formats fill their range: two products of such with 8-bit activations do not fit in 16 bits.
-OVERFLOWING = ("int8", "int8-static")
+OVERFLOWING = ("int8", "int8-static", "int8-tensor")
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Weights:
     """Matrices [n, k] of one format merged along n, as codes that are ready to be stored.
 
     `table` says that the matrix is also looked up as an embedding table, and is stored as one; `span` is the
-    calibrated range of the inputs, for formats that have one; `unsigned` says that 128 was added to 8-bit codes.
+    calibrated range of the inputs, for formats that have one; `unsigned` says that 128 was added to 8-bit codes;
+    `counts` are the rows of each matrix, if they are several that have a scale or codebook each for all their rows.
     `delta` are the factors down [rank, k] and up [n, rank] whose product is added to the matrix: two thin products in
     float32, whatever kernel multiplies with the matrix itself.
     """
@@ -61,7 +67,18 @@ class Weights:
     span: tuple[float, float] | None = None
     table: bool = False
     unsigned: bool = False
+    counts: tuple[int, ...] = ()
     delta: tuple[Weights, Weights] | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """How the format is stored."""
+        return FORMATS[self.format].layout
+
+    @property
+    def eight(self) -> bool:
+        """Whether it is a format whose codes are multiplied as 8-bit integers as they are."""
+        return isinstance(self.layout, Linear) and self.layout.bits == 8
 
 
 def weights_of(
@@ -88,6 +105,12 @@ def weights_of(
     if any(m.bias is not None for m in matrices):
         bias = torch.cat([torch.zeros(len(m.weight)) if m.bias is None else m.bias.detach() for m in matrices])
     merged = {name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors}
+    counts: tuple[int, ...] = ()
+    for name in FORMATS[form].layout.shared:
+        if torch.equal(merged[name], merged[name][:1].expand_as(merged[name])):
+            merged[name] = merged[name][:1]
+        else:
+            counts = tuple(p.shape[0] for p in parts)
     span = None
     if FORMATS[form].activations == "static":
         spans = [ranges[m.key] for m in matrices if ranges and m.key in ranges]
@@ -104,7 +127,7 @@ def weights_of(
         down, up = (weights_of((factor,), encoded) for factor in factors)
         delta = (down, up)
     n, k = sum(p.shape[0] for p in parts), parts[0].shape[1]
-    return Weights(form, n, k, merged, bias, span, table, unsigned, delta)
+    return Weights(form, n, k, merged, bias, span, table, unsigned, counts, delta)
 
 
 def product(graph: Graph, x: str, weights: Weights, kernel: str, rows: Rows | None = None) -> str:
@@ -135,15 +158,8 @@ def _product(graph: Graph, x: str, weights: Weights, kernel: str, rows: Rows | N
                 x = graph.op("DequantizeLinear", *quantized(graph, x, weights))
             value, transposed = decoded(graph, weights, rows)
             return graph.op("Gemm", x, value, *([bias] if bias else []), transB=int(transposed))
-        case "blocks" | "blocks-float" if weights.format == "int4":
-            n = weights.n if rows is None else rows[1] - rows[0]
-            groups = weights.tensors["scales"].shape[1]
-            codes = graph.op("Reshape", _stored(graph, weights), graph.constant([weights.n, groups, GROUP // 2]))
-            scales = _some(graph, graph.constant(weights.tensors["scales"]), rows)
-            settings = {"K": weights.k, "N": n, "bits": 4, "block_size": GROUP}
-            level = 4 if kernel == "blocks" else 1
-            inputs = (x, _some(graph, codes, rows), scales, "", "", bias)
-            return graph.op("MatMulNBits", *inputs, domain=CONTRIB, accuracy_level=level, **settings)
+        case "blocks" | "blocks-float" if kernel in KERNELS[weights.format]:
+            return _blocks(graph, x, weights, rows, bias, level=4 if kernel == "blocks" else 1)
         case "int8" if kernel in KERNELS[weights.format]:
             codes, scales, zero = _codes(graph, weights, rows)
             if weights.span is None:
@@ -177,33 +193,15 @@ def quantized(graph: Graph, x: str, weights: Weights) -> tuple[str, str, str]:
 
 def decoded(graph: Graph, weights: Weights, rows: Rows | None = None) -> tuple[str, bool]:
     """Return the float32 matrix, made when the model is loaded, and whether it is [n, k] (else [k, n])."""
-    tensors = weights.tensors
-    match weights.format:
-        case "fp32":
-            return _some(graph, _stored(graph, weights), rows), True
-        case "bf16":
-            return _some(graph, graph.op("Cast", _stored(graph, weights), to=TensorProto.FLOAT), rows), True
-        case "int4":
-            codes = graph.op("Cast", unpacked(graph, _stored(graph, weights)), to=TensorProto.FLOAT)
-            groups = graph.constant([weights.n, tensors["scales"].shape[1], GROUP])
-            steps = graph.op("Sub", graph.op("Reshape", codes, groups), graph.constant(8.0))
-            scales = graph.op("Unsqueeze", graph.constant(tensors["scales"]), graph.constant([2]))
-            value = graph.op("Reshape", graph.op("Mul", steps, scales), graph.constant([weights.n, -1]))
-        case "kmeans4":
-            codes = graph.op("Cast", unpacked(graph, _stored(graph, weights)), to=TensorProto.INT32)
-            levels = graph.op("Cast", graph.constant(tensors["codebook"]), to=TensorProto.FLOAT)
-            scales = graph.op("Unsqueeze", graph.constant(tensors["scales"]), graph.constant([1]))
-            value = graph.op("Mul", graph.op("GatherElements", levels, codes, axis=1), scales)
-        case _:
-            codes = graph.op("Cast", _stored(graph, weights), to=TensorProto.FLOAT)
-            codes = graph.op("Sub", codes, graph.constant(128.0)) if weights.unsigned else codes
-            scales = graph.constant(tensors["scales"])
-            scales = graph.op("Unsqueeze", scales, graph.constant([1])) if weights.table else scales
-            value = graph.op("Mul", codes, scales)
-            return _some(graph, value, rows, 0 if weights.table else 1), weights.table
-    if weights.k % (GROUP if weights.format == "int4" else 2):
-        value = graph.slice(value, (0, weights.k), 1)
-    return _some(graph, value, rows), True
+    layout, stored = _constants(graph, weights)
+    if not weights.eight or weights.table:
+        return _some(graph, values(graph, layout, stored, weights.k, weights.unsigned), rows), True
+    codes = graph.op("Cast", stored["codes"], to=TensorProto.FLOAT)
+    if weights.unsigned:
+        codes = graph.op("Sub", codes, graph.constant(128.0))
+    elif "zeros" in stored:
+        codes = graph.op("Sub", codes, graph.op("Cast", stored["zeros"], to=TensorProto.FLOAT))
+    return _some(graph, graph.op("Mul", codes, stored["scales"]), rows, 1), False
 
 
 def lookup(
@@ -216,38 +214,39 @@ def lookup(
 ) -> str:
     """Look up `ids` [tokens] in a table [rows, width]: float32 [tokens, width]. Only the rows asked for are decoded.
 
-    `unsigned` is as for `weights_of`: a table that is also a matrix is stored once. `option` is
-    for 4 bits: "blocks" is ONNX Runtime's own operator, "plain" unpacks the rows that were found.
+    `unsigned` is as for `weights_of`: a table that is also a matrix is stored once. `option` is for groups of 4 bits:
+    "blocks" is ONNX Runtime's own operator, "plain" unpacks the rows that were found.
     """
     stored = encoded_of(encoded, table)
-    tensors, width = stored.tensors, stored.shape[1]
-    match stored.format:
-        case "fp32":
-            return graph.op("Gather", graph.constant(tensors["values"]), ids)
-        case "bf16":
-            return graph.op("Cast", graph.op("Gather", graph.constant(tensors["values"]), ids), to=TensorProto.FLOAT)
-        case "int8" | "int7":
-            unsigned = unsigned and stored.format in OVERFLOWING
-            codes = graph.constant(without_sign(tensors["codes"]) if unsigned else tensors["codes"])
-            found = graph.op("Cast", graph.op("Gather", codes, ids), to=TensorProto.FLOAT)
-            found = graph.op("Sub", found, graph.constant(128.0)) if unsigned else found
-            scales = graph.op("Gather", graph.constant(tensors["scales"]), ids)
-            return graph.op("Mul", found, graph.op("Unsqueeze", scales, graph.constant([1])))
-        case "int4" if option == "plain":
-            rows = unpacked(graph, graph.op("Gather", graph.constant(tensors["codes"]), ids))
-            groups = graph.op("Reshape", rows, graph.constant([-1, tensors["scales"].shape[1], GROUP]))
-            steps = graph.op("Sub", graph.op("Cast", groups, to=TensorProto.FLOAT), graph.constant(8.0))
-            scales = graph.op("Gather", graph.constant(tensors["scales"]), ids)
-            found = graph.op("Flatten", graph.op("Mul", steps, graph.op("Unsqueeze", scales, graph.constant([2]))))
-            return found if width % GROUP == 0 else graph.slice(found, (0, width), 1)
-        case "int4":
-            # With uint8 codes this takes 26 us for 64 rows of 384; with the uint4 type 187 us.
-            inputs = (graph.constant(tensors["codes"]), ids, graph.constant(tensors["scales"]))
-            settings = {"bits": 4, "block_size": GROUP, "gather_axis": 0, "quantize_axis": 1}
-            found = graph.op("GatherBlockQuantized", *inputs, domain=CONTRIB, **settings)
-            return found if width % GROUP == 0 else graph.slice(found, (0, width), 1)
-        case other:
-            raise ModelError(f"rows of a table in the format '{other}' cannot be looked up; use fp32, int8 or int4")
+    form, tensors, width = FORMATS[stored.format], dict(stored.tensors), stored.shape[1]
+    if not form.embedding:
+        known = ", ".join(f.name for f in FORMATS.values() if f.embedding)
+        raise ModelError(f"rows of a table in the format '{form.name}' cannot be looked up; use one of {known}")
+    layout = form.layout
+    if option == "blocks" and blocks_lookup(form):
+        assert isinstance(layout, Linear)
+        # With uint8 codes this takes 26 us for 64 rows of 384; with the uint4 type 187 us.
+        scales = graph.constant(tensors["scales"])
+        if layout.scale != torch.float32:
+            scales = graph.op("Cast", scales, to=TensorProto.FLOAT)
+        inputs = [graph.constant(tensors["codes"]), ids, scales]
+        inputs += [graph.constant(tensors["zeros"])] if "zeros" in tensors else []
+        settings = {"bits": 4, "block_size": layout.group, "gather_axis": 0, "quantize_axis": 1}
+        found = graph.op("GatherBlockQuantized", *inputs, domain=CONTRIB, **settings)
+        return found if width % layout.group == 0 else graph.slice(found, (0, width), 1)
+    unsigned = unsigned and form.name in OVERFLOWING
+    if unsigned:
+        tensors["codes"] = without_sign(tensors["codes"])
+    constants = {name: graph.constant(tensor) for name, tensor in tensors.items()}
+    rows = {
+        name: value if name in layout.shared else graph.op("Gather", value, ids) for name, value in constants.items()
+    }
+    return values(graph, layout, rows, width, unsigned)
+
+
+def blocks_lookup(form: Format) -> bool:
+    """Whether ONNX Runtime's GatherBlockQuantized looks rows up in a format."""
+    return isinstance(form.layout, Linear) and form.layout.group > 0 and form.layout.bits == 4
 
 
 def encoded_of(encoded: Mapping[str, Encoded], matrix: Matrix) -> Encoded:
@@ -261,9 +260,9 @@ def encoded_of(encoded: Mapping[str, Encoded], matrix: Matrix) -> Encoded:
         return encode(matrix.weight, "fp32")
     if matrix.rows is not None:  # part of a fused matrix: decoding row ranges is exact, every format works by rows
         start, stop = matrix.rows
-        found = Encoded(
-            found.format, (stop - start, found.shape[1]), {k: t[start:stop] for k, t in found.tensors.items()}
-        )
+        shared = FORMATS[found.format].layout.shared
+        part = {name: t if name in shared else t[start:stop] for name, t in found.tensors.items()}
+        found = Encoded(found.format, (stop - start, found.shape[1]), part)
     if found.shape != tuple(matrix.weight.shape):
         raise ModelError(
             f"{matrix.key} was encoded as {found.shape}, but the model's is {tuple(matrix.weight.shape)}; "
@@ -272,35 +271,58 @@ def encoded_of(encoded: Mapping[str, Encoded], matrix: Matrix) -> Encoded:
     return found
 
 
-def unpacked(graph: Graph, codes: str) -> str:
-    """Return the 4-bit codes that uint8 [n, m] hold in pairs, the first in the low half: uint8 [n, 2 m]."""
-    low = graph.op("BitwiseAnd", codes, graph.constant(torch.tensor(15, dtype=torch.uint8)))
-    high = graph.op("BitShift", codes, graph.constant(torch.tensor(4, dtype=torch.uint8)), direction="RIGHT")
-    last = graph.constant([2])
-    pairs = graph.op("Concat", *(graph.op("Unsqueeze", half, last) for half in (low, high)), axis=2)
-    return graph.op("Flatten", pairs, axis=1)
+def _blocks(graph: Graph, x: str, weights: Weights, rows: Rows | None, bias: str, level: int) -> str:
+    """Multiply with groups of codes as they are stored."""
+    layout = weights.layout
+    assert isinstance(layout, Linear)
+    _, stored = _constants(graph, weights)
+    shape = [weights.n, layout.groups(weights.k), layout.group * layout.bits // 8]
+    codes = graph.op("Reshape", stored["codes"], graph.constant(shape))
+    scales = stored["scales"]
+    if layout.scale != torch.float32:
+        scales = graph.op("Cast", scales, to=TensorProto.FLOAT)
+    zeros = _some(graph, stored["zeros"], rows) if "zeros" in stored else ""
+    n = weights.n if rows is None else rows[1] - rows[0]
+    settings = {"K": weights.k, "N": n, "bits": layout.bits, "block_size": layout.group, "accuracy_level": level}
+    inputs = (x, _some(graph, codes, rows), _some(graph, scales, rows), zeros, "", bias)
+    return graph.op("MatMulNBits", *inputs, domain=CONTRIB, **settings)
 
 
-def _stored(graph: Graph, weights: Weights) -> str:
-    """Store the matrix's codes or values. 8-bit ones are [k, n], as kernels read them, unless rows are looked up."""
-    if "values" in weights.tensors:
-        return graph.constant(weights.tensors["values"])
-    codes = weights.tensors["codes"]
-    return graph.constant(codes.T if FORMATS[weights.format].bits == 8 and not weights.table else codes)
+def _constants(graph: Graph, weights: Weights) -> tuple[Layout, dict[str, str]]:
+    """Store the tensors and return their names, and their layout.
+
+    8-bit codes are [k, n], as kernels read them, unless rows are looked up. What each of several matrices has one of
+    is repeated for its rows when the model is loaded.
+    """
+    tensors, layout = dict(weights.tensors), weights.layout
+    if weights.eight and not weights.table:
+        tensors["codes"] = tensors["codes"].T
+    stored = {name: graph.constant(tensor) for name, tensor in tensors.items()}
+    if weights.counts:
+        for name in layout.shared:
+            parts = []
+            for i, count in enumerate(weights.counts):
+                dims = graph.constant([count, *tensors[name].shape[1:]])
+                parts.append(graph.op("Expand", graph.slice(stored[name], (i, i + 1), 0), dims))
+            stored[name] = graph.op("Concat", *parts, axis=0)
+        layout = layout.by_row()
+    return layout, stored
 
 
 def _codes(graph: Graph, weights: Weights, rows: Rows | None) -> tuple[str, str, str]:
     """Return 8-bit codes [k, n], their scales [n] and zero points [n] ("" for zero)."""
-    if FORMATS[weights.format].bits < 8:
+    if not weights.eight:
         value, _ = decoded(graph, weights, rows)
         largest = graph.op("ReduceMax", graph.op("Abs", value), graph.constant([1]), keepdims=1)
         scales = graph.op("Div", graph.op("Max", largest, graph.constant(1e-30)), graph.constant(float(INT7)))
         codes = graph.op("Cast", graph.op("Round", graph.op("Div", value, scales)), to=TensorProto.INT8)
         return graph.op("Transpose", codes, perm=(1, 0)), graph.op("Reshape", scales, graph.constant([-1])), ""
-    codes = _stored(graph, weights)
-    codes = graph.op("Transpose", codes, perm=(1, 0)) if weights.table else codes
-    codes = _some(graph, codes, rows, 1)
-    scales = _some(graph, graph.constant(weights.tensors["scales"]), rows)
+    layout, stored = _constants(graph, weights)
+    codes = graph.op("Transpose", stored["codes"], perm=(1, 0)) if weights.table else stored["codes"]
+    codes, scales = _some(graph, codes, rows, 1), stored["scales"]
+    scales = scales if layout.shared else _some(graph, scales, rows)
+    if "zeros" in stored:
+        return codes, scales, _some(graph, stored["zeros"], rows)
     if not weights.unsigned:
         return graph.distinct(codes, 1), scales, ""
     count = weights.n if rows is None else rows[1] - rows[0]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from autolite.formats import FORMATS
-from autolite.runtime.linear import KERNELS
+from autolite.runtime.linear import KERNELS, blocks_lookup
 
 FEW_ROWS = 8  # up to so many rows reading the weights is what costs, and kernels that read fewer bytes win
 
@@ -53,7 +53,7 @@ class Place:
             case "norm":
                 return ("add", "skip")
             case "lookup":
-                return ("plain", "blocks") if self.format == "int4" else ("plain",)
+                return ("plain", "blocks") if blocks_lookup(FORMATS[self.format]) else ("plain",)
         raise ValueError(f"'{self.kind}' is no place of a graph")
 
 
