@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from autolite import formats
-from autolite.architecture import ModelShape, matmuls
+from autolite.architecture import ModelShape, factor_format, matmuls
 from autolite.errors import TargetError
 from autolite.families import FAMILIES, Head
 from autolite.hardware import without_map
@@ -13,7 +13,7 @@ from autolite.measure import Workload
 
 BYTES = 4  # activations, norms, biases and positions are fp32
 # Names, shapes and attributes of the operators in the file; "decoding" is what makes 8-bit codes of a matrix of 4 bits.
-_GRAPH_BYTES = {"layer": 2500, "around": 2300, "decoding": 1500}
+_GRAPH_BYTES = {"layer": 2500, "around": 2300, "decoding": 1500, "factor": 250}
 
 
 def head_of_shape(shape: ModelShape) -> Head | None:
@@ -75,7 +75,10 @@ def file_size(shape: ModelShape, stored: Mapping[str, int]) -> int:
         total += formats.nbytes(shape.embedding_format, hidden, shape.embedding)
         floats += hidden * (2 if family.class_token else 1)
     if shape.vocab and "embedding" not in stored:
-        total += formats.nbytes(shape.embedding_format, shape.vocab, shape.embedding)
+        total += formats.nbytes(shape.embedding_format, shape.vocab, shape.embedding_rank or shape.embedding)
+    if shape.embedding_rank:
+        form = factor_format(shape.embedding_format)
+        total += formats.nbytes(form, shape.embedding, shape.embedding_rank) + _GRAPH_BYTES["factor"]
     seen: set[tuple[str, str, int]] = set()
     for stack in shape.stacks:
         norms = 2 * norm * stack.hidden + (2 * stack.layers[0].head_dim if family.query_norm else 0)

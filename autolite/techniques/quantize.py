@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import field_validator
 
 from autolite import formats, plan
-from autolite.architecture import ModelShape
+from autolite.architecture import ModelShape, factor_format
 from autolite.errors import PlanError
 from autolite.formats import FORMATS
 from autolite.parts import matrices_of
@@ -18,7 +18,8 @@ from autolite.techniques.calibrate import input_ranges
 
 class QuantizeConfig(plan.Config):
     """A format name for each group: attention projections, feed-forward matrices, the token embedding (with ALBERT's
-    projection), and the head with the pooler before it. A head tied to the embedding follows the embedding."""
+    projection; its second factor, if it has one, is in that format's `factor_format`), and the head with the pooler
+    before it. A head tied to the embedding follows the embedding."""
 
     attention: str = "fp32"
     ffn: str = "fp32"
@@ -77,13 +78,14 @@ class Quantize:
         for group, matrices in matrices_of(student.model).items():
             for key, matrix in matrices.items():
                 encoded.pop(key, None)  # a later step replaces an earlier one
-                if wanted[group] != "fp32":
-                    encoded[key] = formats.encode(matrix.weight, wanted[group])
+                form = factor_format(wanted[group]) if matrix.factor else wanted[group]
+                if form != "fp32":
+                    encoded[key] = formats.encode(matrix.weight, form)
         static = [key for key, found in encoded.items() if FORMATS[found.format].activations == "static"]
         ranges = {key: span for key, span in student.ranges.items() if key in static}
         missing = [key for key in static if key not in ranges]
         if missing:
-            ranges |= input_ranges(student.model, missing, context)
+            ranges |= input_ranges(student.model, missing, context.read_by(student))
         return replace(student, shape=shape, encoded=encoded, ranges=ranges)
 
 
