@@ -81,7 +81,8 @@ class ModelShape:
     A model that the map of architectures does not have has transformers' model type for its `family`, one stack
     without layers, and its matrices one by one in `unmapped`.
 
-    `embedding` is the width of the token embedding (ALBERT's is below `hidden`); `positions` the rows of the position
+    `embedding` is the width of the token embedding (ALBERT's is below `hidden`); if its table is a product of two
+    factors, `embedding_rank` is the width of the stored one, else 0; `positions` the rows of the position
     table, of which not every one need be usable (`autolite.families.usable_positions`); `outputs` the width of the
     head (labels, or the vocabulary for a language model); `tied` says that the head reuses the embedding's matrix;
     `source_layers` gives, for each layer kept, the index of the teacher's layer it came from (one tuple a stack).
@@ -98,6 +99,7 @@ class ModelShape:
     head_format: str = "fp32"
     source_layers: tuple[tuple[int, ...], ...] = ()
     unmapped: Unmapped | None = None
+    embedding_rank: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the shape as plain JSON types."""
@@ -152,7 +154,15 @@ class ModelShape:
         layers = [layer for stack in self.stacks for layer in stack.layers]
         products = self.unmapped.products if self.unmapped is not None else ()
         parts = [form for layer in layers for form in (layer.attention_format, layer.ffn_format)]
-        return frozenset({self.embedding_format, self.head_format, *parts, *(p.format for p in products)})
+        factor = (factor_format(self.embedding_format),) if self.embedding_rank else ()
+        return frozenset({self.embedding_format, self.head_format, *factor, *parts, *(p.format for p in products)})
+
+
+def factor_format(block: str) -> str:
+    """Return the number format of the thin factors beside a matrix of format `block`: that itself if it is a
+    floating-point one, else 8 bits that are decoded when the model is loaded. Few bits would save little of so little,
+    and products so thin take no longer in floating point."""
+    return block if block in ("fp32", "bf16") else "int8-weight"
 
 
 def numbered(layers: Iterable[LayerShape]) -> tuple[LayerShape, ...]:
@@ -198,6 +208,7 @@ def shape_of(model: Any) -> ModelShape:
     last = model.get_submodule(head.dense[-1][0]) if head else None
     words = base.get_submodule(family.word) if family.word else None
     table = words.weight if words is not None else base.get_submodule(family.patch).weight.flatten(1)
+    factor = getattr(words, "projection", None)
     stack = Stack(
         "decoder" if family.causal else "encoder",
         int(config.hidden_size),
@@ -210,11 +221,12 @@ def shape_of(model: Any) -> ModelShape:
         family=family.name,
         stacks=(stack,),
         vocab=int(table.shape[0]) if words is not None else 0,
-        embedding=int(table.shape[1]),
+        embedding=int(table.shape[1] if factor is None else factor.weight.shape[0]),
         positions=_positions(base, config, family.position),
         outputs=int(last.weight.shape[0]) if last is not None else 0,
         tied=last is not None and words is not None and last.weight is words.weight,
         source_layers=(tuple(source),),
+        embedding_rank=0 if factor is None else int(table.shape[1]),
     )
 
 
@@ -269,13 +281,6 @@ class MatMul:
     delta: bool = False
 
 
-def factor_format(block: str) -> str:
-    """Return the number format of the factors of low-rank differences in a block of format `block`: that itself if it
-    is a floating-point one, else 8 bits that are decoded when the model is loaded. Few bits would save little of so
-    little, and products so thin take no longer in floating point."""
-    return block if block in ("fp32", "bf16") else "int8-weight"
-
-
 def matmuls(shape: ModelShape) -> Iterator[MatMul]:
     """Yield every weight matrix product of one forward pass (query, key and value merged into one), in order but for
     low-rank differences, which follow the other products of their layer in pairs."""
@@ -295,7 +300,7 @@ def matmuls(shape: ModelShape) -> Iterator[MatMul]:
             yield MatMul("ffn", index, stack.hidden, layer.ffn * (2 if stack.gated else 1), form, f"{ffn}.in")
             yield MatMul("ffn", index, layer.ffn, stack.hidden, form, f"{ffn}.out")
             yield from _deltas(shape.family, stack, index)
-    hidden = shape.stacks[-1].hidden
+    hidden = (shape.tied and shape.embedding_rank) or shape.stacks[-1].hidden
     if shape.outputs:
         yield MatMul("head", 0, hidden, shape.outputs, shape.head_format, "embedding" if shape.tied else "head")
 

@@ -15,10 +15,11 @@ from autolite.architecture import ModelShape
 from autolite.errors import ModelError
 from autolite.files import write_atomically
 from autolite.plan import Plan, Step
-from autolite.surgery import clone, reshape
+from autolite.surgery import clone, keep_tokens, reshape
 from autolite.tasks.encoding import fingerprint
 from autolite.techniques.base import Context, Student
 from autolite.techniques.importance import weights_digest
+from autolite.vocabulary import Vocabulary
 
 
 def shape_after(plan: Plan, shape: ModelShape) -> ModelShape:
@@ -114,11 +115,13 @@ def _provenance(context: Context) -> str:
     return str(context.memory["provenance"])
 
 
-def _frame(shape: ModelShape, teacher: Student) -> Student:
+def _frame(shape: ModelShape, teacher: Student, vocabulary: Vocabulary | None) -> Student:
     """The teacher cut to `shape` by position: where a student's weights are stored against."""
     model = clone(teacher.model)
+    if vocabulary is not None:
+        keep_tokens(model, vocabulary.kept)
     reshape(model, shape)
-    return Student(model, shape)
+    return Student(model, shape, vocabulary=vocabulary)
 
 
 def write_weights(student: Student, file: Path, teacher: Student) -> None:
@@ -127,13 +130,16 @@ def write_weights(student: Student, file: Path, teacher: Student) -> None:
     Raises:
         StorageError: if the file cannot be written.
     """
-    frame = dict(_frame(student.shape, teacher).model.named_parameters())
+    frame = dict(_frame(student.shape, teacher, student.vocabulary).model.named_parameters())
     changed = {
         name: parameter.detach().contiguous()
         for name, parameter in student.model.named_parameters()
         if not torch.equal(parameter, frame[name])
     }
-    write_atomically(file, save(changed, {"shape": json.dumps(student.shape.to_json())}))
+    notes = {"shape": json.dumps(student.shape.to_json())}
+    if (vocabulary := student.vocabulary) is not None:
+        notes["vocabulary"] = json.dumps([vocabulary.kept, vocabulary.new_ids])
+    write_atomically(file, save(changed, notes))
 
 
 def read_weights(file: Path, plan: Plan, teacher: Student) -> Student | None:
@@ -142,9 +148,12 @@ def read_weights(file: Path, plan: Plan, teacher: Student) -> Student | None:
     try:
         tensors = load(file.read_bytes())
         with safetensors.safe_open(file, "pt") as stream:
-            if ModelShape.from_json(json.loads(stream.metadata()["shape"])) != shape:
-                return None
-        student = _frame(shape, teacher)
+            notes = stream.metadata()
+        if ModelShape.from_json(json.loads(notes["shape"])) != shape:
+            return None
+        lists = json.loads(notes.get("vocabulary", "null"))
+        vocabulary = None if lists is None else Vocabulary(*map(tuple, lists))
+        student = _frame(shape, teacher, vocabulary)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameter = student.model.get_parameter(name)

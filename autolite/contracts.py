@@ -55,7 +55,8 @@ def tiny_context(family: str, task: Task, seed: int = 0, **config: Any) -> Conte
     causal = task.auto_class == "AutoModelForCausalLM"
     model = tiny_model(family, "language-modeling" if causal else "text-classification", seed=seed, **config)
     labels = np.zeros(0, np.int64) if causal else rng.integers(0, 3, 24)
-    return Context(Student(model, shape_of(model)), task, Split("train", ids, None, labels), PAD)
+    teacher, train = Student(model, shape_of(model)), Split("train", ids, None, labels)
+    return Context(teacher, task, train, PAD, tokenizer=tiny_tokenizer())
 
 
 def check_technique(technique: Technique, context: Context, settings: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from autolite.runtime.requirements import CODES, SIGNED, metadata_of, required
 from autolite.surgery import clone
 from autolite.tasks.base import Task
 from autolite.techniques.base import Student
+from autolite.vocabulary import trimmed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,7 +65,9 @@ def write_candidate(folder: Path, student: Student, candidate: Candidate, made: 
     Leaves config.json, model.safetensors and the tokenizer (transformers), autolite.json (plan, shape, provenance,
     versions, SHA-256 of every file) and README.md (the model card).
     """
-    save_student(decoded(student), student.shape, folder, made.tokenizer)
+    vocabulary = student.vocabulary
+    tokenizer = made.tokenizer if vocabulary is None else trimmed(made.tokenizer, vocabulary)
+    save_student(decoded(student), student.shape, folder, tokenizer)
     (folder / "README.md").write_text(_card(folder, candidate, made, inputs_of(student)), encoding="utf-8")
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     manifest: dict[str, Any] = {

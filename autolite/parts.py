@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from autolite.delta import Delta
+from autolite.factored import FactoredEmbedding
 from autolite.families import Family, family_of, head_for, is_mapped
 from autolite.unmapped import is_conv1d, look
 
@@ -22,7 +23,8 @@ class Matrix:
     The stored parameter is `weight` transposed where `transposed`. `rows` is the half-open range of output rows
     that `weight` covers when one parameter holds several matrices (GPT-2's query, key and value), else None. `delta`
     are the factors (down [rank, in], up [out, rank]) of what the layer adds to a matrix that it shares, if it does:
-    it multiplies with `weight` + up down. `factor` says that the matrix is one of those two.
+    it multiplies with `weight` + up down. `factor` says that the matrix is one of those two, or the thin factor of an
+    embedding table.
     """
 
     key: str
@@ -89,8 +91,9 @@ class EmbeddingParts:
     """What turns inputs into the first hidden state. Tables are [rows, width].
 
     Positions of real tokens start at `position_offset`; with `positions_after_padding` padding does not count and
-    takes position `position_offset - 1`. For images `patch` is the convolution as [hidden, channels * height * width]
-    and `class_token` is [hidden].
+    takes position `position_offset - 1`. `factor` is the [width, rank] that follows a `word` table [tokens, rank],
+    before anything is added. For images `patch` is the convolution as [hidden, channels * height * width] and
+    `class_token` is [hidden].
     """
 
     word: Matrix | None
@@ -102,17 +105,20 @@ class EmbeddingParts:
     positions_after_padding: bool
     patch: Matrix | None
     class_token: Tensor | None
+    factor: Matrix | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class HeadParts:
     """What turns the last hidden state into logits: `final_norm`, the position that `pooling` picks, then each
-    matrix with the name of the activation after it ("" for none). `tied`: the last one is the word embedding."""
+    matrix with the name of the activation after it ("" for none). `tied`: the last one is the word embedding; if that
+    has two factors the state is multiplied with the transposed `factor` [width, rank] before."""
 
     final_norm: Norm | None
     pooling: Literal["none", "first", "last"]
     dense: tuple[tuple[Matrix, str], ...]
     tied: bool
+    factor: Matrix | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +145,14 @@ class _View:
 
     def optional(self, root: nn.Module, path: str) -> Matrix | None:
         return self.matrix(root, path) if path else None
+
+    def factor(self) -> Matrix | None:
+        """The second factor of the word embedding, if it has one."""
+        words = part(self.model.base_model, self.family.word) if self.family.word else None
+        if not isinstance(words, FactoredEmbedding):
+            return None
+        weight = words.projection.weight
+        return Matrix(self.names[id(weight)], weight, factor=True)
 
     def norm(self, root: nn.Module, path: str) -> Norm | None:
         if not path:
@@ -243,6 +257,7 @@ def embeddings_of(model: PreTrainedModel) -> EmbeddingParts:
         positions_after_padding=family.positions_after_padding,
         patch=view.optional(base, family.patch),
         class_token=token,
+        factor=view.factor(),
     )
 
 
@@ -257,13 +272,14 @@ def head_of(model: PreTrainedModel) -> HeadParts:
     dense = tuple((view.matrix(model, path), act) for path, act in head.dense) if head else ()
     table = view.optional(model.base_model, view.family.word)
     tied = bool(dense) and table is not None and dense[-1][0].key == table.key
-    return HeadParts(view.norm(model.base_model, view.family.final_norm), head.pooling if head else "none", dense, tied)
+    norm, pooling = view.norm(model.base_model, view.family.final_norm), head.pooling if head else "none"
+    return HeadParts(norm, pooling, dense, tied, view.factor() if tied else None)
 
 
 def matrices_of(model: PreTrainedModel) -> dict[str, dict[str, Matrix]]:
     """Return every stored matrix by its key, each once, a fused projection whole, factors of low-rank differences with
     the matrices they are of, in the groups that number formats are chosen for: "attention", "ffn", "embedding" (with
-    ALBERT's projection) and "head" (with its pooler).
+    its second factor and ALBERT's projection) and "head" (with its pooler).
 
     Of a model that the map does not have these are the matrices that a pass over a few tokens uses, grouped by the
     names of their modules.
@@ -274,7 +290,7 @@ def matrices_of(model: PreTrainedModel) -> dict[str, dict[str, Matrix]]:
     if not is_mapped(model):
         return _matrices_without_map(model)
     layers, embeddings, head = layers_of(model), embeddings_of(model), head_of(model)
-    tables = [t for t in (embeddings.word, embeddings.projection) if t is not None]
+    tables = [t for t in (embeddings.word, embeddings.factor, embeddings.projection) if t is not None]
     return {
         "attention": {m.key: m for layer in layers for m in _with_factors(layer.attention_matrices)},
         "ffn": {m.key: m for layer in layers for m in _with_factors(layer.ffn_matrices)},

@@ -17,6 +17,7 @@ from autolite.errors import InputError, unknown
 BUILTIN: dict[str, dict[str, str]] = {
     "technique": {
         "share": "autolite.techniques.share:Share",
+        "embedding": "autolite.techniques.embedding:Embedding",
         "prune": "autolite.techniques.prune:Prune",
         "distill": "autolite.techniques.distill:Distill",
         "quantize": "autolite.techniques.quantize:Quantize",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from autolite.architecture import SOURCE_LAYERS, LayerShape, ModelShape, shape_of
 from autolite.delta import Delta, base_of
 from autolite.errors import ModelError
+from autolite.factored import FactoredEmbedding, TiedHead
 from autolite.families import Family, family_for, family_of, head_for
 from autolite.parts import attention_paths, ffn_paths, layer_modules, layer_of, part
 from autolite.unmapped import is_conv1d
@@ -188,6 +189,58 @@ def add_deltas(model: PreTrainedModel, layers: Sequence[LayerShape]) -> None:
                 module.set_submodule(path, Delta(part(module, path), rank))
 
 
+def factor_embedding(model: PreTrainedModel, table: Tensor, projection: Tensor) -> None:
+    """Put the product of `table` [tokens, rank] and `projection` [rank, width] in the place of the word embedding, and
+    of the head that is tied to it."""
+    family, base, loose = family_of(model.config), model.base_model, cast("Any", model)
+    words, head = part(base, family.word), head_for(family, type(model).__name__)
+    new = FactoredEmbedding(table, projection.T.contiguous(), words.padding_idx)
+    if head is not None and part(model, head.dense[-1][0]).weight is words.weight:
+        model.set_submodule(head.dense[-1][0], TiedHead(new))
+        loose._tied_weights_keys, loose.all_tied_weights_keys = None, {}  # else transformers ties a parameter to it
+    base.set_submodule(family.word, new)
+
+
+def keep_tokens(model: PreTrainedModel, tokens: Sequence[int]) -> None:
+    """Keep only these rows of the word embedding, in this order; the configurations' ids of special tokens follow.
+
+    Raises:
+        ValueError: if a special token would go, padding is counted from and would move, or the head is tied to the
+            table.
+    """
+    family, base, config = family_of(model.config), model.base_model, model.config
+    words, head = part(base, family.word), head_for(family, type(model).__name__)
+    if head is not None and part(model, head.dense[-1][0]).weight is words.weight:
+        raise ValueError("the tokens of a head that is tied to its embedding are what the model predicts")
+    table, new = getattr(words, "table", words), {old: i for i, old in enumerate(tokens)}
+    pad = config.pad_token_id
+    if family.positions_after_padding and new.get(pad) != pad:
+        raise ValueError(f"positions are counted from the id of padding, {pad}, which must stay what it is")
+    weight = table.weight
+    index = torch.tensor(list(tokens), device=weight.device)
+    table.weight = nn.Parameter(weight.detach().index_select(0, index), requires_grad=weight.requires_grad)
+    table.num_embeddings, table.padding_idx = len(tokens), new.get(table.padding_idx)
+    for settings in (config, getattr(model, "generation_config", None)):
+        for name, value in settings.to_dict().items() if settings is not None else ():
+            if name.endswith("_token_id") and value is not None:
+                setattr(settings, name, _renumbered(value, new, len(weight), name))
+    config.vocab_size = len(tokens)
+    loose: tuple[Any, ...] = (model, base)
+    for module in loose:
+        if hasattr(module, "vocab_size"):
+            module.vocab_size = len(tokens)
+
+
+def _renumbered(value: int | list[int], new: dict[int, int], rows: int, name: str) -> Any:
+    if isinstance(value, list):
+        return [_renumbered(i, new, rows, name) for i in value]
+    if not 0 <= value < rows:
+        return None  # an id that the table never had
+    if value not in new:
+        raise ValueError(f"{name} {value} is not among the tokens to keep")
+    return new[value]
+
+
 def _shared_names(layers: nn.Module) -> set[str]:
     """Return the names under which parameters of `layers` occur again."""
     first = {id(parameter): name for name, parameter in layers.named_parameters()}
@@ -250,10 +303,22 @@ def reshape(model: PreTrainedModel, shape: ModelShape) -> None:
                 keep_neurons(model, index, range(layer.ffn))
         share_layers(model, [x.attention for x in stack.layers], [x.feed_forward for x in stack.layers])
         add_deltas(model, stack.layers)
+        _reshape_table(model, shape)
         if (found := shape_of(model).stacks) != shape.without_formats().stacks:
             raise ValueError(f"the nearest to {shape.stacks} is {found}")
     except ValueError as error:
         raise ModelError(f"the manifest does not fit the configuration: {error}") from None
+
+
+def _reshape_table(model: PreTrainedModel, shape: ModelShape) -> None:
+    found = shape_of(model)
+    if shape.embedding_rank and not found.embedding_rank:
+        weight = part(model.base_model, family_of(model.config).word).weight
+        sizes = (found.vocab, shape.embedding_rank), (shape.embedding_rank, found.embedding)
+        factor_embedding(model, *(weight.detach().new_zeros(size) for size in sizes))
+    ours, theirs = ((s.vocab, s.embedding, s.embedding_rank) for s in (shape_of(model), shape))
+    if ours != theirs:
+        raise ValueError(f"the nearest to a table of (tokens, width, rank) {theirs} is {ours}")
 
 
 def clone(model: PreTrainedModel) -> PreTrainedModel:

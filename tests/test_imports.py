@@ -19,6 +19,8 @@ LAYERS = [
     "registry",
     "plan",
     "families",
+    "vocabulary",
+    "factored",
     "unmapped",
     "architecture",
     "delta",

@@ -13,8 +13,9 @@ from autolite.measure import Workload
 
 BYTES = 4  # activations, norms, biases and positions are fp32
 # Names, shapes and attributes of the operators in the file; "decoding" is what makes 8-bit codes of a matrix of 4 bits.
-# A "thin" product is one of a low-rank difference, and "codes" what decodes its 8-bit factor.
-_GRAPH_BYTES = {"layer": 2500, "around": 2300, "decoding": 1500, "thin": 110, "codes": 140}
+# A "thin" product is one of a low-rank difference, "codes" what decodes its 8-bit factor, and "factor" the second factor
+# of an embedding table.
+_GRAPH_BYTES = {"layer": 2500, "around": 2300, "decoding": 1500, "thin": 110, "codes": 140, "factor": 250}
 
 
 def head_of_shape(shape: ModelShape) -> Head | None:
@@ -76,7 +77,10 @@ def file_size(shape: ModelShape, stored: Mapping[str, int]) -> int:
         total += formats.nbytes(shape.embedding_format, hidden, shape.embedding)
         floats += hidden * (2 if family.class_token else 1)
     if shape.vocab and "embedding" not in stored:
-        total += formats.nbytes(shape.embedding_format, shape.vocab, shape.embedding)
+        total += formats.nbytes(shape.embedding_format, shape.vocab, shape.embedding_rank or shape.embedding)
+    if shape.embedding_rank:
+        form = factor_format(shape.embedding_format)
+        total += formats.nbytes(form, shape.embedding, shape.embedding_rank) + _GRAPH_BYTES["factor"]
     seen: set[tuple[str, str, int]] = set()
     for stack in shape.stacks:
         norms = 2 * norm * stack.hidden + (2 * stack.layers[0].head_dim if family.query_norm else 0)

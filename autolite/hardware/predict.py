@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from autolite import formats
-from autolite.architecture import LayerShape, MatMul, ModelShape, Stack, matmuls
+from autolite.architecture import LayerShape, MatMul, ModelShape, Stack, factor_format, matmuls
 from autolite.families import FAMILIES
 from autolite.hardware import without_map
 from autolite.hardware.footprint import BYTES, activations, file_size, head_of_shape, matrices, square_layers
@@ -164,6 +164,9 @@ def _pass(shape: ModelShape, time: Time, batch: int, tokens: int, context: int) 
     rows = batch * tokens
     tables = 1 + bool(family.position) + bool(family.token_type)
     time.copy((5 * tables - 3) * BYTES * rows * shape.embedding)  # rows looked up, and summed
+    if shape.embedding_rank:
+        _dense(time, factor_format(shape.embedding_format), rows, shape.embedding_rank, shape.embedding)
+        time.operators(1)
     if family.embedding_norm:
         time.elements("normalization", rows * shape.embedding)
     if family.embedding_projection or family.patch:
@@ -192,6 +195,9 @@ def _pass(shape: ModelShape, time: Time, batch: int, tokens: int, context: int) 
         time.elements("normalization", read * hidden)
     for _ in range(square_layers(head)):
         _dense(time, shape.head_format, read, hidden, hidden)
+    if shape.embedding_rank and shape.tied:
+        _dense(time, factor_format(shape.embedding_format), read, hidden, shape.embedding_rank)
+        time.operators(1)
     for product in products:
         time.product(time.kernels[product.format], read, product.k, product.n, weights[product.weights])
     time.operators(_OPERATORS["around"])

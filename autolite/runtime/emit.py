@@ -43,7 +43,7 @@ from autolite.runtime.blocks import (
     project,
 )
 from autolite.runtime.graph import CONTRIB, Graph, Input
-from autolite.runtime.linear import Weights, encoded_of, lookup, product, products, weights_of
+from autolite.runtime.linear import Weights, decoded, encoded_of, lookup, product, products, weights_of
 from autolite.runtime.variants import Choices, Place, usual
 from autolite.techniques.base import Student
 
@@ -140,6 +140,8 @@ class _Emitter:
         for name in ("input_ids", "attention_mask"):
             self.inputs[name] = (np.dtype(np.int64), ["batch", "tokens"])
         x = self.lookup(self.flat("input_ids"), parts.word)
+        if parts.factor is not None:
+            x = self.thin(x, parts.factor)
         if parts.token_type is not None:
             types = parts.token_type
             if types.weight.shape[0] > 1:
@@ -280,6 +282,8 @@ class _Emitter:
             x = normalize(self.graph, x, head.final_norm)
         for matrix, activation in head.dense:
             table = head.tied and matrix is head.dense[-1][0]
+            if table and head.factor is not None:
+                x = self.thin(x, head.factor, transposed=True)
             x = self.product(x, (matrix,), self.rows if head.pooling == "none" else self.batch, table)
             x = activate(self.graph, x, activation) if activation else x
         outputs = self.student.shape.outputs
@@ -298,6 +302,11 @@ class _Emitter:
     def product(self, x: str, matrices: Sequence[Matrix], rows: int, table: bool = False) -> str:
         weights = self.weights(matrices, table)
         return product(self.graph, x, weights, self.kernel(weights, rows))
+
+    def thin(self, x: str, factor: Matrix, transposed: bool = False) -> str:
+        """Multiply `x` with a factor [n, k] in float32, or with its transpose, which is the same stored matrix."""
+        value, by_rows = decoded(self.graph, self.weights((factor,)))
+        return self.graph.op("Gemm", x, value, transB=int(by_rows != transposed))
 
     def lookup(self, ids: str, table: Matrix) -> str:
         form = encoded_of(self.student.encoded, table).format

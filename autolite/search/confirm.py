@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
+from transformers import AutoTokenizer
+
 from autolite import export
 from autolite.front import Candidate, Quality
 from autolite.hardware.predict import predict_faster
@@ -76,7 +78,11 @@ def score_on_test(problem: Problem, candidate: Candidate, store: Store) -> Quali
     if known is None:
         file = problem.settings.out / candidate.path / candidate.artifacts[0]["files"][0]
         runner = problem.runtime.load(file, threads=scoring_threads())
-        scored = score(runner, problem.task, problem.data.test, problem.context.pad_id)
+        examples, pad_id = problem.data.test, problem.context.pad_id
+        if problem.shape(candidate.plan).vocab != problem.teacher.shape.vocab:
+            tokenizer = AutoTokenizer.from_pretrained(problem.settings.out / candidate.path, local_files_only=True)
+            examples, pad_id = problem.data_of(tokenizer).test, tokenizer.pad_token_id or 0
+        scored = score(runner, problem.task, examples, pad_id)
         found = quality(scored, problem.task, "test", problem.settings.seed)
         known = asdict(found)
         store.put(key, known)
@@ -86,7 +92,8 @@ def score_on_test(problem: Problem, candidate: Candidate, store: Store) -> Quali
 def _measure(problem: Problem, found: Evaluation, runtime: str) -> dict[str, Measurement]:
     """Time a candidate against the baseline, in one interleaved run, on inputs of the workload's size."""
     workload = problem.workload
-    sets = random_texts(problem.teacher.shape.vocab, workload, problem.settings.seed)
+    vocab = min(problem.teacher.shape.vocab, found.student.shape.vocab)  # one input for both
+    sets = random_texts(vocab, workload, problem.settings.seed)
     runners = {
         "baseline": problem.runtime.load(problem.baseline[0], threads=workload.threads),
         "candidate": problem.runtime.load(found.files[0], threads=workload.threads),

@@ -15,6 +15,7 @@ from autolite.plan import Plan
 from autolite.search.problem import Problem
 from autolite.search.scoring import Score, score, scoring_threads
 from autolite.techniques.base import Student
+from autolite.vocabulary import trimmed
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     files = problem.emit(student, folder)
     runner = problem.runtime.load(files[0], threads=scoring_threads())
-    scored = score(runner, problem.task, problem.split(split), problem.context.pad_id)
+    if student.vocabulary is None:
+        examples, pad_id = problem.split(split), problem.context.pad_id
+    else:  # in the tokens that the exported tokenizer makes
+        tokenizer = trimmed(problem.tokenizer, student.vocabulary)
+        examples, pad_id = problem.split(split, problem.data_of(tokenizer)), tokenizer.pad_token_id or 0
+    scored = score(runner, problem.task, examples, pad_id)
     predicted = price(problem, student.shape)
     size = float(sum(f.stat().st_size for f in files))
     predicted["size_bytes"] = replace(predicted["size_bytes"], value=size, low=size, high=size, source="measured")

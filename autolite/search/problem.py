@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import platform
 import shutil
 from collections.abc import Callable
@@ -49,7 +50,6 @@ class Problem:
     space: Space
     task: Task
     data: TaskData
-    screen_split: Split
     teacher: Student
     tokenizer: PreTrainedTokenizerBase
     runtime: Runtime
@@ -59,9 +59,25 @@ class Problem:
     baseline: list[Path]
     teacher_scores: dict[str, Score]
 
-    def split(self, name: str) -> Split:
-        """Return the split called "screen", "search", "selection" or "test"."""
-        return self.screen_split if name == "screen" else getattr(self.data, name)
+    def split(self, name: str, data: TaskData | None = None) -> Split:
+        """Return the split of `data` (the teacher's) called "screen", "search", "selection" or "test"."""
+        data = data or self.data
+        if name != "screen":
+            found: Split = getattr(data, name)
+            return found
+        count = min(SCREEN_EXAMPLES, len(data.search))
+        chosen = np.sort(np.random.default_rng(self.settings.seed).permutation(len(data.search))[:count])
+        return replace(data.search.take(chosen), name="screen")
+
+    def data_of(self, tokenizer: PreTrainedTokenizerBase) -> TaskData:
+        """Return the rows to score on in the tokens of a student whose vocabulary was cut; its `train` is empty."""
+        digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+        key = f"data-{digest}"
+        if key not in self.context.memory:
+            data = self.task.load(self.settings.data, tokenizer, self.teacher.model.config)
+            self.context.memory[key] = replace(data, train=data.train.take([]))
+        found: TaskData = self.context.memory[key]
+        return found
 
     def emit(self, student: Student, folder: Path) -> list[Path]:
         """Write a student's artifact, the fastest form for the workload: by measurements where the target is here."""
@@ -203,15 +219,10 @@ def load_problem(settings: Settings, space: Space, store: Store, note: Callable[
     cache = settings.out / "cache"
     cache.mkdir(exist_ok=True)
     pad_id = tokenizer.pad_token_id or 0
-    context = Context(teacher, task, data.train, pad_id, settings.seed, settings.device, {}, cache)
+    context = Context(teacher, task, data.train, pad_id, settings.seed, settings.device, {}, cache, tokenizer=tokenizer)
     note("emitting the baseline")
     baseline = runtime.emit(teacher, folder, workload, tuned=profile.name == "local")
-    count = min(SCREEN_EXAMPLES, len(data.search))
-    chosen = np.sort(np.random.default_rng(settings.seed).permutation(len(data.search))[:count])
-    screen = replace(data.search.take(chosen), name="screen")
-    return Problem(
-        settings, space, task, data, screen, teacher, tokenizer, runtime, profile, workload, context, baseline, {}
-    )
+    return Problem(settings, space, task, data, teacher, tokenizer, runtime, profile, workload, context, baseline, {})
 
 
 def _applicable(space: Space, shape: ModelShape, note: Callable[[str], None]) -> Space:

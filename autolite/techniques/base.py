@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -13,9 +13,10 @@ from autolite.errors import PlanError
 from autolite.tasks.base import Split, Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from autolite.formats import Encoded
+    from autolite.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -24,20 +25,23 @@ class Student:
 
     `encoded` holds the matrices that a number format has replaced, by parameter name (the key in
     `model.state_dict()`); the module keeps the float32 master. `ranges` are the calibrated ranges (low, high) of the
-    inputs of those that quantize them statically, by the same names. The teacher is a Student too.
+    inputs of those that quantize them statically, by the same names. `vocabulary` says which of the teacher's tokens
+    the model has, None for all. The teacher is a Student too.
     """
 
     model: PreTrainedModel
     shape: ModelShape
     encoded: Mapping[str, Encoded] = field(default_factory=dict)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    vocabulary: Vocabulary | None = None
 
 
 @dataclass(frozen=True)
 class Context:
     """What a technique may use besides the student. `memory` keeps what is computed once and reused by every
     trial of this process (the teacher's outputs, importances), by a name of the technique's own; `cache` is a folder
-    that keeps such things across processes (it belongs to one teacher and one data set)."""
+    that keeps such things across processes (it belongs to one teacher and one data set). `tokenizer` is the one that
+    made the ids of `train`, if there is one."""
 
     teacher: Student
     task: Task
@@ -48,6 +52,16 @@ class Context:
     memory: dict[str, Any] = field(default_factory=dict)
     cache: Path | None = None
     progress: Callable[[int, int], None] = lambda done, total: None
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def read_by(self, student: Student) -> Context:
+        """Return the context with the training split in the student's own ids: for what runs only the student on it.
+        The teacher cannot read that one."""
+        vocabulary = student.vocabulary
+        if vocabulary is None:
+            return self
+        train = replace(self.train, input_ids=[vocabulary.translate(ids) for ids in self.train.input_ids])
+        return replace(self, train=train, pad_id=vocabulary.new_ids[self.pad_id])
 
 
 class Technique(Protocol):

@@ -18,7 +18,7 @@ from autolite.architecture import ModelShape
 from autolite.errors import DataError, PlanError
 from autolite.surgery import clone
 from autolite.techniques.base import Context, Student, require_float32
-from autolite.techniques.teacher import autocast, forward, teacher_outputs, to_tensors
+from autolite.techniques.teacher import autocast, forward, own_inputs, teacher_outputs, to_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,11 +150,13 @@ class Distill:
             raise DataError("distill: the training split is empty")
         model: Any = clone(student.model)
         model.to(context.device)
-        _train(model, layer_map(student.shape, context.teacher.shape), config, context)
+        _train(model, layer_map(student.shape, context.teacher.shape), config, context, student)
         return replace(student, model=model.cpu())
 
 
-def _train(model: PreTrainedModel, layers: tuple[int, ...], config: DistillConfig, context: Context) -> None:
+def _train(
+    model: PreTrainedModel, layers: tuple[int, ...], config: DistillConfig, context: Context, student: Student
+) -> None:
     """Train `model` in place; its parameters' `requires_grad` is as before afterwards."""
     teacher = teacher_outputs(context, config.batch_size)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -170,7 +172,7 @@ def _train(model: PreTrainedModel, layers: tuple[int, ...], config: DistillConfi
         inputs, labels = to_tensors(batch, context.device)
         logits, states = teacher.of(index, hidden=config.hidden > 0)
         with autocast(context.device):
-            own_logits, own_states = forward(model, inputs, hidden=config.hidden > 0)
+            own_logits, own_states = forward(model, own_inputs(inputs, student), hidden=config.hidden > 0)
         loss = torch.zeros((), device=context.device)
         if config.alpha > 0:
             loss = loss + config.alpha * context.task.loss(own_logits.float(), labels)

@@ -101,6 +101,7 @@ class Prune:
         shape = self.shape(student.shape, config)
         if shape == student.shape:
             return student
+        context = context.read_by(student)
         model = clone(student.model)
         (before,), (after,) = student.shape.stacks, shape.stacks
         kept = kept_layers(len(before.layers), config.depth)

@@ -18,7 +18,8 @@ from autolite.techniques.calibrate import input_ranges
 
 class QuantizeConfig(plan.Config):
     """A format name for each group: attention projections, feed-forward matrices, the token embedding (with ALBERT's
-    projection), and the head with the pooler before it. A head tied to the embedding follows the embedding."""
+    projection; its second factor, if it has one, is in that format's `factor_format`), and the head with the pooler
+    before it. A head tied to the embedding follows the embedding."""
 
     attention: str = "fp32"
     ffn: str = "fp32"
@@ -84,7 +85,7 @@ class Quantize:
         ranges = {key: span for key, span in student.ranges.items() if key in static}
         missing = [key for key in static if key not in ranges]
         if missing:
-            ranges |= input_ranges(student.model, missing, context)
+            ranges |= input_ranges(student.model, missing, context.read_by(student))
         return replace(student, shape=shape, encoded=encoded, ranges=ranges)
 
 

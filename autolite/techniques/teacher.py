@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from autolite.files import write_atomically
 from autolite.tasks.base import Batch
 from autolite.tasks.encoding import fingerprint
-from autolite.techniques.base import Context
+from autolite.techniques.base import Context, Student
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +49,14 @@ def to_tensors(batch: Batch, device: str) -> tuple[dict[str, torch.Tensor], torc
     """Return the inputs by name and the labels of a batch as tensors on `device`."""
     inputs = {name: torch.from_numpy(array).to(device) for name, array in batch.inputs.items()}
     return inputs, torch.from_numpy(np.ascontiguousarray(batch.labels)).to(device)
+
+
+def own_inputs(inputs: dict[str, torch.Tensor], student: Student) -> dict[str, torch.Tensor]:
+    """Return a batch's inputs, made for the teacher, as the student reads them: in its own vocabulary's ids."""
+    if student.vocabulary is None:
+        return inputs
+    ids = inputs["input_ids"]
+    return inputs | {"input_ids": torch.from_numpy(student.vocabulary.table).to(ids.device)[ids]}
 
 
 def forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor], hidden: bool) -> tuple[torch.Tensor, States]:
