@@ -27,9 +27,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 Ranges = dict[str, tuple[float, float]]
 
 
-def input_ranges(
-    model: PreTrainedModel, keys: Collection[str], context: Context, method: Method = "mse"
-) -> Ranges:
+def input_ranges(model: PreTrainedModel, keys: Collection[str], context: Context, method: Method = "mse") -> Ranges:
     """Return the range (low, high) of the inputs of each product whose weight's parameter is in `keys`.
 
     It is what `method` (one of the functions below) makes of the inputs that training examples give. A weight that

@@ -86,9 +86,7 @@ def _readers(layer: LayerParts) -> Tensor:
     return rows.repeat_interleave(layer.heads // layer.kv_heads, dim=0).flatten()
 
 
-def scaled(
-    model: PreTrainedModel, wanted: Mapping[str, str], scaling: Scaling, context: Context
-) -> PreTrainedModel:
+def scaled(model: PreTrainedModel, wanted: Mapping[str, str], scaling: Scaling, context: Context) -> PreTrainedModel:
     """Return a copy of the model with other weights and the same function, whose matrices lose less in the formats
     that `wanted` gives by their keys.
 
@@ -99,7 +97,9 @@ def scaled(
     twin = clone(model)
     twin.to(context.device).train(False)  # type: ignore[arg-type]
     places = {fold.consumers[0].key: fold for fold in folds(twin)}
-    keys = [key for key, fold in places.items() if any(_helps(wanted.get(m.key, "fp32"), scaling) for m in fold.consumers)]
+    keys = [
+        key for key, fold in places.items() if any(_helps(wanted.get(m.key, "fp32"), scaling) for m in fold.consumers)
+    ]
     inputs = Inputs(twin, keys, examples(context), context.device)
     for stage in inputs.stages:
         fold = places[stage.keys[0]]
