@@ -97,7 +97,7 @@ def test_a_tied_head_follows_the_embedding_or_the_plan_is_refused(family: str, s
     ("config", "message"),
     [
         ({"ffn": "int5"}, r"quantize\.ffn.*one of fp32, bf16, int8.*kmeans4.*'int5'"),
-        ({"embedding": "kmeans4"}, r"quantize\.embedding.*one of fp32, bf16, int8, int7, int4.*'kmeans4'"),
+        ({"embedding": "int8-static"}, r"quantize\.embedding.*one of fp32, bf16, int8, int8-tensor.*'int8-static'"),
         ({"attn": "int8"}, "unknown setting 'attn'"),
     ],
 )
