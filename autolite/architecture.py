@@ -133,16 +133,41 @@ class ModelShape:
         kept = tuple(tuple(s[i] for i in indices) if n == stack else s for n, s in enumerate(source))
         return self.with_layers(stack, numbered(layers[i] for i in indices), source_layers=kept)
 
-    def with_formats(self, attention: str, ffn: str, embedding: str, head: str) -> ModelShape:
-        """Return a copy with these number formats in all its layers and around them."""
-        stacks = tuple(
-            replace(s, layers=tuple(replace(x, attention_format=attention, ffn_format=ffn) for x in s.layers))
-            for s in self.stacks
-        )
+    def with_formats(
+        self, attention: str | Sequence[str], ffn: str | Sequence[str], embedding: str, head: str
+    ) -> ModelShape:
+        """Return a copy with these number formats in its layers and around them; `attention` and `ffn` are one format
+        for all layers, or a sequence of one for each (of the first stack, then of the next).
+
+        Raises:
+            ValueError: if there are not as many formats as layers, layers with the same weights differ in their format,
+                or there are several for a model without a map.
+        """
         other, formats = self.unmapped, {"attention": attention, "ffn": ffn, "embedding": embedding, "head": head}
         if other is not None:
-            other = replace(other, products=tuple(replace(p, format=formats[p.part]) for p in other.products))
-        return replace(self, stacks=stacks, embedding_format=embedding, head_format=head, unmapped=other)
+            for part, given in formats.items():
+                if not isinstance(given, str):
+                    raise ValueError(f"{part}: one format is needed: which layer a matrix is in is not known")
+            products = tuple(replace(p, format=str(formats[p.part])) for p in other.products)
+            return replace(
+                self, embedding_format=embedding, head_format=head, unmapped=replace(other, products=products)
+            )
+        count = sum(len(stack.layers) for stack in self.stacks)
+        by_layer = [
+            iter([given] * count if isinstance(given, str) else _as_many(part, given, count))
+            for part, given in (("attention", attention), ("ffn", ffn))
+        ]
+        stacks = []
+        for stack in self.stacks:
+            layers = [
+                replace(x, attention_format=next(by_layer[0]), ffn_format=next(by_layer[1])) for x in stack.layers
+            ]
+            for index, layer in enumerate(layers):
+                first = layers[layer.attention], layers[layer.feed_forward]
+                _agree("attention", layer.attention, index, first[0].attention_format, layer.attention_format)
+                _agree("ffn", layer.feed_forward, index, first[1].ffn_format, layer.ffn_format)
+            stacks.append(replace(stack, layers=tuple(layers)))
+        return replace(self, stacks=tuple(stacks), embedding_format=embedding, head_format=head)
 
     def without_formats(self) -> ModelShape:
         """Return a copy in which every part is in "fp32": what the weights of a model show."""
@@ -163,6 +188,20 @@ def factor_format(block: str) -> str:
     floating-point one, else 8 bits that are decoded when the model is loaded. Few bits would save little of so little,
     and products so thin take no longer in floating point."""
     return block if block in ("fp32", "bf16") else "int8-weight"
+
+
+def _as_many(part: str, formats: Sequence[str], layers: int) -> list[str]:
+    if len(formats) != layers:
+        raise ValueError(f"{part}: {len(formats)} formats for {layers} layers; give one, or one for each layer")
+    return list(formats)
+
+
+def _agree(part: str, first: int, index: int, theirs: str, ours: str) -> None:
+    if ours != theirs:
+        raise ValueError(
+            f"{part}: layers {first} and {index} have the same weights, which cannot be both {theirs} and {ours}; give "
+            "them the same format"
+        )
 
 
 def numbered(layers: Iterable[LayerShape]) -> tuple[LayerShape, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -14,12 +15,15 @@ from autolite import registry
 from autolite.architecture import ModelShape
 from autolite.errors import ModelError
 from autolite.files import write_atomically
+from autolite.formats import Encoded
 from autolite.plan import Plan, Step
 from autolite.surgery import clone, keep_tokens, reshape
 from autolite.tasks.encoding import fingerprint
 from autolite.techniques.base import Context, Student
 from autolite.techniques.importance import weights_digest
 from autolite.vocabulary import Vocabulary
+
+ENCODED = "encoded/"  # before the names of what is stored of encoded matrices: encoded/scales/<the parameter's name>
 
 
 def shape_after(plan: Plan, shape: ModelShape) -> ModelShape:
@@ -73,15 +77,27 @@ def canonical(plan: Plan, shape: ModelShape) -> Plan:
 
 
 def student_plan(plan: Plan) -> Plan:
-    """Return the plan without the steps that only change number formats: what has to be trained."""
-    return plan.only(lambda name: not registry.get("technique", name).numeric)
+    """Return the plan without the last steps that only change number formats: what has to be trained.
+
+    Formats that a later step trains for stay: students that were trained for other formats are other students.
+    """
+    ends = _ends_of_training(plan)
+    return replace(plan, steps=plan.steps[: ends[-1] if ends else 0])
+
+
+def _ends_of_training(plan: Plan) -> list[int]:
+    """Return after which numbers of steps, ascending, number formats follow that are not trained for there: after the
+    last of each run of steps that are not numeric."""
+    numeric = [registry.get("technique", step.technique).numeric for step in plan.steps] + [True]
+    return [i + 1 for i in range(len(plan.steps)) if not numeric[i] and numeric[i + 1]]
 
 
 def compress(plan: Plan, context: Context, students: Path | None = None) -> Student:
     """Return the student that `plan` makes of `context.teacher`; the plan's seed replaces the context's.
 
     With a folder `students`, one trained before is read from there, and one trained now is written there: the key is
-    the teacher, the training data and the plan without its number formats.
+    the teacher, the training data and the plan up to there. That is without its number formats, so that one student
+    serves them all; what is trained for its formats after that is kept too, each with its own.
 
     Raises:
         PlanError: if a step cannot be applied; before any work, unless only the training shows it.
@@ -89,20 +105,27 @@ def compress(plan: Plan, context: Context, students: Path | None = None) -> Stud
     """
     context = replace(context, seed=plan.seed)
     plan = canonical(resolve(plan, context), context.teacher.shape)
-    trained = student_plan(plan)
-    first = len(trained.steps)
-    if students is None or not training(trained) or plan.steps[:first] != trained.steps:
-        return _apply(plan, context.teacher, context)
-    file = students / f"{trained.digest}-{_provenance(context)}.safetensors"
-    student = read_weights(file, trained, context.teacher)
-    if student is None:
-        student = _apply(trained, context.teacher, context)
-        write_weights(student, file, context.teacher)
-    return _apply(replace(plan, steps=plan.steps[first:]), student, context)
+    kept: list[tuple[int, Plan, Path]] = []
+    for end in _ends_of_training(plan):
+        part = replace(plan, steps=plan.steps[:end])
+        if students is not None and training(part):
+            kept.append((end, part, students / f"{part.digest}-{_provenance(context)}.safetensors"))
+    done, student = 0, context.teacher
+    for end, part, file in reversed(kept):
+        found = read_weights(file, part, context.teacher)
+        if found is not None:
+            done, student = end, found
+            break
+    for end, _, file in kept:
+        if end > done:
+            student = _apply(plan.steps[done:end], student, context)
+            write_weights(student, file, context.teacher)
+            done = end
+    return _apply(plan.steps[done:], student, context)
 
 
-def _apply(plan: Plan, student: Student, context: Context) -> Student:
-    for step in plan.steps:
+def _apply(steps: tuple[Step, ...], student: Student, context: Context) -> Student:
+    for step in steps:
         student = registry.get("technique", step.technique).apply(student, step.config, context)
     return student
 
@@ -125,7 +148,8 @@ def _frame(shape: ModelShape, teacher: Student, vocabulary: Vocabulary | None) -
 
 
 def write_weights(student: Student, file: Path, teacher: Student) -> None:
-    """Write the weights in which `student` differs from the teacher cut to its shape; whole or not at all.
+    """Write the weights in which `student` differs from the teacher cut to its shape, and its encoded matrices; whole
+    or not at all.
 
     Raises:
         StorageError: if the file cannot be written.
@@ -136,10 +160,19 @@ def write_weights(student: Student, file: Path, teacher: Student) -> None:
         for name, parameter in student.model.named_parameters()
         if not torch.equal(parameter, frame[name])
     }
-    notes = {"shape": json.dumps(student.shape.to_json())}
-    if (vocabulary := student.vocabulary) is not None:
-        notes["vocabulary"] = json.dumps([vocabulary.kept, vocabulary.new_ids])
-    write_atomically(file, save(changed, notes))
+    encoded = {
+        f"{ENCODED}{name}/{key}": tensor.contiguous()
+        for key, matrix in student.encoded.items()
+        for name, tensor in matrix.tensors.items()
+    }
+    vocabulary = student.vocabulary
+    notes: dict[str, Any] = {
+        "shape": student.shape.to_json(),
+        "encoded": {key: (matrix.format, matrix.shape) for key, matrix in student.encoded.items()},
+        "ranges": dict(student.ranges),
+        "vocabulary": None if vocabulary is None else [vocabulary.kept, vocabulary.new_ids],
+    }
+    write_atomically(file, save(changed | encoded, {"student": json.dumps(notes)}))
 
 
 def read_weights(file: Path, plan: Plan, teacher: Student) -> Student | None:
@@ -148,18 +181,31 @@ def read_weights(file: Path, plan: Plan, teacher: Student) -> Student | None:
     try:
         tensors = load(file.read_bytes())
         with safetensors.safe_open(file, "pt") as stream:
-            notes = stream.metadata()
-        if ModelShape.from_json(json.loads(notes["shape"])) != shape:
+            notes = json.loads(stream.metadata()["student"])
+        if ModelShape.from_json(notes["shape"]) != shape:
             return None
-        lists = json.loads(notes.get("vocabulary", "null"))
+        lists = notes["vocabulary"]
         vocabulary = None if lists is None else Vocabulary(*map(tuple, lists))
         student = _frame(shape, teacher, vocabulary)
         with torch.no_grad():
             for name, tensor in tensors.items():
+                if name.startswith(ENCODED):
+                    continue
                 parameter = student.model.get_parameter(name)
                 if parameter.shape != tensor.shape:
                     return None
                 parameter.copy_(tensor)
+        encoded = {
+            key: Encoded(form, (rows, columns), _named(tensors, key))
+            for key, (form, (rows, columns)) in notes["encoded"].items()
+        }
+        ranges = {key: (low, high) for key, (low, high) in notes["ranges"].items()}
     except (OSError, safetensors.SafetensorError, ModelError, AttributeError, KeyError, TypeError, ValueError):
         return None
-    return student
+    return replace(student, encoded=encoded, ranges=ranges)
+
+
+def _named(tensors: dict[str, torch.Tensor], key: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of one encoded matrix by their names."""
+    split = {name: name.removeprefix(ENCODED).split("/", 1) for name in tensors if name.startswith(ENCODED)}
+    return {part: tensors[name] for name, (part, owner) in split.items() if owner == key}

@@ -292,14 +292,15 @@ def matrices_of(model: PreTrainedModel) -> dict[str, dict[str, Matrix]]:
     layers, embeddings, head = layers_of(model), embeddings_of(model), head_of(model)
     tables = [t for t in (embeddings.word, embeddings.factor, embeddings.projection) if t is not None]
     return {
-        "attention": {m.key: m for layer in layers for m in _with_factors(layer.attention_matrices)},
-        "ffn": {m.key: m for layer in layers for m in _with_factors(layer.ffn_matrices)},
+        "attention": {m.key: m for layer in layers for m in with_factors(layer.attention_matrices)},
+        "ffn": {m.key: m for layer in layers for m in with_factors(layer.ffn_matrices)},
         "embedding": {m.key: m for m in tables},
         "head": {m.key: m for m, _ in head.dense},
     }
 
 
-def _with_factors(matrices: Iterable[Matrix]) -> Iterator[Matrix]:
+def with_factors(matrices: Iterable[Matrix]) -> Iterator[Matrix]:
+    """Yield each matrix, and after it the factors of its low-rank difference if it has one."""
     for matrix in matrices:
         yield matrix
         yield from matrix.delta or ()

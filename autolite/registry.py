@@ -21,6 +21,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "prune": "autolite.techniques.prune:Prune",
         "distill": "autolite.techniques.distill:Distill",
         "quantize": "autolite.techniques.quantize:Quantize",
+        "recover": "autolite.techniques.recover:Recover",
     },
     "task": {
         "text-classification": "autolite.tasks.text_classification:TextClassification",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from autolite import registry
+from autolite import formats, registry
 from autolite.errors import PlanError, SpaceError, unknown
 from autolite.plan import Plan, make_step
 
@@ -137,10 +137,20 @@ class Space(BaseModel):
             steps.append(make_step(name, config))
         return Plan(tuple(steps), seed)
 
+    @property
+    def trains_formats(self) -> bool:
+        """Whether a technique trains after one that sets number formats: then each format is a student of its own."""
+        kinds = [registry.get("technique", name) for name, _ in self.techniques]
+        return any(a.numeric and b.effort for i, a in enumerate(kinds) for b in kinds[i:])
+
     def variants(self, params: Mapping[str, Any]) -> Iterator[Params]:
-        """Yield `params` with every other combination of the numeric techniques' choices: one student, many formats."""
+        """Yield `params` with every other combination of number formats: one student, many formats."""
         numeric = {name for name, _ in self.techniques if registry.get("technique", name).numeric}
-        free = {n: s.extremes() for n, s in self.settings.items() if n.split(".")[0] in numeric}
+        free = {
+            name: setting.choices
+            for name, setting in self.settings.items()
+            if name.split(".")[0] in numeric and setting.choices and set(setting.choices) <= set(formats.FORMATS)
+        }
         for values in product(*free.values()):
             other = {**params, **dict(zip(free, values, strict=True))}
             if other != dict(params):

@@ -13,8 +13,8 @@ from autolite.measure import Workload
 
 BYTES = 4  # activations, norms, biases and positions are fp32
 # Names, shapes and attributes of the operators in the file; "decoding" is what makes 8-bit codes of a matrix of 4 bits.
-# A "thin" product is one of a low-rank difference, "codes" what decodes its 8-bit factor, and "factor" the second factor
-# of an embedding table.
+# A "thin" product is one of a low-rank difference, "codes" what decodes its 8-bit factor; "factor" is the second one of
+# an embedding table.
 _GRAPH_BYTES = {"layer": 2500, "around": 2300, "decoding": 1500, "thin": 110, "codes": 140, "factor": 250}
 
 

@@ -239,7 +239,8 @@ def _applicable(space: Space, shape: ModelShape, note: Callable[[str], None]) ->
     kept = {name: technique for name, technique in techniques.items() if name not in missing}
     training = [name for name, technique in kept.items() if technique.effort]
     if all(technique.numeric or technique.effort for technique in kept.values()):
-        kept = {name: technique for name, technique in kept.items() if not technique.effort}
+        first = next((i for i, technique in enumerate(kept.values()) if technique.numeric), len(kept))
+        kept = {name: kept[name] for i, name in enumerate(kept) if i > first or not kept[name].effort}
     if not kept:
         raise InputError(
             f"search space '{space.name}' has only what needs the architecture map ({', '.join(missing)}), which does "

@@ -193,7 +193,7 @@ def _fit(chosen: list[FrozenTrial], seconds: float, floor: int, ceiling: int) ->
 
 def _formats(problem: Problem, queue: list[Params], count: int) -> list[Params]:
     """Choose up to `count` further number formats of the queued plans' students, by predicted latency and size."""
-    if count < 1 or not queue:
+    if count < 1 or not queue or problem.space.trains_formats:
         return []
     each = math.ceil(count / len(queue))
     chosen: list[list[Params]] = []

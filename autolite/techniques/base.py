@@ -69,6 +69,10 @@ class Technique(Protocol):
 
     `numeric` techniques change number formats only: a student made without them serves all their settings.
     `effort` names the integer field of the config that says how much training is done (None: no training).
+    One that trains after a numeric one trains for its formats: what comes of it serves these formats alone and is kept
+    by the whole plan up to there, while the student before the formats is kept and serves them all as ever. Such a
+    technique is not numeric (its weights change), must carry `Student.encoded` over to its new weights, and resolves
+    to a config without training where the formats leave nothing to recover.
     `needs_map` techniques change parts that only the architecture map knows; models that it does not have can be
     compressed by the others.
     """

@@ -1,37 +1,71 @@
-"""Quantization: a number format for each group of matrices. Rounding is to nearest; masters stay in float32."""
+"""Quantization: a number format for each part of the model, and how its matrices are brought into it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
-from autolite import formats, plan
+from autolite import plan
 from autolite.architecture import ModelShape, factor_format
 from autolite.errors import PlanError
 from autolite.formats import FORMATS
-from autolite.parts import matrices_of
+from autolite.parts import layers_of, matrices_of, with_factors
+from autolite.techniques.allocate import allocate
 from autolite.techniques.base import Context, Student
-from autolite.techniques.calibrate import input_ranges
+from autolite.techniques.calibrate import Method, input_ranges
+from autolite.techniques.rounding import Rounding, rounded
+from autolite.techniques.scaling import Scaling, scaled
+
+ByLayer = str | tuple[str, ...]
 
 
 class QuantizeConfig(plan.Config):
     """A format name for each group: attention projections, feed-forward matrices, the token embedding (with ALBERT's
-    projection; its second factor, if it has one, is in that format's `factor_format`), and the head with the pooler
-    before it. A head tied to the embedding follows the embedding."""
+    projection), and the head with the pooler before it. A head tied to the embedding follows the embedding. Thin factors
+    beside a matrix are in its format's `factor_format`.
 
-    attention: str = "fp32"
-    ffn: str = "fp32"
+    Attributes:
+        attention: of the layers' attention projections: one format, or one for each layer.
+        ffn: of the layers' feed-forward matrices: one format, or one for each layer.
+        embedding: of the token embedding, with ALBERT's projection.
+        head: of the head, with the pooler before it; one tied to the embedding follows the embedding.
+        average_bits: stored bits a weight, scales included, that the layers may have on average; 0: `attention` and
+            `ffn` say which. Else they are chosen among `levels`, for every layer (`autolite.techniques.allocate`).
+        levels: format names; in a search space one text with blanks between them.
+        rounding: "nearest", "weighted", "gptq" or "hqq" (`autolite.techniques.rounding`).
+        order: whether "gptq" starts with the columns of the largest inputs.
+        scaling: "none", "awq" or "smooth" (`autolite.techniques.scaling`), of channels before rounding.
+        calibration: what static ranges of activations are fitted by: "minmax", "percentile", "mse" or "entropy"
+            (`autolite.techniques.calibrate`).
+    """
+
+    attention: ByLayer = "fp32"
+    ffn: ByLayer = "fp32"
     embedding: str = "fp32"
     head: str = "fp32"
+    average_bits: float = Field(0.0, ge=0, le=32)
+    levels: tuple[str, ...] = ("int4", "int8")
+    rounding: Rounding = "nearest"
+    order: bool = True
+    scaling: Scaling = "none"
+    calibration: Method = "mse"
 
-    @field_validator("attention", "ffn", "head")
+    @field_validator("levels", mode="before")
     @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in FORMATS:
-            raise ValueError(f"is no number format; use one of {', '.join(FORMATS)}")
-        return name
+    def _split(cls, names: Any) -> Any:
+        return tuple(names.split()) if isinstance(names, str) else names
+
+    @field_validator("attention", "ffn", "head", "levels")
+    @classmethod
+    def _known(cls, names: ByLayer) -> ByLayer:
+        for name in [names] if isinstance(names, str) else names:
+            if name not in FORMATS:
+                raise ValueError(f"is no number format; use one of {', '.join(FORMATS)}")
+        if not names:
+            raise ValueError("is empty; give at least one number format")
+        return names
 
     @field_validator("embedding")
     @classmethod
@@ -43,7 +77,8 @@ class QuantizeConfig(plan.Config):
 
 
 class Quantize:
-    """Sets number formats; the student's weights themselves stay as they are. Static formats are calibrated."""
+    """Sets number formats. The float32 masters of the student stay as they are, but for scaling of channels, which
+    leaves its function. Static formats are calibrated."""
 
     name: ClassVar[str] = "quantize"
     Config: ClassVar[type[plan.Config]] = QuantizeConfig
@@ -52,41 +87,81 @@ class Quantize:
     needs_map: ClassVar[bool] = False
 
     def resolve(self, shape: ModelShape, config: plan.Config, context: Context) -> plan.Config:
-        """Return `config` itself: nothing in it depends on the teacher."""
-        return config
+        """Return `config` with formats in the place of `average_bits`, and without what has no effect on them.
+
+        Raises:
+            PlanError: if they cannot be kept, or the architecture map does not have the model.
+        """
+        assert isinstance(config, QuantizeConfig)
+        settings: dict[str, Any] = config.model_dump()
+        if config.average_bits:
+            if shape.unmapped is not None:
+                raise PlanError(
+                    "quantize.average_bits needs the architecture map, which does not have this "
+                    f"'{shape.family}' model: set attention and ffn instead"
+                )
+            found = allocate(shape, config.average_bits, config.levels, context)
+            settings |= {part: by_layer[0] if len(set(by_layer)) == 1 else by_layer for part, by_layer in found.items()}
+        settings |= {"average_bits": 0.0, "levels": QuantizeConfig().levels}
+        activations = {FORMATS[name].activations for name in self.shape(shape, QuantizeConfig(**settings)).formats}
+        if "static" not in activations:
+            settings["calibration"] = "mse"
+        if config.scaling == "smooth" and activations == {"float"}:
+            settings["scaling"] = "none"
+        if config.rounding != "gptq":
+            settings["order"] = True
+        return QuantizeConfig(**settings)
 
     def shape(self, shape: ModelShape, config: plan.Config) -> ModelShape:
         """Return the shape with these formats.
 
         Raises:
-            PlanError: if a head that is tied to the embedding asks for another format.
+            PlanError: if a head that is tied to the embedding asks for another format, there are not as many formats as
+                layers, layers that share weights disagree, or scaling is asked for without an architecture map.
         """
         assert isinstance(config, QuantizeConfig)
-        return shape.with_formats(config.attention, config.ffn, config.embedding, _head_format(config, shape.tied))
+        if shape.unmapped is not None and config.scaling != "none":
+            raise PlanError(
+                f"quantize.scaling needs the architecture map, which does not have this '{shape.family}' model: "
+                f"set it to none instead of {config.scaling}"
+            )
+        head = _head_format(config, shape.tied)
+        try:
+            return shape.with_formats(config.attention, config.ffn, config.embedding, head)
+        except ValueError as error:
+            raise PlanError(f"quantize.{error}") from None
 
     def apply(self, student: Student, config: plan.Config, context: Context) -> Student:
         """Return the student with its matrices encoded; each stored matrix once, biases and norms not at all."""
         assert isinstance(config, QuantizeConfig)
         shape = self.shape(student.shape, config)
-        wanted = {
-            "attention": config.attention,
-            "ffn": config.ffn,
-            "embedding": shape.embedding_format,
-            "head": shape.head_format,
-        }
-        encoded = dict(student.encoded)
-        for group, matrices in matrices_of(student.model).items():
-            for key, matrix in matrices.items():
-                encoded.pop(key, None)  # a later step replaces an earlier one
-                form = factor_format(wanted[group]) if matrix.factor else wanted[group]
-                if form != "fp32":
-                    encoded[key] = formats.encode(matrix.weight, form)
+        matrices = matrices_of(student.model)
+        wanted = {key: form for key, form in _formats(student, shape).items() if form != "fp32"}
+        context, model = context.read_by(student), student.model
+        if config.scaling != "none":
+            model = scaled(model, wanted, config.scaling, context)
+        replaced = {key for group in matrices.values() for key in group}  # a later step replaces an earlier one
+        encoded = {key: found for key, found in student.encoded.items() if key not in replaced}
+        encoded |= rounded(model, wanted, config.rounding, config.order, context)
         static = [key for key, found in encoded.items() if FORMATS[found.format].activations == "static"]
-        ranges = {key: span for key, span in student.ranges.items() if key in static}
-        missing = [key for key in static if key not in ranges]
-        if missing:
-            ranges |= input_ranges(student.model, missing, context.read_by(student))
-        return replace(student, shape=shape, encoded=encoded, ranges=ranges)
+        ranges = input_ranges(model, static, context, config.calibration) if static else {}
+        return replace(student, model=model, shape=shape, encoded=encoded, ranges=ranges)
+
+
+def _formats(student: Student, shape: ModelShape) -> dict[str, str]:
+    """Return the format that `shape` has for each of the student's matrices."""
+    groups = matrices_of(student.model)
+    by_group = {"embedding": shape.embedding_format, "head": shape.head_format}
+    if shape.unmapped is not None:
+        by_group |= {product.part: product.format for product in shape.unmapped.products}
+    found = {key: by_group[group] for group, matrices in groups.items() if group in by_group for key in matrices}
+    if shape.unmapped is None:
+        layers = [layer for stack in shape.stacks for layer in stack.layers]
+        for parts, layer in zip(layers_of(student.model), layers, strict=True):
+            found |= {matrix.key: layer.attention_format for matrix in with_factors(parts.attention_matrices)}
+            found |= {matrix.key: layer.ffn_format for matrix in with_factors(parts.ffn_matrices)}
+    factors = {key for matrices in groups.values() for key, matrix in matrices.items() if matrix.factor}
+    return {key: factor_format(form) if key in factors else form for key, form in found.items()}
 
 
 def _head_format(config: QuantizeConfig, tied: bool) -> str:
