@@ -16,9 +16,7 @@ from autolite.errors import ModelError
 from autolite.files import write_atomically
 from autolite.plan import Plan, Step
 from autolite.surgery import clone, reshape
-from autolite.tasks.encoding import fingerprint
-from autolite.techniques.base import Context, Student
-from autolite.techniques.importance import weights_digest
+from autolite.techniques.base import Context, Student, weights_digest
 
 
 def shape_after(plan: Plan, shape: ModelShape) -> ModelShape:
@@ -109,7 +107,7 @@ def _apply(plan: Plan, student: Student, context: Context) -> Student:
 def _provenance(context: Context) -> str:
     """Name the teacher and the data by their content."""
     if "provenance" not in context.memory:
-        teacher, data = weights_digest(context.teacher.model), fingerprint([context.train])
+        teacher, data = weights_digest(context.teacher.model), context.training_data()
         context.memory["provenance"] = f"{teacher[:8]}-{data[:8]}"
     return str(context.memory["provenance"])
 
