@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ def test_an_epoch_never_repeats_a_batch(make_context: MakeContext) -> None:
 def test_a_batch_holds_examples_of_like_lengths(make_context: MakeContext) -> None:
     (teacher,), _ = next(stream(QUICK, make_context()))
     lengths = [batch.inputs["attention_mask"].sum(1) for batch in teacher.batches]
-    assert all(short.max() <= long.min() for short, long in zip(lengths, lengths[1:], strict=False))
+    assert all(short.max() <= long.min() for short, long in pairwise(lengths))
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"vit"}))
