@@ -18,9 +18,7 @@ from autolite.files import write_atomically
 from autolite.formats import Encoded
 from autolite.plan import Plan, Step
 from autolite.surgery import clone, keep_tokens, reshape
-from autolite.tasks.encoding import fingerprint
-from autolite.techniques.base import Context, Student
-from autolite.techniques.importance import weights_digest
+from autolite.techniques.base import Context, Student, weights_digest
 from autolite.vocabulary import Vocabulary
 
 ENCODED = "encoded/"  # before the names of what is stored of encoded matrices: encoded/scales/<the parameter's name>
@@ -133,7 +131,7 @@ def _apply(steps: tuple[Step, ...], student: Student, context: Context) -> Stude
 def _provenance(context: Context) -> str:
     """Name the teacher and the data by their content."""
     if "provenance" not in context.memory:
-        teacher, data = weights_digest(context.teacher.model), fingerprint([context.train])
+        teacher, data = weights_digest(context.teacher.model), context.training_data()
         context.memory["provenance"] = f"{teacher[:8]}-{data[:8]}"
     return str(context.memory["provenance"])
 

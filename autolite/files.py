@@ -11,10 +11,11 @@ from pathlib import Path
 from autolite.errors import StorageError
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write `data` to `path` such that a reader, or a crash at any moment, sees all of it or what was there before.
 
-    Missing folders are made. The bytes are on the disk before the name points at them.
+    Missing folders are made. The bytes are on the disk before the name points at them, unless `durable` is false: then
+    a power failure (no crash of a process) can leave a damaged file, for readers that check what they read.
 
     Raises:
         StorageError: if the disk is full, or the file cannot be written for another reason.
@@ -25,7 +26,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         with part.open("wb") as stream:
             stream.write(data)
             stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
         os.replace(part, path)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

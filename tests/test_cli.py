@@ -62,6 +62,8 @@ def test_front_as_json_is_front_json(finished: Run) -> None:
         (("search", "--target", "pixle8"), 2, "did you mean 'pixel8'"),
         (("search", "--target", "pixel8", "--budget", "soon"), 2, "15m"),
         (("search", "--target", "pixel8", "--max-drop", "200%"), 2, "--max-drop"),
+        (("search", "--target", "pixel8", "--cache-size", "much"), 2, "--cache-size 'much'"),
+        (("search", "--target", "pixel8", "--unlabelled", "no/such.txt"), 2, "no file"),
         (("front", "no/such/run"), 2, "no such run"),
         (("export", "no/such/run", "out"), 2, "no such run"),
         (("targets", "show", "pixel9"), 2, "did you mean 'pixel8'"),

@@ -34,6 +34,15 @@ def test_techniques(name: str, family: str) -> None:
     contracts.check_technique(technique, context, settings)
 
 
+@pytest.mark.parametrize("family", contracts.FAMILIES)
+def test_distillation_by_everything_it_can_compare(family: str) -> None:
+    context = contracts.tiny_context(family, contracts.tiny_task(family))
+    compared = {"attention": 1.0, "queries": 1.0, "keys": 1.0, "values": 1.0, "relation_heads": 4, "layers": "last"}
+    ends = {"schedule": "cosine", "temperature_end": 1.0, "alpha_end": 0.5, "matching_end": 0.1}
+    settings = {"steps": 3, "batch_size": 8, "accumulate": 2, "hidden_kind": "cosine", **compared, **ends}
+    contracts.check_technique(registry.get("technique", "distill"), context, settings)
+
+
 @pytest.mark.parametrize("name", registry.names("task"))
 def test_tasks(name: str, tiny_data: Path) -> None:
     family = "llama" if name == "language-modeling" else "bert"

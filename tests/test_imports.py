@@ -106,8 +106,15 @@ def test_every_public_name_is_there() -> None:
         _ = autolite.no_such_name  # type: ignore[attr-defined]
 
 
-# What may look at a clock, beside measure.py: the search's budget, and the view that shows it.
-CLOCKS = {"search/progress.py", "search/engine.py", "search/evaluate.py", "search/run.py", "report/live.py"}
+# What may look at a clock, beside measure.py: the search's budget, the view that shows it, and when to save.
+CLOCKS = {
+    "techniques/checkpoint.py",
+    "search/progress.py",
+    "search/engine.py",
+    "search/evaluate.py",
+    "search/run.py",
+    "report/live.py",
+}
 
 
 def test_nothing_but_measure_times_a_model() -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from autolite.front import Result
     from autolite.search.progress import Observer
+    from autolite.tasks.base import Augment
+    from autolite.tasks.custom import Loss, Metric
 
 DEFAULT_BUDGET, DEMO_BUDGET = "15m", "150s"
 
@@ -31,6 +33,11 @@ def search(
     text_pair: str | None = None,
     label: str | None = None,
     max_length: int | None = None,
+    unlabelled: str | Path | None = None,
+    loss: Loss | None = None,
+    metric: Metric | None = None,
+    augment: Augment | None = None,
+    cache_size: str | float | None = None,
     out: str | Path | None = None,
     storage: str | None = None,
     runtime: str = "onnxruntime",
@@ -58,6 +65,17 @@ def search(
         text_pair: column of the second text of a pair.
         label: column of the label.
         max_length: tokens of an example beyond which it is cut.
+        unlabelled: a file, a folder or a hub name with more texts to distill on; labels in it are not read.
+        loss: `loss(logits, labels)` in the place of the task's hard loss: float32 logits [batch, classes] (language
+            models: [batch, tokens, vocab]) and int64 labels [batch] ([batch, tokens], -100 where nothing is asked),
+            torch tensors; returns the mean as a scalar tensor.
+        metric: `metric(logits, labels)` in the place of the task's: numpy arrays of these shapes; returns a score for
+            each example [batch], whose mean is the metric, or [batch, 2], such that the metric is the sum of the first
+            column over that of the second (F1: 2 * tp and 2 * tp + fp + fn). The larger, the better.
+        augment: `augment(split, rng)` returns the `autolite.tasks.base.Split` that an epoch of distillation trains on,
+            made from all training examples; labels may be -100, unknown. `rng`, a numpy Generator, is its only source
+            of randomness.
+        cache_size: bytes of the teacher's outputs to keep on disk, or text with a unit; by default 2 GiB.
         out: folder of the run; by default under `runs/`, named by model and target.
         storage: any SQLAlchemy URL; by default a SQLite file in the run's folder.
         runtime: what the candidates run on: "onnxruntime", "openvino", or "auto", the faster of both on this machine.
@@ -86,7 +104,15 @@ def search(
         target=target,
         out=Path(out) if out else Path("runs") / f"{name}-{Path(target).stem}",
         model=None if model is None else str(model),
-        data=DataSpec(None if data is None else str(data), text, text_pair, label, max_length, seed),
+        data=DataSpec(
+            None if data is None else str(data),
+            text,
+            text_pair,
+            label,
+            max_length,
+            seed,
+            None if unlabelled is None else str(unlabelled),
+        ),
         task=task,
         space=space or ("quick" if model is None else registry.get("task", task).default_space),
         budget=parse_budget(budget or (DEMO_BUDGET if model is None else DEFAULT_BUDGET)),
@@ -103,5 +129,9 @@ def search(
         storage=storage,
         seed=seed,
         device=device,
+        loss=loss,
+        metric=metric,
+        augment=augment,
+        cache_bytes=None if cache_size is None else int(parse_bytes(cache_size, "--cache-size")),
     )
     return run(settings, observer or silent)

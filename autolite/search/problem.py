@@ -33,7 +33,8 @@ from autolite.search.settings import Settings
 from autolite.space import Params, Space
 from autolite.store import Store
 from autolite.tasks.base import Split, Task, TaskData
-from autolite.techniques.base import Context, Student
+from autolite.tasks.custom import CustomTask, identity_of
+from autolite.techniques.base import CACHE_LIMIT, Context, Student
 from autolite.unmapped import positions_of
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ def run_identity(settings: Settings, space: Space) -> dict[str, str]:
     data = settings.data
     columns = f"{data.text},{data.text_pair},{data.label},{data.max_length}"
     demo = f"demo on Python {platform.python_version()}"
+    own = {what: identity_of(getattr(settings, what)) for what in ("loss", "metric", "augment")}
+    unlabelled = {} if data.unlabelled is None else {"unlabelled": _content(data.unlabelled)}
     return {
         "model": "demo" if settings.model is None else _content(settings.model),
         "data": f"{demo if data.source is None else _content(data.source)} columns {columns}",
@@ -148,6 +151,8 @@ def run_identity(settings: Settings, space: Space) -> dict[str, str]:
         "workload": settings.workload or "default",
         "runtime": settings.runtime,
         "seed": str(settings.seed),
+        **unlabelled,
+        **{what: name for what, name in own.items() if name},
     }
 
 
@@ -169,12 +174,12 @@ def check_same_run(store: Store, current: dict[str, str], out: Path) -> None:
         RunError: naming what differs.
     """
     known = store.get("identity", current)
-    different = [key for key, value in current.items() if known.get(key) != value]
+    different = [key for key in {**current, **known} if known.get(key) != current.get(key)]
     if different:
-        was, now = known.get(different[0]), current[different[0]]
+        was, now = known.get(different[0]), current.get(different[0])
         raise RunError(
             f"{out} was made with another {', '.join(different)} ({different[0]} was {str(was)[:60]}, is now "
-            f"{now[:60]}): choose another directory with --out, or use the same settings to go on"
+            f"{str(now)[:60]}): choose another directory with --out, or use the same settings to go on"
         )
 
 
@@ -188,6 +193,8 @@ def load_problem(settings: Settings, space: Space, store: Store, note: Callable[
     from autolite.tasks.demo import demo_model_path
 
     task: Task = registry.get("task", settings.task)
+    if settings.loss is not None or settings.metric is not None:
+        task = CustomTask(task, settings.loss, settings.metric)
     runtime: Runtime = registry.get("runtime", settings.runtime)
     if isinstance(runtime, AutoRuntime) and settings.target != "local":
         raise InputError(
@@ -219,7 +226,19 @@ def load_problem(settings: Settings, space: Space, store: Store, note: Callable[
     cache = settings.out / "cache"
     cache.mkdir(exist_ok=True)
     pad_id = tokenizer.pad_token_id or 0
-    context = Context(teacher, task, data.train, pad_id, settings.seed, settings.device, {}, cache, tokenizer=tokenizer)
+    context = Context(
+        teacher,
+        task,
+        data.train,
+        pad_id,
+        settings.seed,
+        settings.device,
+        cache=cache,
+        unlabelled=data.unlabelled,
+        augment=settings.augment,
+        tokenizer=tokenizer,
+        cache_limit=CACHE_LIMIT if settings.cache_bytes is None else settings.cache_bytes,
+    )
     note("emitting the baseline")
     baseline = runtime.emit(teacher, folder, workload, tuned=profile.name == "local")
     return Problem(settings, space, task, data, teacher, tokenizer, runtime, profile, workload, context, baseline, {})
@@ -282,7 +301,7 @@ def clean_leftovers(out: Path) -> None:
     """Remove what an interrupted run left half-written."""
     for part in [*out.glob("candidates/.*"), *out.glob("scratch")]:
         shutil.rmtree(part, ignore_errors=True)
-    for pattern in (".*.part", "*/.*.part"):
+    for pattern in (".*.part", "*/.*.part", "cache/*/.*.part"):
         for part in out.glob(pattern):
             part.unlink(missing_ok=True)
 

@@ -94,6 +94,7 @@ def _search(
             engine.run()
             engine.show(stage="finish", doing="scoring the finalists on the test split", step=0, steps=0)
             _write_front(problem, studies, store, clock, complete=True)
+            shutil.rmtree(settings.out / "cache" / "checkpoints", ignore_errors=True)  # of runs that were given up
             store.put("finished", asdict(settings.budget))
         except KeyboardInterrupt:
             engine.show(stage="stopping", doing="writing the best front so far", step=0, steps=0)

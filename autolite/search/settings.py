@@ -8,7 +8,8 @@ from pathlib import Path
 
 from autolite.errors import InputError
 from autolite.front import Constraints
-from autolite.tasks.base import DataSpec
+from autolite.tasks.base import Augment, DataSpec
+from autolite.tasks.custom import Loss, Metric
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _BYTES = {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -96,7 +97,8 @@ def parse_milliseconds(text: str | float, name: str) -> float:
 
 @dataclass(frozen=True)
 class Settings:
-    """One search, as asked for. `model` and `data.source` None mean the embedded demo."""
+    """One search, as asked for. `model` and `data.source` None mean the embedded demo; `loss`, `metric` and `augment`
+    are functions of the user's own, `cache_bytes` limits the teacher's outputs kept on disk."""
 
     target: str
     out: Path
@@ -111,6 +113,10 @@ class Settings:
     storage: str | None
     seed: int
     device: str
+    cache_bytes: int | None = None
+    loss: Loss | None = None
+    metric: Metric | None = None
+    augment: Augment | None = None
 
     @property
     def storage_url(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+IGNORED = -100  # the label of an example, or of a token, whose label is unknown or not asked for
+
+
 @dataclass(frozen=True)
 class Split:
     """Tokenised examples: one int64 array of ids (and token types, for pairs) each, and the labels, int64 [n].
 
-    Language modelling has no labels of its own: `labels` is empty there and the ids are the targets.
+    An example without a label has `IGNORED` for one; only distillation is given such. Language modelling has no labels
+    of its own: `labels` is empty there and the ids are the targets.
     """
 
     name: str
@@ -38,6 +42,10 @@ class Split:
             None if self.token_type_ids is None else [self.token_type_ids[i] for i in indices],
             self.labels[np.asarray(indices, dtype=np.int64)] if len(self.labels) else self.labels,
         )
+
+
+# Changes or adds training examples for one epoch; labels may be `IGNORED`. All of its randomness is the generator's.
+Augment = Callable[[Split, np.random.Generator], Split]
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class DataSpec:
     label: str | None = None
     max_length: int | None = None
     seed: int = 0
+    unlabelled: str | None = None  # more texts to distill on, whose labels (if any) are not read
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class TaskData:
     fingerprint: str  # SHA-256 over every split's content
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())  # what was found or cut, for the user: "test: cut 10 % of train"
+    unlabelled: Split | None = None  # more training texts, all labels `IGNORED`
 
     @property
     def p90_tokens(self) -> int:

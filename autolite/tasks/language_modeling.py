@@ -11,7 +11,7 @@ import numpy as np
 from autolite.errors import DataError
 from autolite.measure import Workload
 from autolite.tasks import data
-from autolite.tasks.base import Batch, DataSpec, Split, TaskData
+from autolite.tasks.base import IGNORED, Batch, DataSpec, Split, TaskData
 from autolite.tasks.encoding import fingerprint, max_tokens, pad, padded_batches
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 BLOCK = 256
 PROMPT = 128  # tokens of the default workload
-IGNORED = -100
 CHUNK = 10_000  # characters tokenised at once: a whole book in one call is slow, a line at a time makes other tokens
 
 
@@ -51,6 +50,10 @@ class LanguageModeling:
         """
         if spec.source is None:
             raise DataError("language-modeling has no embedded demo data; give a text (--data)")
+        if spec.unlabelled is not None:
+            raise DataError(
+                "language-modeling needs no labels: put the text of --unlabelled into the training data instead"
+            )
         block = max_tokens(spec, tokenizer, config, BLOCK)
         tables = data.read(spec.source)
         notes = [f"{split}: {len(t)} {'lines' if t.plain else 'texts'}, {t.origin}" for split, t in tables.items()]

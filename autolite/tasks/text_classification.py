@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +11,7 @@ import numpy as np
 from autolite.errors import DataError
 from autolite.measure import Workload
 from autolite.tasks import data, demo
-from autolite.tasks.base import Batch, DataSpec, Split, TaskData
+from autolite.tasks.base import IGNORED, Batch, DataSpec, Split, TaskData
 from autolite.tasks.encoding import fingerprint, max_tokens, padded_batches
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class TextClassification:
     def load(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, config: Any) -> TaskData:
         """Read, check, cut and tokenise the data; without a source, the embedded demo's.
 
+        Texts without labels (`spec.unlabelled`) that occur in what candidates are judged by are left out.
+
         Raises:
             DataError: naming the file, the column, the row or the label that is wrong.
         """
@@ -66,6 +68,9 @@ class TextClassification:
             origin, only = rows["train"].origin, names[classes[0]]
             raise DataError(f"every row of {origin} has the label '{only}': there is nothing to tell apart")
         where, cuts = data.assign({split: r.keys() for split, r in rows.items()}, spec.seed)
+        if spec.unlabelled is not None:
+            judged = {rows[where[s][0]].keys()[i] for s in ("search", "selection", "test") for i in where[s][1]}
+            rows["unlabelled"] = _unlabelled(spec, rows["train"].pairs is not None, judged, notes)
         encoded = _tokenise(rows, tokenizer, config, limit)
         long = sum(len(ids) == limit for split in encoded.values() for ids in split.input_ids)
         if long:
@@ -74,8 +79,9 @@ class TextClassification:
             replace(encoded[where[name][0]].take(where[name][1]), name=name)
             for name in ("train", "search", "selection", "test")
         )
-        digest = fingerprint((train, search, selection, test))
-        return TaskData(train, search, selection, test, digest, labels=names, notes=(*notes, *cuts))
+        unlabelled = encoded.get("unlabelled")
+        digest = fingerprint([s for s in (train, search, selection, test, unlabelled) if s is not None])
+        return TaskData(train, search, selection, test, digest, names, (*notes, *cuts), unlabelled)
 
     def workload(self, data: TaskData) -> Workload:
         """Return a call for one text of the 90th percentile of the training examples' lengths."""
@@ -161,6 +167,30 @@ def _columns(spec: DataSpec, notes: list[str]) -> dict[str, _Rows]:
             next((table.columns[n] for n in (f"{label}_text", f"{label}_name") if n in table.columns), None),
         )
     return rows
+
+
+def _unlabelled(spec: DataSpec, pairs: bool, judged: Set[str], notes: list[str]) -> _Rows:
+    """Read the texts without labels, and leave out those that candidates are judged by."""
+    assert spec.unlabelled is not None
+    table = data.read(spec.unlabelled)["train"]
+    first, second = data.text_columns(table, None if table.plain else spec.text, spec.text_pair)
+    if (second is not None) != pairs:
+        raise DataError(
+            f"{table.origin} has {'pairs of texts' if second else 'single texts'}, but the data with labels "
+            f"{'pairs' if pairs else 'single texts'}"
+        )
+    seconds = data.texts(table, second) if second else None
+    found = _filled(_Rows(table.origin, data.texts(table, first), seconds, [IGNORED] * len(table)), notes)
+    kept = [i for i, key in enumerate(found.keys()) if key not in judged]
+    if not kept:
+        raise DataError(
+            f"every text in {table.origin} is one of the validation or test split: nothing is left to learn"
+        )
+    notes.append(f"unlabelled: {len(kept)} rows, {table.origin}")
+    if len(kept) < len(found.texts):
+        notes.append(f"{table.origin}: {len(found.texts) - len(kept)} texts of the validation or test split left out")
+    chosen = None if found.pairs is None else [found.pairs[i] for i in kept]
+    return _Rows(table.origin, [found.texts[i] for i in kept], chosen, [IGNORED] * len(kept))
 
 
 def _filled(rows: _Rows, notes: list[str]) -> _Rows:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
+
 from autolite import plan
 from autolite.architecture import ModelShape
 from autolite.errors import PlanError
-from autolite.tasks.base import Split, Task
+from autolite.tasks.base import Augment, Split, Task
+from autolite.tasks.custom import identity_of
+from autolite.tasks.encoding import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from autolite.formats import Encoded
     from autolite.vocabulary import Vocabulary
+
+
+CACHE_LIMIT = 2**31  # bytes of a teacher's outputs kept on disk, unless the user says otherwise
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,12 @@ class Student:
 class Context:
     """What a technique may use besides the student. `memory` keeps what is computed once and reused by every
     trial of this process (the teacher's outputs, importances), by a name of the technique's own; `cache` is a folder
-    that keeps such things across processes (it belongs to one teacher and one data set). `tokenizer` is the one that
-    made the ids of `train`, if there is one."""
+    that keeps such things across processes (it belongs to one teacher and one data set), the teacher's outputs up to
+    `cache_limit` bytes.
+
+    `train` has labels throughout. Distillation trains on it and on `unlabelled`, as `augment` changes them for each
+    epoch; what needs labels, or calibrates, looks at `train` alone. `tokenizer` made the ids of all of them, if there
+    is one."""
 
     teacher: Student
     task: Task
@@ -52,7 +64,16 @@ class Context:
     memory: dict[str, Any] = field(default_factory=dict)
     cache: Path | None = None
     progress: Callable[[int, int], None] = lambda done, total: None
+    unlabelled: Split | None = None
+    augment: Augment | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    cache_limit: int = CACHE_LIMIT
+
+    def training_data(self) -> str:
+        """Return the SHA-256 of what training is made of: the examples, and the user's own loss and augmentation."""
+        digest = fingerprint([split for split in (self.train, self.unlabelled) if split is not None])
+        own = [getattr(self.task, "identity", ""), identity_of(self.augment)]
+        return hashlib.sha256(" ".join((digest, *own)).encode()).hexdigest() if any(own) else digest
 
     def read_by(self, student: Student) -> Context:
         """Return the context with the training split in the student's own ids: for what runs only the student on it.
@@ -122,3 +143,13 @@ def require_float32(technique: str, shape: ModelShape) -> None:
         raise PlanError(
             f"{technique} works on fp32 weights, but some are {', '.join(strange)} already; put it before quantize"
         )
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of every parameter's name, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

@@ -1,31 +1,31 @@
-"""Distillation: the student learns the labels, the teacher's logits and the teacher's hidden states."""
+"""Distillation: the student learns the labels, and what its teachers say and how they arrive at it."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from itertools import count
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
-from torch.nn import functional as F
 
 from autolite import plan
 from autolite.architecture import ModelShape
-from autolite.errors import DataError, PlanError
+from autolite.errors import PlanError
 from autolite.surgery import clone
-from autolite.techniques.base import Context, Student, require_float32
-from autolite.techniques.teacher import autocast, forward, own_inputs, teacher_outputs, to_tensors
+from autolite.techniques.base import Context, Student, require_float32, weights_digest
+from autolite.techniques.checkpoint import Checkpoint
+from autolite.techniques.ensemble import further_teacher
+from autolite.techniques.objective import Item, LayerMap, Objective
+from autolite.techniques.schedules import Schedule
+from autolite.techniques.teacher import outputs_of, teacher_outputs
+from autolite.techniques.training import Optimization, train
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-WARM_UP = 0.1  # fraction of the steps in which the learning rate rises
-WEIGHT_DECAY = 0.01  # of matrices; biases and layer norms have none
-MAX_NORM = 1.0  # of the gradient
+RELATIONS = ("query", "key", "value")
 
 
 class DistillConfig(plan.Config):
@@ -35,12 +35,33 @@ class DistillConfig(plan.Config):
     learning rates of 1e-4 to 3e-4 were equal within the noise there, 1e-3 cost 3 points of accuracy.
 
     Attributes:
-        steps: optimiser steps, each on one batch; 0 leaves the student as it is.
+        steps: optimiser steps, each on `accumulate` batches; 0 leaves the student as it is.
         temperature: T of the softened distributions.
-        alpha: weight of the hard loss; 1 - alpha is that of the soft one.
+        alpha: weight of the hard loss; 1 - alpha is that of the soft one. With 0, no label is looked at.
         hidden: weight of the hidden-state loss.
+        hidden_kind: "mse" (normalised) or "cosine". States of other widths are compared after a linear map of their
+            own, which is learned with the student and then thrown away.
+        attention: weight of the loss between attention maps.
+        attention_kind: "kl" of the probabilities, or normalised "mse" of the scores.
+        queries: weight of the relation loss between the last layer's queries.
+        keys: the same of its keys.
+        values: the same of its values.
+        relation_heads: parts that their channels are dealt out to; a divisor of both models' numbers of channels.
+        layers: which teacher's layer each of the student's imitates: "source", the one it came from (uniform where
+            that is not known); "uniform", evenly spaced ones; "last", the teacher's last ones in order; or their
+            numbers from 0, one for each of the student's layers ("1,3,5" in a search space).
+        teachers: folders or hub names of further teachers of the same labels and tokenizer, whose logits are learned
+            too ("a,b" in a search space).
+        combine: "mean" of the teachers' probabilities, or the "best" teacher of each example.
+        digests: content of each of `teachers`, filled in when a plan is resolved.
+        schedule: how temperature and weights go to their ends over the run: "constant" (not at all), "linear" or
+            "cosine".
+        temperature_end: T at the last step; None for `temperature`.
+        alpha_end: alpha at the last step; None for `alpha`.
+        matching_end: factor of the weights `hidden`, `attention`, `queries`, `keys` and `values` at the last step.
         learning_rate: peak of AdamW's learning rate.
         batch_size: examples in a batch.
+        accumulate: batches whose mean gradient makes a step.
         embeddings: train the embedding tables too. They are most of a small model's weights and so of the optimiser's
             time, and the student starts from the teacher's.
     """
@@ -49,66 +70,65 @@ class DistillConfig(plan.Config):
     temperature: float = Field(4.0, ge=1, le=20)
     alpha: float = Field(0.2, ge=0, le=1)
     hidden: float = Field(1.0, ge=0, le=100)
+    hidden_kind: Literal["mse", "cosine"] = "mse"
+    attention: float = Field(0.0, ge=0, le=100)
+    attention_kind: Literal["kl", "mse"] = "kl"
+    queries: float = Field(0.0, ge=0, le=100)
+    keys: float = Field(0.0, ge=0, le=100)
+    values: float = Field(0.0, ge=0, le=100)
+    relation_heads: int = Field(8, ge=1)
+    layers: LayerMap = "source"
+    teachers: tuple[str, ...] = ()
+    combine: Literal["mean", "best"] = "mean"
+    digests: tuple[str, ...] = ()
+    schedule: Schedule = "constant"
+    temperature_end: float | None = Field(None, ge=1, le=20)
+    alpha_end: float | None = Field(None, ge=0, le=1)
+    matching_end: float = Field(1.0, ge=0, le=100)
     learning_rate: float = Field(2e-4, gt=0, le=1)
     batch_size: int = Field(32, ge=1)
+    accumulate: int = Field(1, ge=1)
     embeddings: bool = False
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        """A search space's choices are scalars, so that layers are written in a text."""
+        if isinstance(value, str) and value.replace(",", "").replace(" ", "").isdigit():
+            return tuple(int(part) for part in value.split(",") if part.strip())
+        return value
 
-def soft_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return T^2 * KL(softmax(teacher / T) || softmax(student / T)), the mean over rows [m, classes], in nats.
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
-    Source: Hinton, Vinyals & Dean 2015, "Distilling the Knowledge in a Neural Network"; T^2 keeps the gradient's
-    size the same for every T.
-    """
-    log_student = F.log_softmax(student.float() / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-
-
-def hidden_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """Return the mean over layers of MSE(student, teacher) / variance(teacher) over the tokens in `mask`.
-
-    States are [batch, tokens, width], paired by position in the sequences; `mask` is [batch, tokens], non-zero where a
-    token is no padding. The variance is over all elements of the layer's state, so that 1 means "no better than the
-    mean" in every layer. Source of the term: Jiao et al. 2020, "TinyBERT"; the normalisation is ours.
-    """
-    tokens = mask.bool()
-    losses = []
-    for ours, theirs in zip(student, teacher, strict=True):
-        target = theirs[tokens].float()
-        losses.append(F.mse_loss(ours[tokens].float(), target) / target.var(correction=0).clamp_min(1e-6))
-    return torch.stack(losses).mean()
+    @property
+    def relations(self) -> dict[str, float]:
+        """The weights of the relation losses that are on, by what they compare."""
+        weights = dict(zip(RELATIONS, (self.queries, self.keys, self.values), strict=True))
+        return {name: weight for name, weight in weights.items() if weight}
 
 
-def layer_map(student: ModelShape, teacher: ModelShape) -> tuple[int, ...]:
-    """Return for each layer of the student's last stack the teacher's layer that it imitates.
-
-    The layer it came from, if the shape knows; else uniformly, layer l of L_s imitates round((l + 1) * L_t / L_s) - 1.
-    The last always imitates the last, whose state the head reads. A model without an architecture map keeps all of its
-    layers: nothing is said of them.
-    """
-    if student.unmapped is not None:
-        return ()
-    count, total = len(student.stacks[-1].layers), len(teacher.stacks[-1].layers)
-    if student.source_layers:
-        source = student.source_layers[-1]
-    else:
-        source = tuple(math.floor((layer + 1) * total / count + 0.5) - 1 for layer in range(count))
-    return (*source[:-1], total - 1)
-
-
-def batch_order(batches: int, seed: int) -> Iterator[int]:
-    """Yield batch numbers for ever: each epoch is a new permutation of all of them."""
-    rng = np.random.default_rng(seed)
-    while True:
-        yield from rng.permutation(batches).tolist()
+def stream(config: DistillConfig, context: Context) -> Iterator[Item]:
+    """Yield batches for ever, as what each teacher says about an epoch's batches and a batch's number: each epoch is
+    a new permutation of all of them. Examples of similar length stay in one batch."""
+    rng = np.random.default_rng(context.seed)
+    others = [(source, further_teacher(source, context)) for source in config.teachers]
+    for epoch in count():
+        first = teacher_outputs(context, config.batch_size, epoch)
+        further = (outputs_of(model, source, context, config.batch_size, epoch) for source, model in others)
+        teachers = (first, *further)
+        yield from ((teachers, index) for index in rng.permutation(len(first.batches)).tolist())
 
 
 class Distill:
-    """L = alpha * L_hard + (1 - alpha) * T^2 * KL(teacher_T || student_T) + hidden * L_hidden.
+    """L = alpha * L_hard + (1 - alpha) * T^2 * KL(teacher_T || student_T) + hidden * L_hidden + attention * L_attention
+    + queries * L_relation(Q) + keys * L_relation(K) + values * L_relation(V).
 
-    L_hard is the task's loss, the others are `soft_loss` and `hidden_loss`. AdamW, linear warm-up and decay, gradients
-    clipped to norm 1. Dropout stays off: the student is smaller than the teacher and the runs are short.
+    L_hard is the task's loss over the examples with a label, the others are those of `autolite.techniques.losses`, each
+    the mean over the layers it compares (relations: the last layer alone). Dropout stays off: the student is smaller
+    than the teacher and the runs are short.
     """
 
     name: ClassVar[str] = "distill"
@@ -118,96 +138,119 @@ class Distill:
     needs_map: ClassVar[bool] = False
 
     def resolve(self, shape: ModelShape, config: plan.Config, context: Context) -> plan.Config:
-        """Return `config` itself: nothing in it depends on the teacher."""
-        return config
+        """Return `config` with the content of its further teachers.
+
+        Raises:
+            PlanError: if the student and the teacher cannot be compared in the way asked for, or a further teacher has
+                changed since the plan was resolved.
+            ModelError: if a further teacher cannot be used.
+        """
+        assert isinstance(config, DistillConfig)
+        if config.steps == 0:
+            return config
+        self.shape(shape, config)
+        _require_comparable(shape, config, context.teacher.shape)
+        digests = tuple(weights_digest(further_teacher(source, context)) for source in config.teachers)
+        if config.digests and config.digests != digests:
+            raise PlanError(
+                f"distill.digests: this plan was made with teachers of the content {', '.join(config.digests)}, but "
+                f"{', '.join(config.teachers)} now have {', '.join(digests)}"
+            )
+        return config.model_copy(update={"digests": digests})
 
     def shape(self, shape: ModelShape, config: plan.Config) -> ModelShape:
         """Return `shape` itself.
 
         Raises:
-            PlanError: if matrices are already in a number format.
+            PlanError: if matrices are already in a number format, or the student has not what is to be compared.
         """
+        assert isinstance(config, DistillConfig)
         require_float32(self.name, shape)
+        if config.steps:
+            _require_parts("student", shape, config)
+            layers = len(shape.stacks[-1].layers)
+            if isinstance(config.layers, tuple) and len(config.layers) != layers:
+                raise PlanError(f"distill.layers: {config.layers} names {len(config.layers)} layers for {layers}")
         return shape
 
     def apply(self, student: Student, config: plan.Config, context: Context) -> Student:
         """Return the student after `config.steps` steps.
 
+        With `context.cache`, a run that was killed goes on where its last checkpoint was.
+
         Raises:
-            PlanError: if the loss stops being finite, or hidden states of different widths are to be compared.
+            PlanError: if the loss stops being finite, or student and teacher cannot be compared.
             DataError: if there is nothing to train on.
+            StorageError: if the teacher's outputs or a checkpoint cannot be written.
         """
         assert isinstance(config, DistillConfig)
-        self.shape(student.shape, config)
         if config.steps == 0:
+            self.shape(student.shape, config)
             return student
-        ours, theirs = student.shape.stacks[-1].hidden, context.teacher.shape.stacks[-1].hidden
-        if config.hidden and ours != theirs:
-            raise PlanError(
-                f"distill.hidden: the student's states are {ours} wide, the teacher's {theirs}; set it to 0"
-            )
-        if not len(context.train):
-            raise DataError("distill: the training split is empty")
+        settled = self.resolve(student.shape, config, context)
+        assert isinstance(settled, DistillConfig)
         model: Any = clone(student.model)
         model.to(context.device)
-        _train(model, layer_map(student.shape, context.teacher.shape), config, context, student)
+        model.train(False)
+        objective = Objective.of(replace(student, model=model), settled, context)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not settled.embeddings:
+            for table in (module for module in model.modules() if isinstance(module, nn.Embedding)):
+                table.requires_grad_(False)
+        trained = [parameter for parameter in trainable if parameter.requires_grad]
+        train(
+            trained + list(objective.projections.parameters()),
+            objective,
+            stream(settled, context),
+            Optimization(self.name, settled.steps, settled.learning_rate, settled.accumulate),
+            seed=context.seed,
+            checkpoint=_checkpoint(student, settled, context),
+            progress=context.progress,
+        )
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+            parameter.grad = None
         return replace(student, model=model.cpu())
 
 
-def _train(
-    model: PreTrainedModel, layers: tuple[int, ...], config: DistillConfig, context: Context, student: Student
-) -> None:
-    """Train `model` in place; its parameters' `requires_grad` is as before afterwards."""
-    teacher = teacher_outputs(context, config.batch_size)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not config.embeddings:
-        for table in (module for module in model.modules() if isinstance(module, nn.Embedding)):
-            table.requires_grad_(False)
-    trained = [parameter for parameter in trainable if parameter.requires_grad]
-    optimizer, scheduler = _optimizer(trained, config)
-    model.train(False)
-    order = batch_order(len(teacher.batches), context.seed)
-    for step, index in zip(range(1, config.steps + 1), order, strict=False):
-        batch = teacher.batches[index]
-        inputs, labels = to_tensors(batch, context.device)
-        logits, states = teacher.of(index, hidden=config.hidden > 0)
-        with autocast(context.device):
-            own_logits, own_states = forward(model, own_inputs(inputs, student), hidden=config.hidden > 0)
-        loss = torch.zeros((), device=context.device)
-        if config.alpha > 0:
-            loss = loss + config.alpha * context.task.loss(own_logits.float(), labels)
-        if config.alpha < 1:
-            rows, targets = context.task.soft_targets(own_logits, labels), context.task.soft_targets(logits, labels)
-            loss = loss + (1 - config.alpha) * soft_loss(rows, targets, config.temperature)
-        if config.hidden > 0 and own_states:
-            wanted = [states[layer] for layer in layers] or states
-            mask = inputs.get("attention_mask", torch.ones(own_states[0].shape[:2], device=context.device))
-            loss = loss + config.hidden * hidden_loss(own_states, wanted, mask)
-        torch.autograd.backward(loss)
-        norm = nn.utils.clip_grad_norm_(trained, MAX_NORM)
-        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+def _require_parts(whose: str, shape: ModelShape, config: DistillConfig) -> None:
+    """Refuse to look into a model for what it has not."""
+    wanted = [name for name in ("attention", "queries", "keys", "values") if getattr(config, name)]
+    if config.layers not in ("source", "uniform"):
+        wanted.append("layers")
+    if not wanted or (shape.unmapped is None and not config.relations):
+        return
+    if shape.unmapped is not None:
+        raise PlanError(
+            f"distill.{wanted[0]} needs the architecture map, which does not have this '{shape.family}' model: leave "
+            "it out; logits and hidden states work without"
+        )
+    last = shape.stacks[-1].layers[-1]
+    for name in config.relations:
+        channels = (last.heads if name == "query" else last.kv_heads) * last.head_dim
+        if channels % config.relation_heads:
             raise PlanError(
-                f"distill.learning_rate: {config.learning_rate:g} made the loss {loss.item():g} at step {step} of "
-                f"{config.steps}; try {config.learning_rate / 10:g}"
+                f"distill.relation_heads: {config.relation_heads} does not divide the {channels} {name} channels of "
+                f"the {whose}'s last layer; take {math.gcd(channels, config.relation_heads)}"
             )
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if step % 10 == 0 or step == config.steps:
-            context.progress(step, config.steps)
-    teacher.save()
-    for parameter in trainable:
-        parameter.requires_grad_(True)
 
 
-def _optimizer(parameters: list[nn.Parameter], config: DistillConfig) -> tuple[torch.optim.Optimizer, Any]:
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-    warm = max(1, round(WARM_UP * config.steps))
+def _require_comparable(shape: ModelShape, config: DistillConfig, teacher: ModelShape) -> None:
+    _require_parts("teacher", teacher, config)
+    if shape.unmapped is not None:
+        return
+    own, total = len(shape.stacks[-1].layers), len(teacher.stacks[-1].layers)
+    if own > total:
+        raise PlanError(f"distill.layers: the student has {own} layers, the teacher only {total}")
+    if isinstance(config.layers, tuple) and not all(0 <= layer < total for layer in config.layers):
+        raise PlanError(f"distill.layers: {config.layers} must lie in 0 to {total - 1}, the teacher's layers")
 
-    def rate(done: int) -> float:
-        return min((done + 1) / warm, (config.steps - done) / max(1, config.steps - warm), 1.0)
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+def _checkpoint(student: Student, config: DistillConfig, context: Context) -> Checkpoint | None:
+    """Name the run by all that it depends on."""
+    if context.cache is None:
+        return None
+    models = [weights_digest(each.model) for each in (student, context.teacher)]
+    key = " ".join((config.model_dump_json(), *models, context.training_data(), str(context.seed), context.device))
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return Checkpoint(context.cache / "checkpoints" / f"{name}.safetensors")

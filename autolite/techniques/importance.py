@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from autolite.parts import LayerParts, layers_of
 from autolite.surgery import clone
 from autolite.tasks.encoding import fingerprint
-from autolite.techniques.base import Context, Student
+from autolite.techniques.base import Context, Student, weights_digest
 from autolite.techniques.teacher import to_tensors
 
 if TYPE_CHECKING:
@@ -134,13 +133,3 @@ def _recorded(modules: set[nn.Module]) -> Iterator[list[tuple[nn.Module, torch.T
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def weights_digest(model: PreTrainedModel) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of every parameter's name, shape and bytes."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-    for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]

@@ -23,8 +23,8 @@ ByLayer = str | tuple[str, ...]
 
 class QuantizeConfig(plan.Config):
     """A format name for each group: attention projections, feed-forward matrices, the token embedding (with ALBERT's
-    projection), and the head with the pooler before it. A head tied to the embedding follows the embedding. Thin factors
-    beside a matrix are in its format's `factor_format`.
+    projection), and the head with the pooler before it. A head tied to the embedding follows the embedding. Thin
+    factors beside a matrix are in its format's `factor_format`.
 
     Attributes:
         attention: of the layers' attention projections: one format, or one for each layer.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,15 +10,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from pydantic import Field
 from torch import nn
+from torch.nn.utils import parametrize
 
 from autolite import formats, plan
 from autolite.architecture import ModelShape
-from autolite.errors import DataError, PlanError
 from autolite.parts import Matrix, matrices_of
 from autolite.surgery import clone
 from autolite.techniques.base import Context, Student
-from autolite.techniques.distill import MAX_NORM, DistillConfig, _optimizer, batch_order, soft_loss
-from autolite.techniques.teacher import autocast, forward, teacher_outputs, to_tensors
+from autolite.techniques.distill import DistillConfig, stream
+from autolite.techniques.objective import Objective
+from autolite.techniques.training import Optimization, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,16 +85,14 @@ class Recover:
         assert isinstance(config, RecoverConfig)
         if config.steps == 0:
             return student
-        if not len(context.train):
-            raise DataError("recover: the training split is empty")
         model: Any = clone(student.model)
         matrices = {
             key: m for group in matrices_of(model).values() for key, m in group.items() if key in student.encoded
         }
         for key, matrix in matrices.items():
             _start(matrix, student.encoded[key])
-        model.to(context.device)
-        _train(model, {key: found.format for key, found in student.encoded.items()}, config, context)
+        model.to(context.device).train(False)
+        _train(replace(student, model=model), matrices, config, context)
         model.cpu()
         encoded = {
             key: formats.encode(matrix.weight, student.encoded[key].format)
@@ -105,6 +103,52 @@ class Recover:
         return replace(student, model=model, encoded=encoded)
 
 
+def _train(student: Student, matrices: Mapping[str, Matrix], config: RecoverConfig, context: Context) -> None:
+    """Train the student's model in place; its parameters' `requires_grad` is as before afterwards."""
+    model: Any = student.model
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    # Large, and in many bits hardly rounded
+    whole = {
+        name
+        for name, parameter in trainable.items()
+        if id(parameter) in tables
+        and (name not in student.encoded or formats.get(student.encoded[name].format).bits > config.bits)
+    }
+    for name in whole:
+        trainable[name].requires_grad_(False)
+    settings = DistillConfig(
+        steps=config.steps,
+        temperature=config.temperature,
+        alpha=config.alpha,
+        hidden=0.0,
+        learning_rate=config.learning_rate,
+        batch_size=config.batch_size,
+    )
+    with _rounding(model, matrices, {key: found.format for key, found in student.encoded.items()}) as roundings:
+        done = 0
+
+        def refit() -> None:
+            nonlocal done
+            done += 1
+            if done % REFIT == 0:
+                for rounding in roundings:
+                    rounding.grid = None
+
+        train(
+            [parameter for name, parameter in trainable.items() if name not in whole],
+            Objective.of(student, settings, context),
+            stream(settings, context),
+            Optimization(Recover.name, config.steps, config.learning_rate),
+            seed=context.seed,
+            after_step=refit,
+            progress=context.progress,
+        )
+    for parameter in trainable.values():
+        parameter.requires_grad_(True)
+        parameter.grad = None
+
+
 @torch.no_grad()
 def _start(matrix: Matrix, encoded: Encoded) -> None:
     """Where another rounding than to nearest was chosen, take what it chose for the master."""
@@ -112,72 +156,43 @@ def _start(matrix: Matrix, encoded: Encoded) -> None:
     matrix.weight.copy_(torch.where(nearest == chosen, matrix.weight, chosen))
 
 
-class _Rounded:
-    """Puts matrices in the place of their rounded values for a while."""
+class _Rounding(nn.Module):
+    """Rounds a parameter to its format in the forward pass; the gradient passes through as if it did not."""
 
-    def __init__(self, model: PreTrainedModel, wanted: Mapping[str, str]) -> None:
-        groups = matrices_of(model).values()
-        self._matrices = [(m, wanted[key]) for group in groups for key, m in group.items() if key in wanted]
-        self._grids: list[Grid] = []
+    def __init__(self, form: str, transposed: bool) -> None:
+        super().__init__()
+        self.form, self.transposed = formats.get(form), transposed
+        self.grid: Grid | None = None
 
-    @torch.no_grad()
-    def fit(self) -> None:
-        """Fit scales and codebooks to the weights as they are."""
-        self._grids = [formats.get(form).fit(matrix.weight.cpu(), None) for matrix, form in self._matrices]
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
+    def forward(self, master: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            masters = [matrix.weight.clone() for matrix, _ in self._matrices]
-            for (matrix, _), grid in zip(self._matrices, self._grids, strict=True):
-                matrix.weight.copy_(grid.dequantize(grid.quantize(matrix.weight.cpu(), 0), 0))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for (matrix, _), master in zip(self._matrices, masters, strict=True):
-                    matrix.weight.copy_(master)
+            weight = master.flatten(1).cpu()
+            weight = weight.T.contiguous() if self.transposed else weight
+            if self.grid is None:
+                self.grid = self.form.fit(weight, None)
+            rounded = self.grid.dequantize(self.grid.quantize(weight, 0), 0)
+            rounded = (rounded.T if self.transposed else rounded).reshape(master.shape).to(master.device)
+        return master + (rounded - master).detach()
 
 
-def _train(model: PreTrainedModel, wanted: Mapping[str, str], config: RecoverConfig, context: Context) -> None:
-    """Train `model` in place; its parameters' `requires_grad` is as before afterwards."""
-    teacher = teacher_outputs(context, config.batch_size)
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for module in model.modules():  # large, and in many bits hardly rounded
-        if isinstance(module, nn.Embedding):
-            for name, parameter in trainable.items():
-                if parameter is module.weight and formats.get(wanted.get(name, "fp32")).bits > config.bits:
-                    parameter.requires_grad_(False)
-    trained = [parameter for parameter in trainable.values() if parameter.requires_grad]
-    optimizer, scheduler = _optimizer(trained, DistillConfig(steps=config.steps, learning_rate=config.learning_rate))
-    model.train(False)
-    rounded = _Rounded(model, wanted)
-    for step, index in zip(range(config.steps), batch_order(len(teacher.batches), context.seed), strict=False):
-        if step % REFIT == 0:
-            rounded.fit()
-        inputs, labels = to_tensors(teacher.batches[index], context.device)
-        logits, _ = teacher.of(index, hidden=False)
-        with rounded():
-            with autocast(context.device):
-                own, _ = forward(model, inputs, hidden=False)
-            loss = torch.zeros((), device=context.device)
-            if config.alpha > 0:
-                loss = loss + config.alpha * context.task.loss(own.float(), labels)
-            if config.alpha < 1:
-                rows, targets = context.task.soft_targets(own, labels), context.task.soft_targets(logits, labels)
-                loss = loss + (1 - config.alpha) * soft_loss(rows, targets, config.temperature)
-            torch.autograd.backward(loss)
-        norm = nn.utils.clip_grad_norm_(trained, MAX_NORM)
-        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-            raise PlanError(
-                f"recover.learning_rate: {config.learning_rate:g} made the loss {loss.item():g} at step {step + 1} of "
-                f"{config.steps}; try {config.learning_rate / 10:g}"
-            )
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if (step + 1) % 10 == 0 or step + 1 == config.steps:
-            context.progress(step + 1, config.steps)
-    teacher.save()
-    for parameter in trainable.values():
-        parameter.requires_grad_(True)
+@contextmanager
+def _rounding(
+    model: PreTrainedModel, wanted: Mapping[str, Matrix], formats_of: Mapping[str, str]
+) -> Iterator[list[_Rounding]]:
+    """Let the modules that own the matrices compute with their rounded values."""
+    keys = {id(parameter): key for key, parameter in model.named_parameters() if key in wanted}
+    found = []
+    owners = [
+        (module, keys[id(parameter)])
+        for module in model.modules()
+        if id(parameter := getattr(module, "weight", None)) in keys and "weight" in module._parameters
+    ]
+    rounding = {key: _Rounding(formats_of[key], wanted[key].transposed) for key in wanted}
+    for module, key in owners:
+        parametrize.register_parametrization(module, "weight", rounding[key], unsafe=True)
+        found.append(module)
+    try:
+        yield list(rounding.values())
+    finally:
+        for module in found:
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)

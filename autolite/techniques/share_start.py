@@ -15,8 +15,7 @@ from autolite.delta import Delta
 from autolite.parts import layer_modules, part
 from autolite.surgery import clone
 from autolite.tasks.encoding import fingerprint
-from autolite.techniques.base import Context, Student
-from autolite.techniques.importance import weights_digest
+from autolite.techniques.base import Context, Student, weights_digest
 from autolite.techniques.teacher import forward, to_tensors
 from autolite.unmapped import is_conv1d
 

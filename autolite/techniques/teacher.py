@@ -1,13 +1,12 @@
-"""The teacher's outputs on the training batches: computed once, kept in memory, and the logits on disk too."""
+"""What a teacher says about the training batches: computed once, kept in memory and on disk."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-import io
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,20 +14,23 @@ import psutil
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autolite.files import write_atomically
-from autolite.tasks.base import Batch
+from autolite.errors import DataError
+from autolite.tasks.base import IGNORED, Batch, Split
 from autolite.tasks.encoding import fingerprint
-from autolite.techniques.base import Context, Student
+from autolite.techniques.attention import recorded
+from autolite.techniques.base import Context, weights_digest
+from autolite.techniques.features import FeatureCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from autolite.vocabulary import Vocabulary
 
 States = tuple[torch.Tensor, ...]
 
 # Tokens from which the processor's fused attention kernel is faster than plain products; on ten tokens its backward
 # pass is up to eight times slower (batch 32, bfloat16).
 LONG = 192
-LARGEST_FILE = 2**28  # bytes; more logits than that are cheaper to compute again than to rewrite
 
 
 def autocast(device: str) -> AbstractContextManager[Any]:
@@ -51,12 +53,12 @@ def to_tensors(batch: Batch, device: str) -> tuple[dict[str, torch.Tensor], torc
     return inputs, torch.from_numpy(np.ascontiguousarray(batch.labels)).to(device)
 
 
-def own_inputs(inputs: dict[str, torch.Tensor], student: Student) -> dict[str, torch.Tensor]:
-    """Return a batch's inputs, made for the teacher, as the student reads them: in its own vocabulary's ids."""
-    if student.vocabulary is None:
+def own_inputs(inputs: dict[str, torch.Tensor], vocabulary: Vocabulary | None) -> dict[str, torch.Tensor]:
+    """Return a batch's inputs, made for the teacher, as a student with this vocabulary reads them."""
+    if vocabulary is None:
         return inputs
     ids = inputs["input_ids"]
-    return inputs | {"input_ids": torch.from_numpy(student.vocabulary.table).to(ids.device)[ids]}
+    return inputs | {"input_ids": torch.from_numpy(vocabulary.table).to(ids.device)[ids]}
 
 
 def forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor], hidden: bool) -> tuple[torch.Tensor, States]:
@@ -75,108 +77,160 @@ def forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor], hidden: boo
     return output.logits, tuple(state for state in states[1:] if state.shape[:2] == output.hidden_states[0].shape[:2])
 
 
-class TeacherOutputs:
-    """What the teacher says about each of a fixed list of batches; a batch is run when it is first asked for.
+Features = dict[str, torch.Tensor]
 
-    Everything lives in memory up to `limit` bytes and is computed again beyond that. Hidden states are rounded to
-    bfloat16 whether they were kept or not, so that a full memory changes no result.
+
+def observe(model: PreTrainedModel, inputs: dict[str, torch.Tensor], hidden: bool, layers: Collection[int]) -> Features:
+    """Run `model` once and return what a distillation loss looks at, by name.
+
+    "logits"; with `hidden` the number of "states" that the model tells, and after each layer L its "state.L" [batch,
+    tokens, width]; for each of `layers` its "query.L", "key.L", "value.L" and "allowed.L" (see `Attention`).
+    """
+    with ExitStack() as stack:
+        stack.enter_context(autocast(str(model.device)))
+        attention = stack.enter_context(recorded(model)) if layers else []
+        logits, states = forward(model, inputs, hidden)
+    found = {"logits": logits}
+    if hidden:
+        found["states"] = torch.tensor(len(states))
+    found |= {f"state.{layer}": state for layer, state in enumerate(states)}
+    return found | {f"{name}.{layer}": tensor for layer in layers for name, tensor in vars(attention[layer]).items()}
+
+
+class TeacherOutputs:
+    """What a teacher says about each of a fixed list of batches; a batch is run when it is first asked for.
+
+    Everything lives in memory up to `limit` bytes, and in `cache`; it is computed again beyond that. All but the logits
+    of a classifier is rounded to bfloat16 whether it was kept or not, so that a full memory changes no result.
 
     Attributes:
         batches: the training batches, in the task's order.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], device: str, file: Path | None, limit: int):
+    def __init__(
+        self, model: PreTrainedModel, batches: Sequence[Batch], device: str, cache: FeatureCache | None, limit: int
+    ):
         self.batches = batches
         model.train(False)
-        self._model, self._device, self._file, self._free = model, device, file, limit
-        self._logits: dict[int, torch.Tensor] = {}
-        self._hidden: dict[int, States] = {}
-        self._unsaved = False
-        self._read()
+        self._model, self._device, self._cache, self._free = model, device, cache, limit
+        self._kept: dict[int, Features] = {}
+        self._digest = "" if cache is None else weights_digest(model)
 
-    def of(self, index: int, hidden: bool) -> tuple[torch.Tensor, States]:
-        """Return logits and (if `hidden`) the bfloat16 state after each layer, for batch number `index`."""
-        if index not in self._logits or (hidden and index not in self._hidden):
-            logits, states = self._run(index, hidden)
-            if index not in self._logits and self._keep(logits):
-                self._logits[index], self._unsaved = logits.cpu(), True
-            if hidden and self._keep(*states):
-                self._hidden[index] = tuple(state.cpu() for state in states)
-            return self._logits.get(index, logits).to(self._device), states
-        states = self._hidden[index] if hidden else ()
-        return self._logits[index].to(self._device), tuple(state.to(self._device) for state in states)
+    def of(self, index: int, hidden: bool, layers: Collection[int] = ()) -> Features:
+        """Return what `observe` says of batch number `index`, without "allowed"."""
+        known = self._kept.get(index, {})
+        if not _has(known, hidden, layers):
+            known = self._recalled(index, known)
+            if not _has(known, hidden, layers):
+                known = known | self._run(index, hidden, layers)
+                if self._cache is not None:
+                    self._cache.write(self._key(index), {name: tensor.cpu() for name, tensor in known.items()})
+            self._keep(index, known)
+        return {name: tensor.to(self._device) for name, tensor in known.items()}
+
+    def _recalled(self, index: int, known: Features) -> Features:
+        return known if self._cache is None else known | self._cache.read(self._key(index))
 
     @torch.no_grad()
-    def _run(self, index: int, hidden: bool) -> tuple[torch.Tensor, States]:
+    def _run(self, index: int, hidden: bool, layers: Collection[int]) -> Features:
         inputs, _ = to_tensors(self.batches[index], self._device)
-        with autocast(self._device):
-            logits, states = forward(self._model, inputs, hidden)
-        # The rows of a classifier are kept in float32, as the file has them.
-        logits = logits.float() if logits.ndim == 2 else logits
-        return logits, tuple(state.to(torch.bfloat16) for state in states)
+        found = observe(self._model, inputs, hidden, layers)
+        return {name: _rounded(name, tensor) for name, tensor in found.items() if not name.startswith("allowed")}
 
-    def _keep(self, *tensors: torch.Tensor) -> bool:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        if size > self._free:
-            return False
-        self._free -= size
-        return True
+    def _keep(self, index: int, features: Features) -> None:
+        kept = self._kept.setdefault(index, {})
+        new = {name: tensor for name, tensor in features.items() if name not in kept}
+        size = sum(tensor.numel() * tensor.element_size() for tensor in new.values())
+        if size <= self._free:
+            self._free -= size
+            kept |= {name: tensor.cpu() for name, tensor in new.items()}
 
-    def _table(self) -> np.ndarray | None:
-        """The file's logits [examples, classes], NaN where not computed; None if there is no usable file."""
-        examples = sum(len(batch.indices) for batch in self.batches)
-        try:
-            table = np.load(self._file, allow_pickle=False) if self._file else None
-        except (OSError, ValueError, EOFError):
-            return None
-        usable = table is not None and table.ndim == 2 and len(table) == examples and table.dtype == np.float32
-        return table if usable else None
-
-    def _read(self) -> None:
-        table = self._table()
-        if table is None:
-            return
-        for index, batch in enumerate(self.batches):
-            rows = torch.from_numpy(table[batch.indices])
-            if rows.isfinite().all() and self._keep(rows):
-                self._logits[index] = rows
-
-    def save(self) -> None:
-        """Write the logits of a classifier to the file, together with what other processes wrote meanwhile.
-
-        Raises:
-            StorageError: if the file cannot be written.
-        """
-        if self._file is None or not self._unsaved or next(iter(self._logits.values())).ndim != 2:
-            return
-        examples, classes = sum(len(b.indices) for b in self.batches), next(iter(self._logits.values())).shape[1]
-        if 4 * examples * classes > LARGEST_FILE:
-            return
-        table = self._table()
-        if table is None or table.shape[1] != classes:
-            table = np.full((examples, classes), np.nan, np.float32)
-        for index, rows in self._logits.items():
-            table[self.batches[index].indices] = rows.numpy()
-        stream = io.BytesIO()
-        np.save(stream, table)
-        write_atomically(self._file, stream.getvalue())
-        self._unsaved = False
+    def _key(self, index: int) -> str:
+        """Name by content what the outputs depend on: the weights, the batch, and the arithmetic."""
+        precise = isinstance(autocast(self._device), nullcontext)
+        digest = hashlib.sha256(f"{self._digest} {torch.device(self._device).type} {precise}".encode())
+        for name, array in sorted(self.batches[index].inputs.items()):
+            digest.update(f" {name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+        return digest.hexdigest()[:32]
 
 
-def teacher_outputs(context: Context, batch_size: int) -> TeacherOutputs:
-    """Return the teacher's outputs on `context.train` in batches of `batch_size`, from `context.memory` if there.
+def _has(known: Features, hidden: bool, layers: Collection[int]) -> bool:
+    wanted = ["logits", *(f"query.{layer}" for layer in layers), *(["states"] if hidden else [])]
+    return all(name in known for name in wanted)
 
-    They are kept by batch size because a row's last bits depend on the batch it was computed in.
+
+def _rounded(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if name == "logits":
+        return tensor.float() if tensor.ndim == 2 else tensor
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+
+
+def training_split(context: Context, epoch: int) -> Split:
+    """Return the examples of an epoch (from 0): labelled and unlabelled ones, as `context.augment` changes them.
+
+    Raises:
+        DataError: if there are none, or the augmentation returns no split of examples with a label each.
     """
-    key = f"teacher-{fingerprint([context.train])[:12]}-{batch_size}"
-    name = f"{key}-{context.device}"
-    if name not in context.memory:
-        model: Any = context.teacher.model
-        if model.device != torch.device(context.device):
-            model = deepcopy(model).to(context.device)
-        batches = list(context.task.batches(context.train, batch_size, context.pad_id))
-        file = None if context.cache is None else context.cache / f"{key}.npy"
-        limit = psutil.virtual_memory().available // 4
-        context.memory[name] = TeacherOutputs(model, batches, context.device, file, limit)
-    outputs: TeacherOutputs = context.memory[name]
+    split = context.train if context.unlabelled is None else joined(context.train, context.unlabelled)
+    if context.augment is not None:
+        changed = context.augment(split, np.random.default_rng([context.seed, epoch]))
+        labels = len(changed) if len(split.labels) else 0
+        if len(changed.labels) != labels:
+            raise DataError(
+                f"the augmentation must return a Split with a label for each example ({IGNORED} where it is unknown), "
+                f"but returned {len(changed)} examples and {len(changed.labels)} labels"
+            )
+        split = changed
+    if not len(split):
+        raise DataError("distill: the training split is empty")
+    return split
+
+
+def joined(first: Split, second: Split) -> Split:
+    """Return the examples of both under the name of the first; what has no token types has zeros if the other has."""
+    types: list[np.ndarray] | None = None
+    if first.token_type_ids is not None or second.token_type_ids is not None:
+        types = [
+            row
+            for split in (first, second)
+            for row in split.token_type_ids or [np.zeros_like(ids) for ids in split.input_ids]
+        ]
+    return Split(
+        first.name, [*first.input_ids, *second.input_ids], types, np.concatenate([first.labels, second.labels])
+    )
+
+
+def teacher_outputs(context: Context, batch_size: int, epoch: int = 0) -> TeacherOutputs:
+    """Return the teacher's outputs on an epoch's examples in batches of `batch_size`; from `context.memory`, unless
+    every epoch has examples of its own.
+
+    They are kept by batch because a row's last bits depend on the batch it was computed in.
+    """
+    return outputs_of(context.teacher.model, "teacher", context, batch_size, epoch)
+
+
+def outputs_of(model: PreTrainedModel, name: str, context: Context, batch_size: int, epoch: int = 0) -> TeacherOutputs:
+    """Return what `teacher_outputs` does of another teacher, known by `name`."""
+    split = training_split(context, epoch)
+    key = f"{name}-{fingerprint([split])[:12]}-{batch_size}-{context.device}"
+    if key in context.memory:
+        known: TeacherOutputs = context.memory[key]
+        return known
+    moved: Any = model
+    if moved.device != torch.device(context.device):
+        moved = deepcopy(moved).to(context.device)
+    batches = list(context.task.batches(split, batch_size, context.pad_id))
+    limit = psutil.virtual_memory().available // 4
+    outputs = TeacherOutputs(moved, batches, context.device, _cache(context), limit)
+    if context.augment is None:
+        context.memory[key] = outputs
     return outputs
+
+
+def _cache(context: Context) -> FeatureCache | None:
+    if context.cache is None or not context.cache_limit:
+        return None
+    cache: FeatureCache = context.memory.setdefault(
+        "features", FeatureCache(context.cache / "teacher", context.cache_limit)
+    )
+    return cache

@@ -1,0 +1,97 @@
+"""Tensors kept on disk by the content they were computed from, up to a size; the least recently used go first."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load, save
+
+from autolite.files import write_atomically
+
+LARGEST_PART = 1 / 16  # of the limit that one entry may take: one that is larger would push out all others
+KEPT = 0.9  # of the limit that stays when something has to go
+
+
+@dataclass(eq=False)
+class FeatureCache:
+    """Dictionaries of tensors in files of one folder, at most `limit` bytes of them (0 keeps nothing).
+
+    Several processes may use the folder: a file is there whole or not at all, and one that is damaged, or that another
+    process removed, is as if it had never been written.
+    """
+
+    folder: Path
+    limit: int
+    _written: int | None = field(default=None, init=False)  # bytes there, as far as this process knows
+
+    def read(self, key: str) -> dict[str, torch.Tensor]:
+        """Return what was written under `key`; nothing if there is none."""
+        file = self.folder / f"{key}.safetensors"
+        try:
+            content = file.read_bytes()
+            tensors = load(content)
+            if int(_metadata(content)["crc32"]) != _checksum(tensors):
+                return {}
+            os.utime(file)
+        except (OSError, safetensors.SafetensorError, KeyError, ValueError):
+            return {}
+        return tensors
+
+    def write(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write under `key`, replacing what was there, and remove the least recently used beyond the limit.
+
+        Raises:
+            StorageError: if the file cannot be written.
+        """
+        plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        size = sum(tensor.numel() * tensor.element_size() for tensor in plain.values())
+        if size > self.limit * LARGEST_PART:
+            return
+        content = save(plain, {"crc32": str(_checksum(plain))})
+        write_atomically(self.folder / f"{key}.safetensors", content, durable=False)
+        self._written = len(content) + (self._size() if self._written is None else self._written)
+        if self._written > self.limit:
+            self._written = self._shrink()
+
+    def _size(self) -> int:
+        return sum(size for _, size, _ in self._files())
+
+    def _files(self) -> list[tuple[float, int, Path]]:
+        found = []
+        for file in self.folder.glob("*.safetensors"):
+            with suppress(OSError):  # removed by another process
+                stat = file.stat()
+                found.append((stat.st_mtime, stat.st_size, file))
+        return sorted(found)
+
+    def _shrink(self) -> int:
+        files = self._files()
+        size = sum(each for _, each, _ in files)
+        for _, each, file in files:
+            if size <= self.limit * KEPT:
+                break
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+            size -= each
+        return size
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    length = int.from_bytes(content[:8], "little")
+    found: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
+    return found
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, zlib.crc32(name.encode(), total))
+    return total

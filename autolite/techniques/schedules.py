@@ -1,0 +1,26 @@
+"""How a number changes over a run."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def scheduled(start: float, end: float | None, schedule: Schedule, progress: float) -> float:
+    """Return the value at `progress`, from 0 (the first step) to 1 (the last), on the way from `start` to `end`.
+
+    "cosine" leaves the start and reaches the end slowly; "constant", or an `end` of None, stays at the start.
+    """
+    if schedule == "constant" or end is None:
+        return start
+    part = progress if schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return start + (end - start) * part
+
+
+def warm_up_and_decay(step: int, steps: int, warm_up: float) -> float:
+    """Return the learning rate's factor at `step` (from 0) of `steps`: up to 1 over the first `warm_up` of them, then
+    down to 0, both in a straight line."""
+    warm = max(1, round(warm_up * steps))
+    return min((step + 1) / warm, (steps - step) / max(1, steps - warm), 1.0)
