@@ -137,7 +137,9 @@ class Quantize:
         shape = self.shape(student.shape, config)
         matrices = matrices_of(student.model)
         wanted = {key: form for key, form in _formats(student, shape).items() if form != "fp32"}
-        context, model = context.read_by(student), student.model
+        model = student.model
+        if student.vocabulary is not None:
+            context = context.read_by(student)
         if config.scaling != "none":
             model = scaled(model, wanted, config.scaling, context)
         replaced = {key for group in matrices.values() for key in group}  # a later step replaces an earlier one
