@@ -48,8 +48,8 @@ def layer_map(student: ModelShape, teacher: ModelShape, layers: LayerMap = "sour
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """The loss of a batch at a step, of a student in training. `layers` says which teacher's layer each of the student's imitates; `projections`
-    map its hidden states to the teacher's width, where that differs."""
+    """The loss of a batch at a step, of a student in training. `layers` says which teacher's layer each of the
+    student's imitates; `projections` map its hidden states to the teacher's width, where that differs."""
 
     student: Student
     config: DistillConfig
