@@ -89,7 +89,7 @@ def test_functions_are_told_apart_by_their_source() -> None:
 def test_a_search_uses_them_and_a_resumed_one_notices_others(
     run_search: RunSearch, tmp_path: Path, tiny_data: Path
 ) -> None:
-    usual: dict[str, Any] = {"out": tmp_path / "run", "budget": "3trials", "unlabelled": tiny_data}
+    usual: dict[str, Any] = {"out": tmp_path / "run", "budget": "6trials", "unlabelled": tiny_data}
     usual |= {"loss": smooth, "metric": f1, "augment": halves}
     USED.clear()
     result = run_search(**usual)

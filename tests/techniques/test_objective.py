@@ -40,7 +40,7 @@ def pruned(context: Context) -> Student:
 
 
 def loss_of(student: Student, config: DistillConfig, context: Context, step: int = 0) -> float:
-    objective = Objective.of(student.model, student.shape, config, context)
+    objective = Objective.of(student, config, context)
     return objective(next(stream(config, context)), step).item()
 
 
@@ -99,7 +99,7 @@ def test_states_of_another_width_are_compared_through_a_learned_map(kind: Any, m
     model = tiny_model("bert", hidden_size=16, num_attention_heads=2, layers=2)
     student = Student(model, shape_of(model))
     config = DistillConfig(steps=60, batch_size=24, learning_rate=1e-2, hidden_kind=kind, alpha=1.0)
-    objective = Objective.of(model, student.shape, config, context)
+    objective = Objective.of(student, config, context)
     assert [tuple(p.shape) for p in objective.projections.parameters()] == [(32, 16), (32, 16)]
     context = replace(context, task=contracts_task_without_loss(context))
     before = loss_of(student, config, context)
