@@ -15,6 +15,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prune": {"heads": 0.5, "ffn": 0.5, "round_to": 8},
     "distill": {"steps": 2, "batch_size": 8},
     "quantize": {"attention": "int8", "ffn": "kmeans4", "embedding": "int4"},
+    "recover": {"steps": 2, "batch_size": 8},
 }
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from autolite import formats, plan
 from autolite.architecture import ModelShape
 from autolite.errors import DataError, PlanError
+from autolite.formats import Encoded
 from autolite.parts import Matrix, matrices_of
 from autolite.surgery import clone
 from autolite.techniques.base import Context, Student
@@ -24,7 +25,7 @@ from autolite.techniques.teacher import autocast, forward, teacher_outputs, to_t
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from autolite.formats import Encoded, Grid
+    from autolite.formats import Grid
 
 REFIT = 20  # steps after which scales and codebooks are fitted again; codes are new in every step
 
@@ -54,7 +55,7 @@ class Recover:
 
     The gradient at the rounded weights moves the float32 masters, as if rounding had the slope 1 (the straight-through
     estimator; Bengio, Leonard & Courville 2013). Activations are not rounded meanwhile, and their static ranges stay.
-    Afterwards every matrix is encoded again, to nearest.
+    Afterwards every matrix is encoded again, to nearest. What starts is what was encoded, however it was rounded.
     """
 
     name: ClassVar[str] = "recover"
@@ -88,76 +89,80 @@ class Recover:
         if not len(context.train):
             raise DataError("recover: the training split is empty")
         model: Any = clone(student.model)
-        matrices = {
-            key: m for group in matrices_of(model).values() for key, m in group.items() if key in student.encoded
-        }
-        for key, matrix in matrices.items():
-            _start(matrix, student.encoded[key])
+        rounded = _Rounded(model, student.encoded)
         model.to(context.device)
-        _train(model, {key: found.format for key, found in student.encoded.items()}, config, context)
+        _train(model, rounded, config, context)
         model.cpu()
-        encoded = {
-            key: formats.encode(matrix.weight, student.encoded[key].format)
-            for group in matrices_of(model).values()
-            for key, matrix in group.items()
-            if key in student.encoded
-        }
-        return replace(student, model=model, encoded=encoded)
-
-
-@torch.no_grad()
-def _start(matrix: Matrix, encoded: Encoded) -> None:
-    """Where another rounding than to nearest was chosen, take what it chose for the master."""
-    nearest, chosen = formats.decode(formats.encode(matrix.weight, encoded.format)), formats.decode(encoded)
-    matrix.weight.copy_(torch.where(nearest == chosen, matrix.weight, chosen))
+        return replace(student, model=model, encoded={**student.encoded, **rounded.encoded()})
 
 
 class _Rounded:
-    """Puts matrices in the place of their rounded values for a while."""
+    """The encoded matrices of a model: its masters, and the scales and codebooks that they are rounded with."""
 
-    def __init__(self, model: PreTrainedModel, wanted: Mapping[str, str]) -> None:
-        groups = matrices_of(model).values()
-        self._matrices = [(m, wanted[key]) for group in groups for key, m in group.items() if key in wanted]
-        self._grids: list[Grid] = []
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, encoded: Mapping[str, Encoded]) -> None:
+        """Start from what the rounding chose: where it is not the nearest, the master becomes it."""
+        self._model = model
+        self.formats = {key: found.format for key, found in encoded.items()}
+        self._grids: dict[str, Grid] = {}
+        for key, matrix in self._matrices():
+            grid, codes = formats.get(self.formats[key]).layout.read(encoded[key].tensors, encoded[key].shape[1])
+            matrix.weight.copy_(
+                torch.where(grid.quantize(matrix.weight) == codes, matrix.weight, grid.dequantize(codes))
+            )
+            self._grids[key] = grid
+
+    def _matrices(self) -> list[tuple[str, Matrix]]:
+        groups = matrices_of(self._model).values()
+        return [(key, matrix) for group in groups for key, matrix in group.items() if key in self.formats]
 
     @torch.no_grad()
     def fit(self) -> None:
-        """Fit scales and codebooks to the weights as they are."""
-        self._grids = [formats.get(form).fit(matrix.weight.cpu(), None) for matrix, form in self._matrices]
+        """Fit scales and codebooks to the masters as they are."""
+        self._grids = {key: formats.get(self.formats[key]).fit(matrix.weight.cpu()) for key, matrix in self._matrices()}
+
+    def encoded(self) -> dict[str, Encoded]:
+        """Return the masters rounded to nearest."""
+        found = {}
+        for key, matrix in self._matrices():
+            grid, (n, k) = self._grids[key], matrix.weight.shape
+            found[key] = Encoded(self.formats[key], (n, k), grid.tensors(grid.quantize(matrix.weight.detach().cpu())))
+        return found
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
+    def in_place(self) -> Iterator[None]:
+        """Let the model compute with the rounded values for a while; gradients reach the masters as they are."""
         with torch.no_grad():
-            masters = [matrix.weight.clone() for matrix, _ in self._matrices]
-            for (matrix, _), grid in zip(self._matrices, self._grids, strict=True):
-                matrix.weight.copy_(grid.dequantize(grid.quantize(matrix.weight.cpu(), 0), 0))
+            masters = [(matrix.weight, matrix.weight.clone()) for _, matrix in self._matrices()]
+            for key, matrix in self._matrices():
+                grid = self._grids[key]
+                matrix.weight.copy_(grid.dequantize(grid.quantize(matrix.weight.cpu())))
         try:
             yield
         finally:
             with torch.no_grad():
-                for (matrix, _), master in zip(self._matrices, masters, strict=True):
-                    matrix.weight.copy_(master)
+                for weight, master in masters:
+                    weight.copy_(master)
 
 
-def _train(model: PreTrainedModel, wanted: Mapping[str, str], config: RecoverConfig, context: Context) -> None:
+def _train(model: PreTrainedModel, rounded: _Rounded, config: RecoverConfig, context: Context) -> None:
     """Train `model` in place; its parameters' `requires_grad` is as before afterwards."""
     teacher = teacher_outputs(context, config.batch_size)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for module in model.modules():  # large, and in many bits hardly rounded
         if isinstance(module, nn.Embedding):
             for name, parameter in trainable.items():
-                if parameter is module.weight and formats.get(wanted.get(name, "fp32")).bits > config.bits:
+                if parameter is module.weight and formats.get(rounded.formats.get(name, "fp32")).bits > config.bits:
                     parameter.requires_grad_(False)
     trained = [parameter for parameter in trainable.values() if parameter.requires_grad]
     optimizer, scheduler = _optimizer(trained, DistillConfig(steps=config.steps, learning_rate=config.learning_rate))
     model.train(False)
-    rounded = _Rounded(model, wanted)
     for step, index in zip(range(config.steps), batch_order(len(teacher.batches), context.seed), strict=False):
-        if step % REFIT == 0:
+        if step and step % REFIT == 0:
             rounded.fit()
         inputs, labels = to_tensors(teacher.batches[index], context.device)
         logits, _ = teacher.of(index, hidden=False)
-        with rounded():
+        with rounded.in_place():
             with autocast(context.device):
                 own, _ = forward(model, inputs, hidden=False)
             loss = torch.zeros((), device=context.device)
