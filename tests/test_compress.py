@@ -15,12 +15,13 @@ import torch
 from autolite import compress as compress_module
 from autolite import registry
 from autolite.architecture import ModelShape, shape_of
-from autolite.compress import canonical, compress, read_weights, shape_after, student_plan, write_weights
+from autolite.compress import canonical, compress, read_weights, resolve, shape_after, student_plan, write_weights
 from autolite.errors import PlanError, StorageError
 from autolite.plan import Plan, make_step
 from autolite.tasks.base import Split
 from autolite.techniques.base import Context, Student
 from autolite.techniques.distill import Distill
+from autolite.techniques.recover import Recover
 from autolite.testing import PAD, VOCAB, tiny_model
 
 PRUNE = make_step("prune", {"heads": 0.5, "ffn": 0.5, "round_to": 8, "depth": 0.7})
@@ -193,3 +194,83 @@ def test_no_weights_are_needed_for_a_shape(monkeypatch: pytest.MonkeyPatch) -> N
     after = shape_after(PLAN, shape)
     assert [layer.heads for layer in after.stacks[0].layers] == [2, 2]
     assert after.source_layers == ((0, 2),)
+
+
+QUANTIZE = make_step("quantize", {"ffn": "int3", "attention": "int4-asym", "rounding": "gptq"})
+RECOVER = make_step("recover", {"steps": 2, "batch_size": 4})
+
+
+@pytest.fixture
+def recoveries(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps of each recovery that was really done."""
+    done: list[int] = []
+    original = Recover.apply
+
+    def counted(self: Recover, student: Student, config: Any, context: Context) -> Student:
+        done.append(config.steps)
+        return original(self, student, config, context)
+
+    monkeypatch.setattr(Recover, "apply", counted)
+    return done
+
+
+def encodings(student: Student) -> dict[str, tuple[Any, ...]]:
+    return {
+        key: (found.format, found.shape, {name: tensor.tolist() for name, tensor in found.tensors.items()})
+        for key, found in student.encoded.items()
+    }
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "gpt2", "qwen3"])
+def test_what_was_recovered_comes_back_bit_for_bit(
+    family: str, trainings: list[int], recoveries: list[int], tmp_path: Path
+) -> None:
+    plan = Plan((*PLAN.steps, QUANTIZE, RECOVER))
+    assert student_plan(plan) == plan
+    first = compress(plan, context_of(family), tmp_path)
+    again = compress(plan, context_of(family), tmp_path)
+    assert (trainings, recoveries) == ([2], [2]), "a second call trains nothing"
+    assert same(first, again)
+    assert encodings(first) == encodings(again)
+    assert first.ranges == again.ranges
+    assert encodings(first) == encodings(compress(plan, context_of(family)))
+
+
+def test_formats_share_the_distilled_student_and_each_has_its_recovered_one(
+    trainings: list[int], recoveries: list[int], tmp_path: Path
+) -> None:
+    other = make_step("quantize", {"ffn": "int2", "attention": "int8-static"})
+    for step in (QUANTIZE, other, QUANTIZE):
+        compress(Plan((*PLAN.steps, step, RECOVER)), context_of(), tmp_path)
+    compress(Plan((*PLAN.steps, QUANTIZE)), context_of(), tmp_path)
+    assert trainings == [2]
+    assert recoveries == [2, 2]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_crash_in_recovery_does_not_lose_the_distillation(
+    trainings: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan((*PLAN.steps, QUANTIZE, RECOVER))
+    with monkeypatch.context() as patch:
+        patch.setattr(Recover, "apply", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compress(plan, context_of(), tmp_path)
+    compress(plan, context_of(), tmp_path)
+    assert trainings == [2]
+
+
+def test_recovery_that_has_nothing_to_do_is_no_part_of_the_plan(recoveries: list[int]) -> None:
+    context = context_of()
+    coarse, fine = (make_step("quantize", {"ffn": form}) for form in ("int4", "int8"))
+    kept = [canonical(resolve(Plan((step, RECOVER)), context), context.teacher.shape) for step in (coarse, fine)]
+    assert kept == [Plan((coarse, RECOVER)), Plan((fine,))]
+    compress(Plan((fine, RECOVER)), context)
+    assert not recoveries
+
+
+def test_a_teacher_that_is_only_quantized_can_be_recovered(recoveries: list[int], tmp_path: Path) -> None:
+    plan = Plan((QUANTIZE, RECOVER))
+    students = [compress(plan, context_of(), tmp_path) for _ in range(2)]
+    assert recoveries == [2]
+    assert encodings(students[0]) == encodings(students[1])

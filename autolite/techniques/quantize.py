@@ -22,9 +22,8 @@ ByLayer = str | tuple[str, ...]
 
 
 class QuantizeConfig(plan.Config):
-    """A format name for each group: attention projections, feed-forward matrices, the token embedding (with ALBERT's
-    projection), and the head with the pooler before it. A head tied to the embedding follows the embedding. Thin
-    factors beside a matrix are in its format's `factor_format`.
+    """Which number formats, and how matrices are brought into them. Thin factors beside a matrix are in its format's
+    `factor_format`.
 
     Attributes:
         attention: of the layers' attention projections: one format, or one for each layer.
@@ -117,7 +116,8 @@ class Quantize:
 
         Raises:
             PlanError: if a head that is tied to the embedding asks for another format, there are not as many formats as
-                layers, layers that share weights disagree, or scaling is asked for without an architecture map.
+                layers, layers that share weights disagree, scaling is asked for without an architecture map, or hqq
+                for a format with a codebook.
         """
         assert isinstance(config, QuantizeConfig)
         if shape.unmapped is not None and config.scaling != "none":
@@ -127,9 +127,16 @@ class Quantize:
             )
         head = _head_format(config, shape.tied)
         try:
-            return shape.with_formats(config.attention, config.ffn, config.embedding, head)
+            shape = shape.with_formats(config.attention, config.ffn, config.embedding, head)
         except ValueError as error:
             raise PlanError(f"quantize.{error}") from None
+        uneven = sorted(name for name in shape.formats if not FORMATS[name].linear)
+        if config.rounding == "hqq" and uneven:
+            raise PlanError(
+                f"quantize.rounding: hqq fits scales of evenly spaced levels, which {', '.join(uneven)} has not; use "
+                "gptq, weighted or nearest"
+            )
+        return shape
 
     def apply(self, student: Student, config: plan.Config, context: Context) -> Student:
         """Return the student with its matrices encoded; each stored matrix once, biases and norms not at all."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from autolite import formats, plan
 from autolite.architecture import ModelShape
+from autolite.formats import Encoded
 from autolite.parts import Matrix, matrices_of
 from autolite.surgery import clone
 from autolite.techniques.base import Context, Student
@@ -24,7 +25,7 @@ from autolite.techniques.training import Optimization, train
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from autolite.formats import Encoded, Grid
+    from autolite.formats import Grid
 
 REFIT = 20  # steps after which scales and codebooks are fitted again; codes are new in every step
 
@@ -54,7 +55,7 @@ class Recover:
 
     The gradient at the rounded weights moves the float32 masters, as if rounding had the slope 1 (the straight-through
     estimator; Bengio, Leonard & Courville 2013). Activations are not rounded meanwhile, and their static ranges stay.
-    Afterwards every matrix is encoded again, to nearest.
+    Afterwards every matrix is encoded again, to nearest. What starts is what was encoded, however it was rounded.
     """
 
     name: ClassVar[str] = "recover"
@@ -86,24 +87,14 @@ class Recover:
         if config.steps == 0:
             return student
         model: Any = clone(student.model)
-        matrices = {
-            key: m for group in matrices_of(model).values() for key, m in group.items() if key in student.encoded
-        }
-        for key, matrix in matrices.items():
-            _start(matrix, student.encoded[key])
+        roundings = _roundings(model, student.encoded)
         model.to(context.device).train(False)
-        _train(replace(student, model=model), matrices, config, context)
+        _train(replace(student, model=model), roundings, config, context)
         model.cpu()
-        encoded = {
-            key: formats.encode(matrix.weight, student.encoded[key].format)
-            for group in matrices_of(model).values()
-            for key, matrix in group.items()
-            if key in student.encoded
-        }
-        return replace(student, model=model, encoded=encoded)
+        return replace(student, model=model, encoded=_encoded(model, student.encoded, roundings))
 
 
-def _train(student: Student, matrices: Mapping[str, Matrix], config: RecoverConfig, context: Context) -> None:
+def _train(student: Student, roundings: Mapping[str, _Rounding], config: RecoverConfig, context: Context) -> None:
     """Train the student's model in place; its parameters' `requires_grad` is as before afterwards."""
     model: Any = student.model
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -125,14 +116,14 @@ def _train(student: Student, matrices: Mapping[str, Matrix], config: RecoverConf
         learning_rate=config.learning_rate,
         batch_size=config.batch_size,
     )
-    with _rounding(model, matrices, {key: found.format for key, found in student.encoded.items()}) as roundings:
+    with _rounded(model, roundings):
         done = 0
 
         def refit() -> None:
             nonlocal done
             done += 1
             if done % REFIT == 0:
-                for rounding in roundings:
+                for rounding in roundings.values():
                     rounding.grid = None
 
         train(
@@ -149,50 +140,75 @@ def _train(student: Student, matrices: Mapping[str, Matrix], config: RecoverConf
         parameter.grad = None
 
 
-@torch.no_grad()
-def _start(matrix: Matrix, encoded: Encoded) -> None:
-    """Where another rounding than to nearest was chosen, take what it chose for the master."""
-    nearest, chosen = formats.decode(formats.encode(matrix.weight, encoded.format)), formats.decode(encoded)
-    matrix.weight.copy_(torch.where(nearest == chosen, matrix.weight, chosen))
-
-
 class _Rounding(nn.Module):
-    """Rounds a parameter to its format in the forward pass; the gradient passes through as if it did not."""
+    """Rounds a parameter to its format in the forward pass; the gradient passes through as if it did not. Scales and
+    codebooks are those of `grid`; where that is None they are fitted to the weights as they are."""
 
-    def __init__(self, form: str, transposed: bool) -> None:
+    def __init__(self, format: str, transposed: bool, grid: Grid) -> None:
         super().__init__()
-        self.form, self.transposed = formats.get(form), transposed
-        self.grid: Grid | None = None
+        self.format, self.transposed = format, transposed
+        self.grid: Grid | None = grid
+
+    def fitted(self, weight: torch.Tensor) -> Grid:
+        """Return the scales and codebooks that a matrix [n, k] is rounded with."""
+        if self.grid is None:
+            self.grid = formats.get(self.format).fit(weight)
+        return self.grid
 
     def forward(self, master: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            weight = master.flatten(1).cpu()
-            weight = weight.T.contiguous() if self.transposed else weight
-            if self.grid is None:
-                self.grid = self.form.fit(weight, None)
-            rounded = self.grid.dequantize(self.grid.quantize(weight, 0), 0)
+            weight = (master.T if self.transposed else master.flatten(1)).cpu().contiguous()
+            grid = self.fitted(weight)
+            rounded = grid.dequantize(grid.quantize(weight))
             rounded = (rounded.T if self.transposed else rounded).reshape(master.shape).to(master.device)
         return master + (rounded - master).detach()
 
 
+def _matrices(model: PreTrainedModel, keys: Collection[str]) -> Iterator[tuple[str, Matrix]]:
+    for group in matrices_of(model).values():
+        yield from ((key, matrix) for key, matrix in group.items() if key in keys)
+
+
+@torch.no_grad()
+def _roundings(model: PreTrainedModel, encoded: Mapping[str, Encoded]) -> dict[str, _Rounding]:
+    """Return how each matrix is rounded, by its key, at first as it was encoded; a master whose nearest codes are not
+    the chosen ones becomes what those stand for."""
+    found = {}
+    for key, matrix in _matrices(model, encoded):
+        form = encoded[key].format
+        grid, codes = formats.get(form).layout.read(encoded[key].tensors, encoded[key].shape[1])
+        nearest = grid.quantize(matrix.weight) == codes
+        matrix.weight.copy_(torch.where(nearest, matrix.weight, grid.dequantize(codes)))
+        found[key] = _Rounding(form, matrix.transposed, grid)
+    return found
+
+
+@torch.no_grad()
+def _encoded(
+    model: PreTrainedModel, before: Mapping[str, Encoded], roundings: Mapping[str, _Rounding]
+) -> dict[str, Encoded]:
+    """Return the masters rounded to nearest, by the scales and codebooks that they were trained with."""
+    found = dict(before)
+    for key, matrix in _matrices(model, roundings):
+        weight, rounding = matrix.weight.contiguous(), roundings[key]
+        grid = rounding.fitted(weight)
+        found[key] = Encoded(rounding.format, before[key].shape, grid.tensors(grid.quantize(weight)))
+    return found
+
+
 @contextmanager
-def _rounding(
-    model: PreTrainedModel, wanted: Mapping[str, Matrix], formats_of: Mapping[str, str]
-) -> Iterator[list[_Rounding]]:
-    """Let the modules that own the matrices compute with their rounded values."""
-    keys = {id(parameter): key for key, parameter in model.named_parameters() if key in wanted}
-    found = []
+def _rounded(model: PreTrainedModel, roundings: Mapping[str, _Rounding]) -> Iterator[None]:
+    """Let the modules that own the matrices compute with their rounded values for a while."""
+    keys = {id(parameter): key for key, parameter in model.named_parameters() if key in roundings}
     owners = [
-        (module, keys[id(parameter)])
+        (module, keys[id(module._parameters["weight"])])
         for module in model.modules()
-        if id(parameter := getattr(module, "weight", None)) in keys and "weight" in module._parameters
+        if id(module._parameters.get("weight")) in keys
     ]
-    rounding = {key: _Rounding(formats_of[key], wanted[key].transposed) for key in wanted}
     for module, key in owners:
-        parametrize.register_parametrization(module, "weight", rounding[key], unsafe=True)
-        found.append(module)
+        parametrize.register_parametrization(module, "weight", roundings[key], unsafe=True)
     try:
-        yield list(rounding.values())
+        yield
     finally:
-        for module in found:
+        for module, _ in owners:
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)

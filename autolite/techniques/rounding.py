@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,21 +31,27 @@ def rounded(
 ) -> dict[str, Encoded]:
     """Return the matrices whose keys `wanted` has, each in the format that it gives; the model stays untouched.
 
-    "weighted" fits scales and codebooks to weights that count by the mean square of their inputs (as in Kim et al.
-    2023, "SqueezeLLM", with the Hessian's diagonal of the outputs' error); "gptq" is `compensated`, "hqq" is
+    "weighted" fits scales and codebooks to weights that count by the mean square of their inputs (the diagonal of the
+    Hessian of the outputs' error; as in Kim et al. 2023, "SqueezeLLM"); "gptq" is `compensated`, "hqq" is
     `half_quadratic`. The inputs are those of training examples, for "gptq" in a model whose earlier matrices are
-    rounded already. A matrix that has no inputs (a table that rows are looked up in) is rounded to nearest.
+    rounded already. A table that rows are only looked up in has no inputs: its rows count by how often their tokens
+    occur. What stays in floating point is rounded to nearest.
     """
     matrices = _chosen(model, wanted)
-    if rounding == "nearest":
-        return {key: formats.encode(matrix.weight.cpu(), wanted[key]) for key, matrix in matrices.items()}
+    found = {
+        key: formats.encode(matrix.weight.cpu(), wanted[key])
+        for key, matrix in matrices.items()
+        if rounding == "nearest" or formats.get(wanted[key]).bits > 8
+    }
     if rounding == "hqq":
-        return {key: half_quadratic(matrix.weight.detach().cpu(), wanted[key]) for key, matrix in matrices.items()}
+        rest = {key: m.weight.detach().cpu() for key, m in matrices.items() if key not in found}
+        return found | {key: half_quadratic(weight, wanted[key]) for key, weight in rest.items()}
+    if len(found) == len(matrices):
+        return found
     twin = clone(model)
     twin.to(context.device).train(False)  # type: ignore[arg-type]
-    matrices = _chosen(twin, wanted)
+    matrices = {key: m for key, m in _chosen(twin, wanted).items() if key not in found}
     inputs = Inputs(twin, list(matrices), examples(context), context.device)
-    found: dict[str, Encoded] = {}
     for stage in inputs.stages:
         moments = second_moments(inputs, stage).cpu()
         for key in stage.keys:
@@ -57,8 +64,17 @@ def rounded(
                 matrices[key].weight.copy_(formats.decode(found[key]))
     for key, matrix in matrices.items():
         if key not in found:
-            found[key] = formats.encode(matrix.weight.cpu(), wanted[key])
-    return {key: found[key] for key in matrices}
+            found[key] = formats.encode(matrix.weight.cpu(), wanted[key], _occurrences(context, len(matrix.weight)))
+    return found
+
+
+def _occurrences(context: Context, rows: int) -> Tensor | None:
+    """Return how often each token occurs in the training examples, plus one, [rows, 1]; None if they are no tokens."""
+    ids = context.train.input_ids
+    if not len(ids) or ids[0].ndim != 1:
+        return None
+    counts = np.bincount(np.concatenate(list(ids)), minlength=rows)
+    return torch.from_numpy(counts).float()[:, None] + 1 if len(counts) == rows else None
 
 
 def _chosen(model: PreTrainedModel, wanted: Mapping[str, str]) -> dict[str, Matrix]:

@@ -24,7 +24,7 @@ def draw(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return values, torch.stack((values.min(), values.max()))
 
 
-@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("name", ["after GELU", "outliers"])
 def test_entropy_is_that_of_onnx_runtime(name: str) -> None:
     values, extremes = draw(name)
     every = torch.cat((values, extremes)).numpy()

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from autolite import parts, surgery
+from autolite import contracts, parts, surgery
 from autolite.architecture import shape_of
+from autolite.compress import compress
 from autolite.errors import PlanError
+from autolite.export import decoded
 from autolite.formats import decode
 from autolite.plan import Plan, make_step
+from autolite.reload import load_student, save_student
+from autolite.runtime.onnxruntime import OnnxRuntime
 from autolite.techniques.base import Student
+from autolite.techniques.calibrate import Method, input_ranges
 from autolite.techniques.quantize import Quantize, QuantizeConfig
-from autolite.testing import tiny_model
+from autolite.testing import tiny_inputs, tiny_model
 
 FAMILIES = ("bert", "distilbert", "roberta", "albert", "gpt2", "llama", "qwen2", "qwen3")
 ALL = QuantizeConfig(attention="int4", ffn="kmeans4", embedding="int8", head="int8")
@@ -107,5 +114,113 @@ def test_wrong_settings_are_refused_by_name(config: dict[str, str], message: str
 
 
 def test_a_plan_with_it_survives_json() -> None:
-    plan = Plan((make_step("quantize", {"ffn": "kmeans4"}),))
-    assert Plan.from_json(plan.to_json()) == plan
+    for settings in ({"ffn": "kmeans4"}, {"ffn": ["int8", "int4", "fp32"], "levels": "int3 int4", "average_bits": 4.5}):
+        plan = Plan((make_step("quantize", settings),))
+        assert Plan.from_json(plan.to_json()) == plan
+        assert hash(plan) == hash(Plan.from_json(plan.to_json()))
+
+
+MIXED = QuantizeConfig(attention=("int8-weight", "fp32", "kmeans4"), ffn=("kmeans4", "int8-weight", "bf16"))
+GATE = [
+    {"rounding": "gptq", "scaling": "awq"},
+    {"rounding": "weighted", "scaling": "smooth", "attention": "int8-static", "calibration": "percentile"},
+]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "vit"])
+def test_each_layer_has_the_format_given(family: str) -> None:
+    student = Student(model := tiny_model(family, layers=3), shape_of(model))
+    if family == "albert":
+        with pytest.raises(
+            PlanError, match="layers 0 and 1 have the same weights, which cannot be both int8-weight and fp"
+        ):
+            Quantize().shape(student.shape, MIXED)
+        return
+    result = quantize(student, MIXED)
+    assert result.shape == Quantize().shape(student.shape, MIXED)
+    layers = result.shape.stacks[0].layers
+    assert tuple(layer.attention_format for layer in layers) == MIXED.attention
+    assert tuple(layer.ffn_format for layer in layers) == MIXED.ffn
+    for layer, part in zip(layers, parts.layers_of(student.model), strict=True):
+        for matrices, form in (
+            (part.attention_matrices, layer.attention_format),
+            (part.ffn_matrices, layer.ffn_format),
+        ):
+            found = {result.encoded[m.key].format for m in matrices if m.key in result.encoded}
+            assert found == ({form} if form != "fp32" else set())
+
+
+def test_formats_by_layer_that_do_not_fit_are_refused() -> None:
+    student = student_of("bert")
+    with pytest.raises(PlanError, match=r"quantize\.ffn: 2 formats for 3 layers; give one, or one for each layer"):
+        Quantize().shape(student.shape, QuantizeConfig(ffn=("int8", "int4")))
+    surgery.share_layers(student.model, attention=[0, 1, 2], feed_forward=[0, 1, 0])
+    shared = shape_of(student.model)
+    assert Quantize().shape(shared, QuantizeConfig(ffn=("int8", "int4", "int8")))
+    with pytest.raises(
+        PlanError, match="ffn: layers 0 and 2 have the same weights, which cannot be both int8 and int4"
+    ):
+        Quantize().shape(shared, QuantizeConfig(ffn=("int8", "int4", "int4")))
+    with pytest.raises(PlanError, match=r"quantize\.ffn.*one of fp32"):
+        make_step("quantize", {"ffn": ["int8", "int5"]})
+
+
+def test_models_without_a_map_get_one_format_and_no_scaling() -> None:
+    model = tiny_model("electra", embedding_size=32, intermediate_size=64)
+    context = contracts.tiny_context("bert", contracts.tiny_task("bert"))
+    student = Student(model, shape_of(model))
+    with pytest.raises(PlanError, match=r"quantize\.ffn: one format is needed"):
+        Quantize().shape(student.shape, MIXED.model_copy(update={"attention": "int8"}))
+    with pytest.raises(PlanError, match=r"quantize\.scaling needs the architecture map"):
+        Quantize().shape(student.shape, QuantizeConfig(ffn="int8", scaling="awq"))
+    result = Quantize().apply(student, QuantizeConfig(ffn="int4", attention="kmeans4", rounding="gptq"), context)
+    plain = Quantize().apply(student, QuantizeConfig(ffn="int4", attention="kmeans4"), context)
+    assert {key: e.format for key, e in result.encoded.items()} == {key: e.format for key, e in plain.encoded.items()}
+    assert any(not torch.equal(decode(e), decode(plain.encoded[key])) for key, e in result.encoded.items())
+
+
+def test_settings_without_effect_are_no_part_of_a_resolved_plan() -> None:
+    context = contracts.tiny_context("bert", contracts.tiny_task("bert"))
+    shape = context.teacher.shape
+    idle = QuantizeConfig(ffn="int8-weight", calibration="entropy", scaling="smooth", order=False, levels=("int4",))
+    assert Quantize().resolve(shape, idle, context) == QuantizeConfig(ffn="int8-weight")
+    kept = QuantizeConfig(ffn="int8-static", calibration="entropy", scaling="smooth", rounding="gptq", order=False)
+    assert Quantize().resolve(shape, kept, context) == kept
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile"])
+def test_the_calibration_asked_for_is_used(method: Method) -> None:
+    context = contracts.tiny_context("bert", contracts.tiny_task("bert"))
+    config = QuantizeConfig(ffn="int8-static", calibration=method)
+    result = Quantize().apply(context.teacher, config, context)
+    assert result.ranges == input_ranges(context.teacher.model, list(result.ranges), context, method)
+    assert set(result.ranges) == set(parts.matrices_of(context.teacher.model)["ffn"])
+
+
+@pytest.mark.parametrize("family", contracts.FAMILIES)
+def test_what_is_encoded_is_what_is_reloaded_and_exported(family: str, tmp_path: Path) -> None:
+    """All roundings and scalings, after sharing and pruning, with formats by layer."""
+    context = contracts.tiny_context(family, contracts.tiny_task(family))
+    steps = [make_step("share", {"part": "attention", "groups": 2})] if family != "albert" else []
+    steps.append(make_step("prune", {"heads": 0.5, "ffn": 0.5, "round_to": 8}))
+    student = compress(Plan(tuple(steps)), context)
+    several = {} if family == "albert" else {"ffn": ("bf16", "int8-weight", "fp32")}
+    for number, settings in enumerate(GATE):
+        config = QuantizeConfig(**{"attention": "int8-weight", "ffn": "int8-weight"} | several | settings)
+        result = Quantize().apply(student, config, context)
+        inputs = tiny_inputs(student.model)
+        wanted = decoded(result)
+        with torch.no_grad():
+            expected = wanted(**inputs).logits
+        folder = tmp_path / str(number)
+        save_student(wanted, result.shape, folder)
+        model, shape = load_student(folder)
+        assert shape == result.shape
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, expected), "reloaded, to the bit"
+        file = OnnxRuntime().emit(result, folder)[0]
+        found = OnnxRuntime().load(file).run({name: tensor.numpy() for name, tensor in inputs.items()})["logits"]
+        real = inputs.get("attention_mask", torch.ones(found.shape[:2])).numpy().astype(bool)
+        rows = (found, expected.numpy()) if found.ndim == 2 else (found[real], expected.numpy()[real])
+        tolerance = 0.2 if "attention" in settings else 1e-4  # 8-bit activations of random weights
+        assert np.abs(rows[0] - rows[1]).max() < tolerance * np.abs(rows[1]).max()
