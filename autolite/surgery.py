@@ -189,13 +189,13 @@ def add_deltas(model: PreTrainedModel, layers: Sequence[LayerShape]) -> None:
                 module.set_submodule(path, Delta(part(module, path), rank))
 
 
-def factor_embedding(model: PreTrainedModel, table: Tensor, projection: Tensor) -> None:
-    """Put the product of `table` [tokens, rank] and `projection` [rank, width] in the place of the word embedding, and
-    of the head that is tied to it."""
+def factor_embedding(model: PreTrainedModel, table: Tensor, projection: Tensor, tied: bool) -> None:
+    """Put the product of `table` [tokens, rank] and `projection` [rank, width] in the place of the word embedding, and,
+    if the head is `tied` to that, of the head."""
     family, base, loose = family_of(model.config), model.base_model, cast("Any", model)
     words, head = part(base, family.word), head_for(family, type(model).__name__)
     new = FactoredEmbedding(table, projection.T.contiguous(), words.padding_idx)
-    if head is not None and part(model, head.dense[-1][0]).weight is words.weight:
+    if tied and head is not None:
         model.set_submodule(head.dense[-1][0], TiedHead(new))
         loose._tied_weights_keys, loose.all_tied_weights_keys = None, {}  # else transformers ties a parameter to it
     base.set_submodule(family.word, new)
@@ -315,7 +315,7 @@ def _reshape_table(model: PreTrainedModel, shape: ModelShape) -> None:
     if shape.embedding_rank and not found.embedding_rank:
         weight = part(model.base_model, family_of(model.config).word).weight
         sizes = (found.vocab, shape.embedding_rank), (shape.embedding_rank, found.embedding)
-        factor_embedding(model, *(weight.detach().new_zeros(size) for size in sizes))
+        factor_embedding(model, *(weight.detach().new_zeros(size) for size in sizes), tied=shape.tied)
     ours, theirs = ((s.vocab, s.embedding, s.embedding_rank) for s in (shape_of(model), shape))
     if ours != theirs:
         raise ValueError(f"the nearest to a table of (tokens, width, rank) {theirs} is {ours}")

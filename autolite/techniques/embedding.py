@@ -141,7 +141,7 @@ class Embedding:
             assert word is not None
             table = word.weight.detach()
             weights = _weights(counts) if config.weighting == "frequency" else torch.ones(len(table))
-            factor_embedding(model, *factors(table, weights.to(table.device), shape.embedding_rank))
+            factor_embedding(model, *factors(table, weights, shape.embedding_rank), tied=shape.tied)
         return replace(student, model=model, shape=shape, vocabulary=vocabulary)
 
 
