@@ -180,7 +180,7 @@ def test_what_cannot_be_multiplied_or_looked_up_is_refused_by_name() -> None:
     codes = {"a": encode(first.weight, "int8")}
     with pytest.raises(ModelError, match=r"a, b .* one number format, got \['fp32', 'int8'\]"):
         weights_of([first, second], codes)
-    with pytest.raises(ModelError, match="'int8-static' cannot be looked up; use one of fp32, .* kmeans4"):
+    with pytest.raises(ModelError, match=r"'int8-static' cannot be looked up; use one of fp32, .* kmeans4"):
         lookup(Graph(), "ids", first, {"a": encode(first.weight, "int8-static")})
     with pytest.raises(ModelError, match=r"a was encoded as \(8, 32\)"):
         weights_of([matrix("a", 4, 32)], codes)
