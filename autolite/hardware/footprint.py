@@ -10,12 +10,15 @@ from autolite.errors import TargetError
 from autolite.families import FAMILIES, Head
 from autolite.hardware import without_map
 from autolite.measure import Workload
+from autolite.packing import PLANES
 
 BYTES = 4  # activations, norms, biases and positions are fp32
-# Names, shapes and attributes of the operators in the file; "decoding" is what makes 8-bit codes of a matrix of 4 bits.
+# Names, shapes and attributes of the operators in the file. Of those that make a matrix in floating point of its codes,
+# and then 8-bit codes of it; and that unpack codes in two planes, or zero points.
+_GRAPH_BYTES = {"layer": 2500, "around": 2300, "decoding": 700, "coding": 800, "plane": 900, "zeros": 550}
 # A "thin" product is one of a low-rank difference, "codes" what decodes its 8-bit factor; "factor" is the second one of
 # an embedding table.
-_GRAPH_BYTES = {"layer": 2500, "around": 2300, "decoding": 1500, "thin": 110, "codes": 140, "factor": 250}
+_GRAPH_BYTES |= {"thin": 110, "codes": 140, "factor": 250}
 
 
 def head_of_shape(shape: ModelShape) -> Head | None:
@@ -48,9 +51,10 @@ def matrices(shape: ModelShape, kernels: Mapping[str, str]) -> tuple[dict[str, i
             known = ", ".join(kernels)
             raise TargetError(f"the target cannot run the number format '{product.format}'; it runs {known}")
         stored[product.weights] = formats.nbytes(product.format, product.n, product.k)
-        # A format that another one's kernel computes with is decoded to it when the model is loaded (kmeans4 to int8).
+        # A format that another one's kernel computes with is decoded to it when the model is loaded (kmeans4 to int8);
+        # the kernel of int4 reads codes in groups as they are stored.
         kernel = kernels[product.format]
-        kernel = kernel if kernel in formats.FORMATS else product.format
+        kernel = kernel if kernel in formats.FORMATS and kernel != "int4" else product.format
         read[product.weights] = formats.nbytes(kernel, product.n, product.k)
     return stored, read
 
@@ -100,8 +104,11 @@ def file_size(shape: ModelShape, stored: Mapping[str, int]) -> int:
     total += square * formats.nbytes(shape.head_format, hidden, hidden)
     floats += square * hidden + (shape.outputs if not family.causal else 0)
     layers = sum(len(stack.layers) for stack in shape.stacks)
-    decoded = len({product.weights for product in matmuls(shape) if formats.get(product.format).bits < 8})
-    graph = layers * _GRAPH_BYTES["layer"] + decoded * _GRAPH_BYTES["decoding"] + _GRAPH_BYTES["around"]
+    products = {product.weights: product.format for product in matmuls(shape)}
+    looked_up = bool(shape.vocab) and "embedding" not in products
+    tables = [shape.embedding_format] * (looked_up + bool(family.embedding_projection or family.patch))
+    graph = layers * _GRAPH_BYTES["layer"] + _GRAPH_BYTES["around"]
+    graph += sum(_decoding(form) for form in [*products.values(), *tables])
     return total + BYTES * floats + graph + _graph_of_deltas(shape)
 
 
@@ -120,10 +127,21 @@ def _graph_of_deltas(shape: ModelShape) -> int:
                     continue
                 codes = 0 if factor_format(form) in ("fp32", "bf16") else _GRAPH_BYTES["codes"]
                 total += 2 * (merged + 1) * (_GRAPH_BYTES["thin"] + codes)
-                if formats.get(form).bits < 8 and (name, number) not in decoded:
+                if (name, number) not in decoded:
                     decoded.add((name, number))
-                    total += (merged - 1) * _GRAPH_BYTES["decoding"]
+                    total += (merged - 1) * _decoding(form)
     return total
+
+
+def _decoding(form: str) -> int:
+    """Return the bytes of the operators that decode a matrix in this format."""
+    layout, activations = formats.get(form).layout, formats.get(form).activations
+    if isinstance(layout, formats.Float) or (layout.linear and layout.bits == 8):
+        return 0
+    planes = len(PLANES[layout.bits]) - 1
+    total = _GRAPH_BYTES["decoding"] + planes * _GRAPH_BYTES["plane"]
+    total += _GRAPH_BYTES["coding"] if activations == "any" else 0
+    return total + (0 if getattr(layout, "symmetric", True) else _GRAPH_BYTES["zeros"] + planes * _GRAPH_BYTES["plane"])
 
 
 def activations(shape: ModelShape, workload: Workload) -> float:

@@ -16,8 +16,10 @@ import numpy as np
 
 from autolite.errors import StorageError, TargetError
 from autolite.files import write_atomically
+from autolite.formats import FORMATS, INT7, Format
 from autolite.hardware.probes import ACTIVATION, CHAIN, KERNELS, LAYER_ROWS, LAYERS, NORMALIZATION, Probe, probes
 from autolite.hardware.profile import Profile, dump_profile, parse_profile
+from autolite.linear_grids import Linear
 from autolite.measure import Timing, host_lock, time_interleaved
 
 _SECONDS = 8.0
@@ -195,16 +197,7 @@ def fit_profile(
         "default_unit": "cpu",
         "units": [unit],
         "efficiency": efficiency,
-        "formats": {
-            "fp32": "fp32",
-            "bf16": "fp32",
-            "int8": "int8",
-            "int8-static": "int8",
-            "int8-weight": "fp32",
-            "int7": seven,
-            "int4": ["int4", seven, "fp32"],
-            "kmeans4": [seven, "fp32"],
-        },
+        "formats": {name: _classes(form, seven) for name, form in FORMATS.items()},
         "memory": {
             "size": number(psutil.virtual_memory().total / 1e9, "GB", 0.0, source=system),
             "bandwidth": number(bandwidth / 1e3, "GB/s", _sigma(timings["memory"])),
@@ -223,6 +216,19 @@ def fit_profile(
         ),
     }
     return Profile.model_validate(profile)
+
+
+def _classes(form: Format, seven: str) -> list[str]:
+    """Return the kernel classes that a format can be multiplied in; `seven` is that of codes of 7 bits.
+
+    Groups of 2 bits are read by the kernel of 4 bits' at its speed for a few rows; for more, decoded ones are faster.
+    """
+    if form.activations != "any":
+        largest = getattr(form.layout, "largest", 0)
+        return ["fp32"] if form.activations == "float" else [seven if largest == INT7 else "int8"]
+    layout = form.layout
+    blocks = isinstance(layout, Linear) and layout.group > 0 and layout.bits in (2, 4)
+    return [*(["int4"] if blocks else []), seven, "fp32"]
 
 
 def fit_product(sizes: np.ndarray, microseconds: np.ndarray) -> tuple[np.ndarray, float]:

@@ -68,13 +68,9 @@ def unpacked(graph: Graph, packed: str, bits: int, k: int) -> str:
 
 def _split(graph: Graph, packed: str, width: int) -> str:
     """Return the codes of a plane, uint8 [n, m] -> [n, 8 m / width]."""
-    mask, last = _byte(graph, 2**width - 1), graph.constant([2])
-    parts = []
-    for shift in range(0, 8, width):
-        part = graph.op("BitShift", packed, _byte(graph, shift), direction="RIGHT") if shift else packed
-        part = graph.op("BitwiseAnd", part, mask) if shift + width < 8 else part
-        parts.append(graph.op("Unsqueeze", part, last))
-    return graph.op("Flatten", graph.op("Concat", *parts, axis=2), axis=1)
+    shifts = graph.constant(torch.arange(0, 8, width, dtype=torch.uint8))
+    shifted = graph.op("BitShift", graph.op("Unsqueeze", packed, graph.constant([2])), shifts, direction="RIGHT")
+    return graph.op("Flatten", graph.op("BitwiseAnd", shifted, _byte(graph, 2**width - 1)), axis=1)
 
 
 def _zero(graph: Graph, layout: Linear, stored: Mapping[str, str], k: int, unsigned: bool) -> str:

@@ -34,13 +34,15 @@ Rows = tuple[int, int]
 def kernels(form: Format) -> tuple[str, ...]:
     """Return the kernels that can multiply a format, the usual one first.
 
-    What is less exact than 7 bits is decoded to these for 8-bit products. MatMulNBits reads groups of 2 and 4 bits.
+    What is less exact than 7 bits is decoded to these for 8-bit products. MatMulNBits reads groups of 2 and 4 bits; of
+    2 bits with activations in floating point it takes a hundred times what "float" does.
     """
-    if form.activations in ("float", "dynamic", "static"):
+    if form.activations != "any":
         return ("float",) if form.activations == "float" else ("int8",)
     layout = form.layout
-    blocks = isinstance(layout, Linear) and layout.group and layout.bits in (2, 4)
-    return ("blocks", "blocks-float", "int8", "float") if blocks else ("int8", "float")
+    if not (isinstance(layout, Linear) and layout.group and layout.bits in (2, 4)):
+        return "int8", "float"
+    return ("blocks", "blocks-float", "int8", "float") if layout.bits == 4 else ("blocks", "int8", "float")
 
 
 KERNELS: dict[str, tuple[str, ...]] = {name: kernels(form) for name, form in FORMATS.items()}
