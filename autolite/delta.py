@@ -15,7 +15,8 @@ from autolite.unmapped import is_conv1d
 
 
 class Delta(nn.Module):
-    """y = base(x) + B A x. A is `down` [rank, in], B is `up` [out, rank]; both start at zero.
+    """y = base(x) + B A x + c. A is `down` [rank, in]; B and c are the weight [out, rank] and the bias of `up`, which
+    has one where `base` has. All start at zero.
 
     `base` is the Linear or Conv1D that layers share. It is a module of its own, so that what is known of it (its
     inputs, its scores) is known over all of its uses. `weight` and `bias` are those of `base`.
@@ -26,8 +27,8 @@ class Delta(nn.Module):
         self.base = base
         weight = base.weight
         out, inner = weight.shape[::-1] if is_conv1d(base) else weight.shape
-        self.down = _zeros(inner, rank, weight)
-        self.up = _zeros(rank, out, weight)
+        self.down = _zeros(inner, rank, False, weight)
+        self.up = _zeros(rank, out, base.bias is not None, weight)
 
     @property
     def weight(self) -> Any:
@@ -51,9 +52,9 @@ class Delta(nn.Module):
         return shared + own
 
     @torch.no_grad()
-    def fit(self, difference: Tensor) -> None:
-        """Set B A to the best approximation of `difference` [out, in] in the Frobenius norm: B = U S and A = V' of
-        its truncated singular value decomposition.
+    def fit(self, difference: Tensor, bias: Tensor | None = None) -> None:
+        """Set c to `bias` [out], and B A to the best approximation of `difference` [out, in] in the Frobenius norm:
+        B = U S and A = V' of its truncated singular value decomposition.
 
         Of no difference at all B is zero, and A the first cosines of the discrete cosine transform: orthonormal as V',
         but with a part in every input, so that both can be trained even if inputs are pruned.
@@ -67,6 +68,8 @@ class Delta(nn.Module):
             angles = torch.outer(torch.arange(1, self.rank + 1), torch.arange(width) + 0.5) * (math.pi / width)
             self.up.weight.zero_()
             self.down.weight.copy_(angles.cos() * math.sqrt(2 / width))
+        if bias is not None:
+            self.up.bias.copy_(bias)
 
 
 def base_of(module: Any) -> Any:
@@ -74,7 +77,8 @@ def base_of(module: Any) -> Any:
     return module.base if isinstance(module, Delta) else module
 
 
-def _zeros(inner: int, out: int, like: Tensor) -> nn.Linear:
-    linear = nn.Linear(inner, out, bias=False, device="meta", dtype=like.dtype).to_empty(device=like.device)
-    nn.init.zeros_(linear.weight)
+def _zeros(inner: int, out: int, bias: bool, like: Tensor) -> nn.Linear:
+    linear = nn.Linear(inner, out, bias=bias, device="meta", dtype=like.dtype).to_empty(device=like.device)
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
     return linear

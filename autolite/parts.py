@@ -23,8 +23,8 @@ class Matrix:
     The stored parameter is `weight` transposed where `transposed`. `rows` is the half-open range of output rows
     that `weight` covers when one parameter holds several matrices (GPT-2's query, key and value), else None. `delta`
     are the factors (down [rank, in], up [out, rank]) of what the layer adds to a matrix that it shares, if it does:
-    it multiplies with `weight` + up down. `factor` says that the matrix is one of those two, or the thin factor of an
-    embedding table.
+    it multiplies with `weight` + up down, and its bias is `bias` + that of up. `factor` says that the matrix is one of
+    those two, or the thin factor of an embedding table.
     """
 
     key: str
@@ -137,7 +137,9 @@ class _View:
         module = part(root, path)
         delta = None
         if isinstance(module, Delta):
-            down, up = (Matrix(self.names[id(m.weight)], m.weight, factor=True) for m in (module.down, module.up))
+            down, up = (
+                Matrix(self.names[id(m.weight)], m.weight, m.bias, factor=True) for m in (module.down, module.up)
+            )
             delta, module = (down, up), module.base
         weight = module.weight
         view = weight.T if is_conv1d(module) else weight.flatten(1)
@@ -231,7 +233,8 @@ def _rows(matrix: Matrix, start: int, stop: int) -> Matrix:
     delta = None
     if matrix.delta is not None:
         down, up = matrix.delta
-        delta = (down, replace(up, weight=up.weight[start:stop], rows=(start, stop)))
+        own = None if up.bias is None else up.bias[start:stop]
+        delta = (down, replace(up, weight=up.weight[start:stop], bias=own, rows=(start, stop)))
     return Matrix(matrix.key, matrix.weight[start:stop], bias, matrix.transposed, (start, stop), delta)
 
 

@@ -38,7 +38,7 @@ def relaxed(family: str, **config: Any) -> tuple[Any, Any]:
     add_deltas(shared, [replace(x, attention_rank=3, ffn_rank=2) for x in layers])
     generator = torch.Generator().manual_seed(0)
     for name, parameter in shared.named_parameters():
-        if name.endswith(("down.weight", "up.weight")):
+        if ".down." in name or ".up." in name:
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return plain, shared
 
@@ -54,11 +54,12 @@ def written_out(shared: Any, plain: Any) -> Any:
             strict=True,
         )
         for ours, theirs in matrices:
-            weight = ours.weight
+            weight, bias = ours.weight, ours.bias
             if ours.delta is not None:
                 down, up = ours.delta
                 weight = weight + up.weight @ down.weight
+                bias = bias if bias is None or up.bias is None else bias + up.bias
             theirs.weight.copy_(weight)
-            if theirs.bias is not None and ours.bias is not None:
-                theirs.bias.copy_(ours.bias)
+            if theirs.bias is not None and bias is not None:
+                theirs.bias.copy_(bias)
     return twin

@@ -35,8 +35,8 @@ def test_a_fit_errs_by_the_singular_values_left_out(out: int, inner: int, seed: 
 def test_it_computes_the_shared_product_and_its_own(base: Any) -> None:
     delta, x = Delta(base, 2), torch.randn(3, 4, 6)
     assert torch.equal(delta(x), base(x))  # it starts at zero
-    delta.fit(difference := torch.randn(5, 2) @ torch.randn(2, 6))
-    torch.testing.assert_close(delta(x), base(x) + x @ difference.T, atol=1e-5, rtol=0)
+    delta.fit(difference := torch.randn(5, 2) @ torch.randn(2, 6), bias := torch.randn(5))
+    torch.testing.assert_close(delta(x), base(x) + x @ difference.T + bias, atol=1e-5, rtol=0)
     assert delta.weight is base.weight
     assert delta.bias is base.bias
 

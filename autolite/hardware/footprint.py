@@ -90,12 +90,13 @@ def file_size(shape: ModelShape, stored: Mapping[str, int]) -> int:
         norms = 2 * norm * stack.hidden + (2 * stack.layers[0].head_dim if family.query_norm else 0)
         floats += norms * (1 if family.repeated else len(stack.layers))
         for layer in stack.layers:
-            if (name := (stack.name, "attention", layer.attention)) not in seen:
+            # With low-rank differences each layer has its own biases.
+            if (name := (stack.name, "attention", layer.attention)) not in seen or layer.attention_rank:
                 seen.add(name)
                 qkv = (layer.heads + 2 * layer.kv_heads) * layer.head_dim
                 floats += qkv if not family.rms_norm or family.name == "qwen2" else 0
                 floats += 0 if family.rms_norm else stack.hidden
-            if (name := (stack.name, "ffn", layer.feed_forward)) not in seen:
+            if (name := (stack.name, "ffn", layer.feed_forward)) not in seen or layer.ffn_rank:
                 seen.add(name)
                 floats += 0 if family.rms_norm else layer.ffn + stack.hidden
     hidden = shape.stacks[-1].hidden

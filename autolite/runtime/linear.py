@@ -15,7 +15,7 @@ A format can be multiplied by several kernels (`KERNELS`), which agree within th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from onnx import TensorProto
@@ -58,7 +58,7 @@ class Weights:
     calibrated range of the inputs, for formats that have one; `unsigned` says that 128 was added to 8-bit codes;
     `counts` are the rows of each matrix, if they are several that have a scale or codebook each for all their rows.
     `delta` are the factors down [rank, k] and up [n, rank] whose product is added to the matrix: two thin products in
-    float32, whatever kernel multiplies with the matrix itself.
+    float32, whatever kernel multiplies with the matrix itself. What a layer adds to the bias is in `bias`.
     """
 
     format: str
@@ -127,7 +127,8 @@ def weights_of(
     delta = None
     if (factors := matrices[0].delta) is not None:
         down, up = (weights_of((factor,), encoded) for factor in factors)
-        delta = (down, up)
+        bias = bias if bias is None or up.bias is None else bias + up.bias  # one sum, made here
+        delta = (down, replace(up, bias=None))
     n, k = sum(p.shape[0] for p in parts), parts[0].shape[1]
     return Weights(form, n, k, merged, bias, span, table, unsigned, counts, delta)
 

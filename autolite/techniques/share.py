@@ -30,7 +30,7 @@ class ShareConfig(plan.Config):
         cycle-reversed  i mod M, but in the last cycle (i >= M (ceil(N / M) - 1)) M - 1 - i mod M
 
     Attributes:
-        part: the blocks whose projections, biases included, are shared.
+        part: the blocks whose projections are shared; their biases with them, unless there is a `rank`.
         pattern: how layers are put in sets.
         groups: distinct sets of weights that are left of the layers that share; as many as there are layers, or more,
             change nothing.
@@ -38,9 +38,9 @@ class ShareConfig(plan.Config):
         unshared_last: layers at its end that do.
         init: what a set starts from: the weights of its "first" layer, the "mean" of all, or those of the "best", which
             used by the whole set change the logits least (`autolite.techniques.share_start.best_layers`).
-        rank: each layer of a set computes with W + B A, where B A is its own and of this rank (relaxed recursion: Bae
-            et al. 2024, arXiv:2410.20672). It starts from the truncated singular value decomposition of what sharing
-            took from the layer. 0: without.
+        rank: each layer of a set computes with W + B A, where B A is its own and of this rank, as are the biases
+            (relaxed recursion: Bae et al. 2024, arXiv:2410.20672, whose models have none). It starts from the truncated
+            singular value decomposition of what sharing took from the layer. 0: without.
     """
 
     part: Literal["none", "attention", "ffn", "all"] = "none"

@@ -23,7 +23,7 @@ EXAMPLES, BATCH = 128, 16  # of the training split, on which layers are tried
 
 Sets = tuple[int | None, ...]  # for each layer the number of the set that it is put in, None if it is not
 Paths = tuple[str, ...]  # of a block's projections in a layer
-Weights = list[dict[str, Tensor]]  # for each layer, by path, [out, in]
+Weights = list[dict[str, tuple[Tensor, Tensor | None]]]  # for each layer, by path: weight [out, in], bias [out]
 
 
 def members(sets: Sets) -> dict[int, list[int]]:
@@ -110,23 +110,23 @@ def _sharing(modules: Sequence[nn.Module], layers: Sequence[int], source: int, p
 
 
 def weights_at(modules: Sequence[nn.Module], formed: Mapping[Paths, Sets]) -> Weights:
-    """Return copies of the weights, [out, in], of the projections that are put in a set."""
+    """Return copies of the weights of the projections that are put in a set."""
     found: Weights = [{} for _ in modules]
     for paths, sets in formed.items():
         for layer in (layer for layers in members(sets).values() for layer in layers):
-            found[layer] |= {path: _view(part(modules[layer], path)).clone() for path in paths}
+            found[layer] |= {path: _copied(part(modules[layer], path)) for path in paths}
     return found
 
 
 def fit_deltas(modules: Sequence[nn.Module], weights: Weights) -> None:
     """Let the low-rank difference of each projection make up for what it lost of these `weights`."""
     for module, own in zip(modules, weights, strict=True):
-        for path, weight in own.items():
+        for path, (weight, bias) in own.items():
             projection: Delta = part(module, path)
-            projection.fit(weight - _view(projection.base))
+            shared, common = _copied(projection.base)
+            projection.fit(weight - shared, None if bias is None or common is None else bias - common)
 
 
-def _view(projection: Any) -> Tensor:
-    """Return the weight of a Linear or Conv1D as [out, in]."""
-    weight: Tensor = projection.weight.detach()
-    return weight.T if is_conv1d(projection) else weight
+def _copied(projection: Any) -> tuple[Tensor, Tensor | None]:
+    weight, bias = projection.weight.detach(), projection.bias
+    return (weight.T if is_conv1d(projection) else weight).clone(), None if bias is None else bias.detach().clone()

@@ -186,6 +186,8 @@ def test_a_difference_of_higher_rank_gives_back_more_of_what_sharing_took(family
             ):
                 weight = one.weight if one.delta is None else one.weight + one.delta[1].weight @ one.delta[0].weight
                 error += float((weight - other.weight).square().sum())
+                if one.delta is not None and one.bias is not None:
+                    torch.testing.assert_close(one.bias + one.delta[1].bias, other.bias)
         errors.append(error)
     if family == "albert":
         assert errors == [0.0] * 3  # its layers are one: nothing is taken, and no layer has anything of its own
