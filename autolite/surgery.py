@@ -314,8 +314,8 @@ def _reshape_table(model: PreTrainedModel, shape: ModelShape) -> None:
     found = shape_of(model)
     if shape.embedding_rank and not found.embedding_rank:
         weight = part(model.base_model, family_of(model.config).word).weight
-        sizes = (found.vocab, shape.embedding_rank), (shape.embedding_rank, found.embedding)
-        table, projection = (weight.detach().new_zeros(size) for size in sizes)
+        table = weight.detach().new_zeros(found.vocab, shape.embedding_rank)
+        projection = weight.detach().new_zeros(shape.embedding_rank, found.embedding)
         factor_embedding(model, table, projection, shape.tied)
     ours, theirs = ((s.vocab, s.embedding, s.embedding_rank) for s in (shape_of(model), shape))
     if ours != theirs:
