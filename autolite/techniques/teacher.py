@@ -108,13 +108,20 @@ class TeacherOutputs:
     """
 
     def __init__(
-        self, model: PreTrainedModel, batches: Sequence[Batch], device: str, cache: FeatureCache | None, limit: int
-    ):
+        self,
+        model: PreTrainedModel,
+        digest: str,
+        batches: Sequence[Batch],
+        device: str,
+        cache: FeatureCache | None,
+        limit: int,
+    ) -> None:
+        """Take a model whose weights have this digest."""
         self.batches = batches
         model.train(False)
         self._model, self._device, self._cache, self._free = model, device, cache, limit
         self._kept: dict[int, Features] = {}
-        self._digest = "" if cache is None else weights_digest(model)
+        self._digest = digest
 
     def of(self, index: int, hidden: bool, layers: Collection[int] = ()) -> Features:
         """Return what `observe` says of batch number `index`, without "allowed"."""
@@ -216,12 +223,16 @@ def outputs_of(model: PreTrainedModel, name: str, context: Context, batch_size: 
     if key in context.memory:
         known: TeacherOutputs = context.memory[key]
         return known
-    moved: Any = model
-    if moved.device != torch.device(context.device):
-        moved = deepcopy(moved).to(context.device)
+    place = f"{name} on {context.device}"
+    if place not in context.memory:
+        moved: Any = model
+        if moved.device != torch.device(context.device):
+            moved = deepcopy(moved).to(context.device)
+        context.memory[place] = moved, weights_digest(model)
+    moved, digest = context.memory[place]
     batches = list(context.task.batches(split, batch_size, context.pad_id))
     limit = psutil.virtual_memory().available // 4
-    outputs = TeacherOutputs(moved, batches, context.device, _cache(context), limit)
+    outputs = TeacherOutputs(moved, digest, batches, context.device, _cache(context), limit)
     if context.augment is None:
         context.memory[key] = outputs
     return outputs

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from autolite import contracts
+from autolite import contracts, registry
 from autolite.architecture import shape_of
 from autolite.errors import DataError, ModelError, PlanError
 from autolite.parts import layers_of
@@ -91,6 +91,27 @@ def contracts_task_without_loss(context: Context) -> Any:
     from autolite.tasks.custom import CustomTask
 
     return CustomTask(context.task, own_loss=lambda logits, labels: 0.0 * logits.sum())
+
+
+@pytest.mark.parametrize("family", contracts.FAMILIES)
+def test_a_student_of_every_earlier_technique_is_compared_with_its_teacher(family: str) -> None:
+    """Shared layers with differences, fewer layers and heads, a factored table, and a vocabulary of its own."""
+    context = replace(context_of(family), tokenizer=tiny_tokenizer())
+    earlier: dict[str, dict[str, Any]] = {
+        "share": {"part": "all", "groups": 1, "rank": 2},
+        "embedding": {"rank": 0.5} if family in contracts.DECODERS else {"rank": 0.5, "vocabulary": 0.75},
+        "prune": {"heads": 0.5, "ffn": 0.5, "depth": 0.67, "round_to": 8, "importance": "magnitude"},
+    }
+    student = context.teacher
+    for name, settings in earlier.items():
+        if (name, family) != ("embedding", "vit"):
+            technique = registry.get("technique", name)
+            config = technique.resolve(student.shape, technique.Config(**settings), context)
+            student = technique.apply(student, config, context)
+    config = DistillConfig(steps=12, batch_size=24, learning_rate=3e-3, alpha=0.0, layers=(0, 2), **EVERYTHING)
+    done = DISTILL.apply(student, config, context)
+    assert done.shape == student.shape == shape_of(done.model)
+    assert loss_of(done, config, context) < 0.95 * loss_of(student, config, context)
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
