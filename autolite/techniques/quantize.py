@@ -12,9 +12,9 @@ from autolite.architecture import ModelShape, factor_format
 from autolite.errors import PlanError
 from autolite.formats import FORMATS
 from autolite.parts import layers_of, matrices_of, with_factors
-from autolite.techniques.allocate import allocate
 from autolite.techniques.base import Context, Student
 from autolite.techniques.calibrate import Method, input_ranges
+from autolite.techniques.mixed_precision import allocate
 from autolite.techniques.rounding import Rounding, rounded
 from autolite.techniques.scaling import Scaling, scaled
 
@@ -31,7 +31,7 @@ class QuantizeConfig(plan.Config):
         embedding: of the token embedding, with ALBERT's projection.
         head: of the head, with the pooler before it; one tied to the embedding follows the embedding.
         average_bits: stored bits a weight, scales included, that the layers may have on average; 0: `attention` and
-            `ffn` say which. Else they are chosen among `levels`, for every layer (`autolite.techniques.allocate`).
+            `ffn` say which. Else they are chosen among `levels`, for every layer (`autolite.techniques.mixed_precision`).
         levels: format names; in a search space one text with blanks between them.
         rounding: "nearest", "weighted", "gptq" or "hqq" (`autolite.techniques.rounding`).
         order: whether "gptq" starts with the columns of the largest inputs.
