@@ -19,8 +19,9 @@ from autolite.parts import layer_modules
 from autolite.plan import make_step
 from autolite.surgery import share_layers
 from autolite.techniques.base import Context, Student
+from autolite.techniques.depth import spaced_layers
 from autolite.techniques.importance import importance
-from autolite.techniques.prune import Prune, PruneConfig, kept_heads, kept_layers, kept_neurons
+from autolite.techniques.prune import Prune, PruneConfig, kept_heads, kept_neurons
 from autolite.testing import tiny_inputs
 
 MakeContext = Callable[..., Context]
@@ -145,7 +146,7 @@ def test_widths_are_multiples_and_never_above_the_original(width: int, fraction:
 
 @given(st.integers(1, 48), st.floats(0.01, 1))
 def test_layers_kept_are_evenly_spaced_with_both_ends(layers: int, fraction: float) -> None:
-    kept = kept_layers(layers, fraction)
+    kept = spaced_layers(layers, fraction)
     assert len(kept) == max(1, int(fraction * layers + 0.5))
     assert kept[0] == 0
     assert len(kept) == 1 or kept[-1] == layers - 1
