@@ -18,6 +18,7 @@ from autolite.architecture import ModelShape
 from autolite.errors import DataError, PlanError
 from autolite.surgery import clone
 from autolite.techniques.base import Context, Student, require_float32
+from autolite.techniques.sparsity import hold
 from autolite.techniques.teacher import autocast, forward, teacher_outputs, to_tensors
 
 if TYPE_CHECKING:
@@ -150,11 +151,13 @@ class Distill:
             raise DataError("distill: the training split is empty")
         model: Any = clone(student.model)
         model.to(context.device)
-        _train(model, layer_map(student.shape, context.teacher.shape), config, context)
+        _train(model, student.shape, layer_map(student.shape, context.teacher.shape), config, context)
         return replace(student, model=model.cpu())
 
 
-def _train(model: PreTrainedModel, layers: tuple[int, ...], config: DistillConfig, context: Context) -> None:
+def _train(
+    model: PreTrainedModel, shape: ModelShape, layers: tuple[int, ...], config: DistillConfig, context: Context
+) -> None:
     """Train `model` in place; its parameters' `requires_grad` is as before afterwards."""
     teacher = teacher_outputs(context, config.batch_size)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -164,6 +167,7 @@ def _train(model: PreTrainedModel, layers: tuple[int, ...], config: DistillConfi
     trained = [parameter for parameter in trainable if parameter.requires_grad]
     optimizer, scheduler = _optimizer(trained, config)
     model.train(False)
+    keep_zeros = hold(model, shape)
     order = batch_order(len(teacher.batches), context.seed)
     for step, index in zip(range(1, config.steps + 1), order, strict=False):
         batch = teacher.batches[index]
@@ -189,6 +193,7 @@ def _train(model: PreTrainedModel, layers: tuple[int, ...], config: DistillConfi
                 f"{config.steps}; try {config.learning_rate / 10:g}"
             )
         optimizer.step()
+        keep_zeros()
         scheduler.step()
         optimizer.zero_grad()
         if step % 10 == 0 or step == config.steps:

@@ -58,9 +58,16 @@ class Quantize:
         """Return the shape with these formats.
 
         Raises:
-            PlanError: if a head that is tied to the embedding asks for another format.
+            PlanError: if a head that is tied to the embedding asks for another format, or a format would lose the
+                zeros of a sparse model.
         """
         assert isinstance(config, QuantizeConfig)
+        for name in (config.attention, config.ffn):
+            if shape.sparsity and not FORMATS[name].linear:
+                raise PlanError(
+                    f"quantize: {name} has no exact zero, which the {', '.join(sorted(shape.sparsity))} zeros of this "
+                    "model must stay; use a linear format"
+                )
         return shape.with_formats(config.attention, config.ffn, config.embedding, _head_format(config, shape.tied))
 
     def apply(self, student: Student, config: plan.Config, context: Context) -> Student:
