@@ -173,7 +173,16 @@ def _pass(shape: ModelShape, time: Time, batch: int, tokens: int, context: int) 
             # Where only the first position is read, the last layer computes all but keys and values there alone.
             read = 1 if last and pooled and not stack.causal else tokens
             qkv, out, first, second = (next(products) for _ in range(4))
-            key = (layer.heads, layer.kv_heads, layer.head_dim, layer.ffn, qkv.format, first.format, layer.sparsity, read)
+            key = (
+                layer.heads,
+                layer.kv_heads,
+                layer.head_dim,
+                layer.ffn,
+                qkv.format,
+                first.format,
+                layer.sparsity,
+                read,
+            )
             if key not in alike:
                 part = alike[key] = time.empty()
                 _attention(part, stack, layer, qkv, out, batch, tokens, read, context)
