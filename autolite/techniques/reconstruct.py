@@ -125,7 +125,8 @@ def removal_errors(model: PreTrainedModel, context: Context) -> Importance:
     stack = shape_of(model).stacks[0]
     blocks = [block for index in range(len(stack.layers)) for block in _blocks_of(stack.layers, index)]
     scores: dict[tuple[Kind, int], Tensor] = {}
-    for block, moments in _moments(model, model, None, blocks, context).items():
+    walk = _Walk(model, context)
+    for block, moments in _moments(walk, walk, None, blocks).items():
         size, units = _units(stack.layers[block.layers[0]], block.kind)
         order, losses = eliminate(moments, size, units, units - 1)
         order += [unit for unit in range(units) if unit not in set(order)]
@@ -159,12 +160,13 @@ def cut_blocks(
         scores: what units are chosen by; None: by what their removal costs in the least-squares problem.
         context: the calibration examples.
     """
+    ours, theirs = _Walk(model, context), _Walk(original, context)
     for index in range(len(layers)):
         for block in _blocks_of(layers, index):
             before, after = shape_of(model).stacks[0].layers[index], layers[index]
             size, units = _units(before, block.kind)
             count = _units(after, block.kind)[1]
-            (moments,) = _moments(model, original, channels, [block], context).values()
+            (moments,) = _moments(ours, theirs, channels, [block]).values()
             if scores is None:
                 gone = set(eliminate(moments, size, units, units - count)[0])
                 kept = [unit for unit in range(units) if unit not in gone]
@@ -199,25 +201,20 @@ def _output(model: PreTrainedModel, index: int, kind: Kind) -> Matrix:
 
 
 def _moments(
-    model: PreTrainedModel,
-    original: PreTrainedModel,
-    channels: Sequence[int] | None,
-    blocks: Sequence[Block],
-    context: Context,
+    ours: _Walk, theirs: _Walk, channels: Sequence[int] | None, blocks: Sequence[Block]
 ) -> dict[Block, Moments]:
-    """Return the moments of these blocks of `model`, which share the calibration passes; of a block that several
-    layers use, summed over its uses."""
+    """Return the moments of these blocks of our model for the outputs of theirs; of a block that several layers use,
+    summed over its uses."""
     wanted = {(block.kind, index): block for block in blocks for index in block.layers}
     sums: dict[Block, Moments] = {}
-    for batch in context.task.batches(sample(context), BATCH, context.pad_id):
-        inputs, _ = to_tensors(batch, str(model.device))
-        uses = _observe(model, inputs, wanted)
-        targets = uses if model is original else _observe(original, inputs, wanted)
+    for number, inputs in enumerate(ours.batches):
+        uses = ours.observe(number, wanted)
+        targets = uses if ours is theirs else theirs.observe(number, wanted)
         for use, target in zip(uses, targets, strict=True):
             states = target.stream + target.output
             output = (states if channels is None else states[..., channels]) - use.stream
             x, y = real(use.input, inputs).float(), real(output, inputs).float()
-            if _output(model, use.layer, use.kind).bias is not None:
+            if _output(ours.model, use.layer, use.kind).bias is not None:
                 x = torch.cat((x, x.new_ones(len(x), 1)), 1)
             gram, cross, energy = (x.T @ x).double().cpu(), (x.T @ y).double().cpu(), float(y.square().sum())
             block = wanted[use.kind, use.layer]
@@ -226,7 +223,7 @@ def _moments(
             sums[block] = Moments(gram, cross, energy)
     found = {}
     for block, moments in sums.items():
-        matrix = _output(model, block.layers[0], block.kind)
+        matrix = _output(ours.model, block.layers[0], block.kind)
         rows = [matrix.weight.T] if matrix.bias is None else [matrix.weight.T, matrix.bias[None]]
         found[block] = moments.damped(torch.cat(rows).cpu())
     return found
@@ -247,40 +244,62 @@ class _Enough(Exception):
     """Stops a forward pass when all that was wanted has been seen."""
 
 
-def _observe(model: PreTrainedModel, inputs: dict[str, Tensor], wanted: Collection[tuple[Kind, int]]) -> list[_Use]:
-    """Run `model` until the last of the wanted blocks (kind, layer) and return their uses."""
-    family, layers = family_of(model.config), layer_modules(model)
-    uses: list[_Use] = []
-    index, stream = -1, torch.empty(0)
+class _Walk:
+    """Runs a model on the calibration examples, block after block: a pass starts with the state before the first layer
+    of the pass before, and ends with the last block that is wanted."""
 
-    def enter(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        nonlocal index, stream
-        index, stream = index + 1, hidden_input(arguments, keywords)
+    def __init__(self, model: PreTrainedModel, context: Context):
+        self.model, self.family = model, family_of(model.config)
+        batches = context.task.batches(sample(context), BATCH, context.pad_id)
+        self.batches = [to_tensors(batch, str(model.device))[0] for batch in batches]
+        self.reached: list[tuple[int, Tensor | None]] = [(0, None)] * len(self.batches)
 
-    def between(_: Any, arguments: tuple[Any, ...]) -> None:
-        nonlocal stream
-        stream = arguments[0]
+    def observe(self, batch: int, wanted: Collection[tuple[Kind, int]]) -> list[_Use]:
+        """Run one batch and return the uses of the wanted blocks (kind, layer); later calls want no earlier layer."""
+        family, layers = self.family, layer_modules(self.model)
+        first = min(layer for _, layer in wanted)
+        start, state = self.reached[batch]
+        uses: list[_Use] = []
+        index, stream = -1, torch.empty(0)
 
-    def use(kind: Kind, arguments: tuple[Any, ...], output: Tensor) -> None:
-        nonlocal stream
-        if (kind, index) in wanted:
-            uses.append(_Use(kind, index, arguments[0], output, stream))
-            if len(uses) == len(wanted):
-                raise _Enough
-        if kind == "attention" and family.pre_norm:
-            stream = stream + output
+        def enter(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            nonlocal index, stream
+            index, stream = index + 1, hidden_input(arguments, keywords)
+            if index == start and state is not None:
+                stream = state
+                arguments, keywords = (state, *arguments[1:]), {**keywords}
+                keywords.pop("hidden_states", None)
+            if index == first and not family.repeated:
+                self.reached[batch] = (first, stream)
+            return arguments, keywords
 
-    with ExitStack() as hooks:
+        def between(_: Any, arguments: tuple[Any, ...]) -> None:
+            nonlocal stream
+            stream = arguments[0]
 
-        def hook(path: str, register: Callable[[Any], Any]) -> None:
-            for module in dict.fromkeys(part(layer, path) if path else layer for layer in layers):
-                hooks.callback(register(module).remove)
+        def use(kind: Kind, arguments: tuple[Any, ...], output: Tensor) -> None:
+            nonlocal stream
+            if (kind, index) in wanted:
+                uses.append(_Use(kind, index, arguments[0], output, stream))
+                if len(uses) == len(wanted):
+                    raise _Enough
+            if kind == "attention" and family.pre_norm:
+                stream = stream + output
 
-        hook("", lambda m: m.register_forward_pre_hook(enter, with_kwargs=True))
-        hook(family.out, lambda m: m.register_forward_hook(lambda _, a, y: use("attention", a, y)))
-        hook(family.ffn_out, lambda m: m.register_forward_hook(lambda _, a, y: use("ffn", a, y)))
-        if not family.pre_norm:
-            hook(family.ffn_in, lambda m: m.register_forward_pre_hook(between))
-        with suppress(_Enough):
-            forward(model, inputs, hidden=False)
-    return uses
+        with ExitStack() as undo:
+
+            def hook(path: str, register: Callable[[Any], Any]) -> None:
+                for module in dict.fromkeys(part(layer, path) if path else layer for layer in layers):
+                    undo.callback(register(module).remove)
+
+            for layer in layers[:start]:  # what is before the state need not run
+                layer.forward = lambda hidden, *_, **__: hidden
+                undo.callback(layer.__dict__.pop, "forward")
+            hook("", lambda m: m.register_forward_pre_hook(enter, with_kwargs=True))
+            hook(family.out, lambda m: m.register_forward_hook(lambda _, a, y: use("attention", a, y)))
+            hook(family.ffn_out, lambda m: m.register_forward_hook(lambda _, a, y: use("ffn", a, y)))
+            if not family.pre_norm:
+                hook(family.ffn_in, lambda m: m.register_forward_pre_hook(between))
+            with suppress(_Enough):
+                forward(self.model, self.batches[batch], hidden=False)
+        return uses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ def test_influence_is_how_much_a_layer_turns_the_states(family: str, make_tiny: 
             with torch.no_grad():
                 last = layer_modules(model)[-1](states[-2])
             states = (*states[:-1], last if isinstance(last, torch.Tensor) else last[0])
-        pairs = zip(states[:-1], states[1:], strict=True)
+        pairs = itertools.pairwise(states)
         total += torch.stack([(1 - F.cosine_similarity(a, b, dim=-1)).sum() for a, b in pairs])
         tokens += len(ids)
     torch.testing.assert_close(block_influence(model, context), total / tokens, atol=1e-4, rtol=1e-4)
