@@ -20,6 +20,7 @@ from autolite.techniques.quantize import Quantize, QuantizeConfig
 from autolite.techniques.sparsity import kept, parse
 
 MakeContext = Callable[..., Context]
+PRUNE = Prune()
 
 
 def layer_matrices(model: Any) -> dict[str, Any]:
@@ -61,9 +62,6 @@ def test_wanda_weighs_by_what_the_weights_multiply(make_tiny: MakeContext) -> No
     for mask, there in (("wanda", False), ("magnitude", True)):
         student = PRUNE.apply(context.teacher, PruneConfig(sparsity="2:4", mask=mask), context)
         assert bool(student.model.bert.encoder.layer[0].output.dense.weight[:, 4].any()) is there  # type: ignore[union-attr,index]
-
-
-PRUNE = Prune()
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "gpt2", "qwen3"])
