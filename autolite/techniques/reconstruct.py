@@ -13,30 +13,26 @@ to the residual stream, plus by how much the stream itself is off by then: later
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from autolite.architecture import LayerShape, shape_of
-from autolite.families import family_of
-from autolite.parts import Matrix, layer_modules, layer_of, part
+from autolite.parts import Matrix, layer_of
 from autolite.surgery import keep_heads, keep_neurons
 from autolite.techniques.base import Context
 from autolite.techniques.importance import Importance, best
-from autolite.techniques.observe import BATCH, hidden_input, real, sample
-from autolite.techniques.teacher import forward, to_tensors
+from autolite.techniques.observe import real
+from autolite.techniques.walk import Kind, Walk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DAMPING = 0.01  # the ridge, as a part of the mean of G's diagonal
 FLUSH = 64  # eliminations that are collected before H is updated by one product
-
-Kind = Literal["attention", "ffn"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ def removal_errors(model: PreTrainedModel, context: Context) -> Importance:
     stack = shape_of(model).stacks[0]
     blocks = [block for index in range(len(stack.layers)) for block in _blocks_of(stack.layers, index)]
     scores: dict[tuple[Kind, int], Tensor] = {}
-    walk = _Walk(model, context)
+    walk = Walk(model, context)
     for block, moments in _moments(walk, walk, None, blocks).items():
         size, units = _units(stack.layers[block.layers[0]], block.kind)
         order, losses = eliminate(moments, size, units, units - 1)
@@ -160,7 +156,7 @@ def cut_blocks(
         scores: what units are chosen by; None: by what their removal costs in the least-squares problem.
         context: the calibration examples.
     """
-    ours, theirs = _Walk(model, context), _Walk(original, context)
+    ours, theirs = Walk(model, context), Walk(original, context)
     for index in range(len(layers)):
         for block in _blocks_of(layers, index):
             before, after = shape_of(model).stacks[0].layers[index], layers[index]
@@ -200,9 +196,7 @@ def _output(model: PreTrainedModel, index: int, kind: Kind) -> Matrix:
     return layer.out if kind == "attention" else layer.ffn_out
 
 
-def _moments(
-    ours: _Walk, theirs: _Walk, channels: Sequence[int] | None, blocks: Sequence[Block]
-) -> dict[Block, Moments]:
+def _moments(ours: Walk, theirs: Walk, channels: Sequence[int] | None, blocks: Sequence[Block]) -> dict[Block, Moments]:
     """Return the moments of these blocks of our model for the outputs of theirs; of a block that several layers use,
     summed over its uses."""
     wanted = {(block.kind, index): block for block in blocks for index in block.layers}
@@ -227,79 +221,3 @@ def _moments(
         rows = [matrix.weight.T] if matrix.bias is None else [matrix.weight.T, matrix.bias[None]]
         found[block] = moments.damped(torch.cat(rows).cpu())
     return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Use:
-    """One call of a block's output projection: its input and output, and the residual stream that it is added to."""
-
-    kind: Kind
-    layer: int
-    input: Tensor
-    output: Tensor
-    stream: Tensor
-
-
-class _Enough(Exception):
-    """Stops a forward pass when all that was wanted has been seen."""
-
-
-class _Walk:
-    """Runs a model on the calibration examples, block after block: a pass starts with the state before the first layer
-    of the pass before, and ends with the last block that is wanted."""
-
-    def __init__(self, model: PreTrainedModel, context: Context):
-        self.model, self.family = model, family_of(model.config)
-        batches = context.task.batches(sample(context), BATCH, context.pad_id)
-        self.batches = [to_tensors(batch, str(model.device))[0] for batch in batches]
-        self.reached: list[tuple[int, Tensor | None]] = [(0, None)] * len(self.batches)
-
-    def observe(self, batch: int, wanted: Collection[tuple[Kind, int]]) -> list[_Use]:
-        """Run one batch and return the uses of the wanted blocks (kind, layer); later calls want no earlier layer."""
-        family, layers = self.family, layer_modules(self.model)
-        first = min(layer for _, layer in wanted)
-        start, state = self.reached[batch]
-        uses: list[_Use] = []
-        index, stream = -1, torch.empty(0)
-
-        def enter(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-            nonlocal index, stream
-            index, stream = index + 1, hidden_input(arguments, keywords)
-            if index == start and state is not None:
-                stream = state
-                arguments, keywords = (state, *arguments[1:]), {**keywords}
-                keywords.pop("hidden_states", None)
-            if index == first and not family.repeated:
-                self.reached[batch] = (first, stream)
-            return arguments, keywords
-
-        def between(_: Any, arguments: tuple[Any, ...]) -> None:
-            nonlocal stream
-            stream = arguments[0]
-
-        def use(kind: Kind, arguments: tuple[Any, ...], output: Tensor) -> None:
-            nonlocal stream
-            if (kind, index) in wanted:
-                uses.append(_Use(kind, index, arguments[0], output, stream))
-                if len(uses) == len(wanted):
-                    raise _Enough
-            if kind == "attention" and family.pre_norm:
-                stream = stream + output
-
-        with ExitStack() as undo:
-
-            def hook(path: str, register: Callable[[Any], Any]) -> None:
-                for module in dict.fromkeys(part(layer, path) if path else layer for layer in layers):
-                    undo.callback(register(module).remove)
-
-            for layer in layers[:start]:  # what is before the state need not run
-                layer.forward = lambda hidden, *_, **__: hidden
-                undo.callback(layer.__dict__.pop, "forward")
-            hook("", lambda m: m.register_forward_pre_hook(enter, with_kwargs=True))
-            hook(family.out, lambda m: m.register_forward_hook(lambda _, a, y: use("attention", a, y)))
-            hook(family.ffn_out, lambda m: m.register_forward_hook(lambda _, a, y: use("ffn", a, y)))
-            if not family.pre_norm:
-                hook(family.ffn_in, lambda m: m.register_forward_pre_hook(between))
-            with suppress(_Enough):
-                forward(self.model, self.batches[batch], hidden=False)
-        return uses

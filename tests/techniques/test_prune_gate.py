@@ -11,9 +11,11 @@ import torch
 import transformers
 
 from autolite.architecture import shape_of
+from autolite.compress import compress
 from autolite.contracts import FAMILIES
 from autolite.hardware.footprint import file_size, matrices
 from autolite.parts import matrices_of
+from autolite.plan import Plan, make_step
 from autolite.reload import load_student, save_student
 from autolite.runtime.onnxruntime import OnnxRuntime
 from autolite.techniques.base import Context, Student
@@ -80,3 +82,17 @@ def test_what_is_pruned_is_stored_trained_and_exported_as_it_is(
     size = sum(file.stat().st_size for file in files)
     assert 4 * weights < size
     assert abs(file_size(student.shape, stored) - size) < 0.2 * size  # the graph is most of so small a file's rest
+
+
+def test_a_pruned_and_trained_student_comes_back_from_disk(make_tiny: MakeContext, tmp_path: Path) -> None:
+    pruning = {"hidden": 0.75, "depth": 0.67, "layers": "similarity", "ffn": 0.5, "round_to": 8, "sparsity": "2:4"}
+    steps = (
+        make_step("prune", {**pruning, "allocation": "isomorphic"}),
+        make_step("distill", {"steps": 2, "hidden": 0, "batch_size": 8}),
+    )
+    made, found = (compress(Plan(steps), make_tiny("bert"), tmp_path) for _ in range(2))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert found.shape == made.shape
+    assert found.shape.stacks[0].hidden == 24
+    state = made.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.model.state_dict().items())
