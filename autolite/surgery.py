@@ -134,10 +134,8 @@ def _dense(model: PreTrainedModel) -> list[Any]:
     head = head_for(family, type(model).__name__)
     if head is not None:
         return [part(model, path) for path, _ in head.dense]
-    prefix = f"{model.base_model_prefix}."
     modules = dict(model.named_modules())
-    paths = {path.removeprefix(prefix) for h in family.heads for path, _ in h.dense if path.startswith(prefix)}
-    return [modules[path] for path in sorted(paths) if path in modules]
+    return [m for m in (modules.get("pooler.dense"), modules.get("pooler")) if isinstance(m, nn.Linear)]
 
 
 class _Cut:

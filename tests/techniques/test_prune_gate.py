@@ -61,6 +61,12 @@ def test_what_is_pruned_is_stored_trained_and_exported_as_it_is(
     plain: Any = getattr(transformers, type(student.model).__name__).from_pretrained(tmp_path / "one")
     assert torch.equal(outputs(plain.eval()), expected)
 
+    bare: Any = transformers.AutoModel.from_pretrained(tmp_path / "one").eval()
+    inputs = tiny_inputs(bare)
+    with torch.no_grad():
+        states = [model(**inputs).last_hidden_state for model in (bare, plain.base_model)]
+    assert torch.equal(*states)
+
     optimizer = torch.optim.SGD(plain.parameters(), lr=1e-2)
     plain(**tiny_inputs(plain)).logits.square().mean().backward()
     optimizer.step()
