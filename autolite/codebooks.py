@@ -86,7 +86,7 @@ class KMeans:
         if self.whole:
             most = 2 ** (self.bits - 1) - 1
             linear = torch.cat((torch.arange(-most, most + 1), torch.tensor([0.5]))).sort().values / most
-            weights = scales.square() * (torch.ones(1) if importance is None else importance)
+            weights = (scales / scales.max()).double().square() * (torch.ones(1) if importance is None else importance)
             return CodebookGrid(self, kmeans(*_binned(rows, weights.expand(rows.shape)), linear[None], True), scales)
         grid = Linear(self.bits).fit(rows, importance)
         linear = grid.dequantize(torch.arange(self.count).expand(len(rows), -1)).sort(dim=1).values
