@@ -15,7 +15,7 @@ from autolite.export import decoded
 from autolite.parts import matrices_of
 from autolite.surgery import share_layers
 from autolite.techniques.base import Context, Student
-from autolite.techniques.distill import soft_loss
+from autolite.techniques.losses import soft_loss
 from autolite.techniques.quantize import Quantize, QuantizeConfig
 from autolite.techniques.recover import Recover, RecoverConfig
 from autolite.techniques.teacher import to_tensors
