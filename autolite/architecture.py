@@ -18,6 +18,7 @@ class LayerShape:
     `attention` and `feed_forward` are the identities of its weights: layers with equal numbers use one set of
     weights, stored once. The formats name the number format (`autolite.formats`) of each part's matrices. A rank
     above 0 says that each matrix of the part has a difference of that rank, the layer's own (`autolite.delta`).
+    `sparsity` is the pattern of the zeros in its matrices ("none", "2:4", "50%"; see `autolite.techniques.sparsity`).
     """
 
     heads: int
@@ -30,6 +31,7 @@ class LayerShape:
     ffn_format: str = "fp32"
     attention_rank: int = 0
     ffn_rank: int = 0
+    sparsity: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +172,28 @@ class ModelShape:
         return replace(self, stacks=tuple(stacks), embedding_format=embedding, head_format=head)
 
     def without_formats(self) -> ModelShape:
-        """Return a copy in which every part is in "fp32": what the weights of a model show."""
-        return self.with_formats("fp32", "fp32", "fp32", "fp32")
+        """Return a copy in which every part is in "fp32" and dense: what the sizes of a model's weights show."""
+        return self.with_sparsity("none").with_formats("fp32", "fp32", "fp32", "fp32")
+
+    def with_sparsity(self, pattern: str) -> ModelShape:
+        """Return a copy with this pattern of zeros in the matrices of all layers."""
+        stacks = tuple(replace(s, layers=tuple(replace(x, sparsity=pattern) for x in s.layers)) for s in self.stacks)
+        return replace(self, stacks=stacks)
+
+    def with_hidden(self, stack: int, hidden: int) -> ModelShape:
+        """Return a copy in which the residual stream of stack number `stack` is `hidden` wide, and the tables and
+        norms of the embedding with it, where no projection lies between."""
+        before = self.stacks[stack]
+        family = FAMILIES[self.family]
+        apart = family.patch or family.embedding_projection or self.embedding != before.hidden
+        stacks = list(self.stacks)
+        stacks[stack] = replace(before, hidden=hidden)
+        return replace(self, stacks=tuple(stacks), embedding=self.embedding if apart else hidden)
+
+    @property
+    def sparsity(self) -> frozenset[str]:
+        """The patterns of zeros in its layers, "none" left out."""
+        return frozenset(layer.sparsity for stack in self.stacks for layer in stack.layers) - {"none"}
 
     @property
     def formats(self) -> frozenset[str]:
@@ -250,7 +272,7 @@ def shape_of(model: Any) -> ModelShape:
     factor = getattr(words, "projection", None)
     stack = Stack(
         "decoder" if family.causal else "encoder",
-        int(config.hidden_size),
+        int(layers[0].get_submodule(family.attention_norm).weight.shape[0]),
         numbered(shapes),
         bool(family.ffn_gate),
         family.causal,

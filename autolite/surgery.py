@@ -33,10 +33,7 @@ def _select(module: Any, index: Tensor, side: Literal["out", "in"]) -> None:
     if side == "out" and module.bias is not None:
         bias = module.bias
         module.bias = nn.Parameter(bias.detach().index_select(0, index), requires_grad=bias.requires_grad)
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    else:
-        module.nx, module.nf = module.weight.shape
+    _note_sizes(module)
 
 
 def _cut(model: PreTrainedModel, layer: nn.Module, path: str, index: Tensor, side: Literal["out", "in"]) -> None:
@@ -83,6 +80,115 @@ def keep_heads(model: PreTrainedModel, layer_index: int, groups: Sequence[int]) 
     for other in layer_modules(model):
         if base_of(part(other, family.out)) is out:
             _set_heads(family, other, len(kept) * ratio, dim)
+
+
+def keep_hidden(model: PreTrainedModel, channels: Sequence[int], inner: Sequence[int] | None = None) -> None:
+    """Keep only these channels of the residual stream: in the embedding, every matrix that reads or writes it, every
+    norm, and the head. Norms then take their statistics over the channels that are left.
+
+    A head with a matrix of its own (BERT's pooler) keeps as many of that matrix's outputs: those at `inner`, by
+    default at `channels`. The configuration keeps the original's width, which heads get theirs from.
+
+    Raises:
+        ValueError: if `channels` is empty or names a channel that is not there, or `inner` has another length.
+    """
+    family, base = family_of(model.config), model.base_model
+    layers = layer_modules(model)
+    kept = _checked(channels, part(layers[0], family.attention_norm).weight.shape[0], "hidden channels")
+    outputs = kept if inner is None else _checked(inner, len(_dense(model)[0].weight), "outputs of the head's matrix")
+    if len(outputs) != len(kept):
+        raise ValueError(f"the head's matrix must keep {len(kept)} outputs, as the hidden state, not {len(outputs)}")
+    cut = _Cut()
+    for layer in layers:
+        for path in (family.query, family.key, family.value, family.fused_qkv, family.ffn_in, family.ffn_gate):
+            if path:
+                cut.inputs(part(layer, path), kept)
+        for path in (family.out, family.ffn_out, family.attention_norm, family.ffn_norm):
+            cut.outputs(part(layer, path), kept)
+    for path in (family.final_norm, family.patch, family.embedding_projection):
+        if path:
+            cut.outputs(part(base, path), kept)
+    if family.patch:
+        owner, _, name = family.position.rpartition(".")
+        cut.parameter(part(base, owner), name, 2, kept)
+        owner, _, name = family.class_token.rpartition(".")
+        cut.parameter(part(base, owner), name, 2, kept)
+    elif not family.embedding_projection:
+        for path in (family.word, family.position, family.token_type):
+            if path and isinstance(table := part(base, path), FactoredEmbedding):
+                cut.outputs(table.projection, kept)
+            elif path:
+                cut.parameter(table, "weight", 1, kept)
+        if family.embedding_norm:
+            cut.outputs(part(base, family.embedding_norm), kept)
+    dense = _dense(model)
+    for index, module in enumerate(dense):
+        cut.inputs(module, kept if index == 0 else outputs)
+        if index < len(dense) - 1 or not head_for(family, type(model).__name__):
+            cut.outputs(module, outputs)
+
+
+def _dense(model: PreTrainedModel) -> list[Any]:
+    """The matrices between the last layer and the logits; of a bare model, the pooler that it may have."""
+    family = family_of(model.config)
+    head = head_for(family, type(model).__name__)
+    if head is not None:
+        return [part(model, path) for path, _ in head.dense]
+    modules = dict(model.named_modules())
+    return [m for m in (modules.get("pooler.dense"), modules.get("pooler")) if isinstance(m, nn.Linear)]
+
+
+class _Cut:
+    """Cuts parameters along their axes, each once, so that what is tied or shared stays so."""
+
+    def __init__(self) -> None:
+        self.new: dict[tuple[int, int], nn.Parameter] = {}
+        self.done: set[tuple[int, int]] = set()
+        self.old: list[nn.Parameter] = []  # kept alive, so that no new one gets the identity of an old one
+
+    def outputs(self, module: Any, kept: Tensor) -> None:
+        """Cut the outputs of a matrix or convolution, or the channels of a norm."""
+        if isinstance(module, Delta):
+            self.outputs(module.up, kept)
+            module = module.base
+        self.parameter(module, "weight", int(is_conv1d(module)), kept)
+        if getattr(module, "bias", None) is not None:
+            self.parameter(module, "bias", 0, kept)
+
+    def inputs(self, module: Any, kept: Tensor) -> None:
+        """Cut the inputs of a matrix; a head that is tied to a table of two factors is cut with that."""
+        if isinstance(module, TiedHead):
+            return
+        if isinstance(module, Delta):
+            self.inputs(module.down, kept)
+            module = module.base
+        self.parameter(module, "weight", int(not is_conv1d(module)), kept)
+
+    def parameter(self, module: Any, name: str, axis: int, kept: Tensor) -> None:
+        old = getattr(module, name)
+        if (id(old), axis) in self.done:
+            return
+        if (id(old), axis) not in self.new:
+            self.old.append(old)
+            values = old.detach().index_select(axis, kept.to(old.device))
+            new = self.new[id(old), axis] = nn.Parameter(values, requires_grad=old.requires_grad)
+            self.done |= {(id(new), axis)} | {(id(new), other) for known, other in self.done if known == id(old)}
+        setattr(module, name, self.new[id(old), axis])
+        _note_sizes(module)
+
+
+def _note_sizes(module: Any) -> None:
+    """Let a module say the sizes that its weight has."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.Conv2d):
+        module.out_channels = module.weight.shape[0]
+    elif is_conv1d(module):
+        module.nx, module.nf = module.weight.shape
 
 
 def _expand(indices: Tensor, width: int) -> Tensor:
@@ -294,6 +400,8 @@ def reshape(model: PreTrainedModel, shape: ModelShape) -> None:
         if len(origins) != len(stack.layers):
             keep_layers(model, [origins.index(i) for i in source])
         _number_layers(model, source)
+        if stack.hidden != shape_of(model).stacks[0].hidden:
+            keep_hidden(model, range(stack.hidden))
         for index, (layer, now) in enumerate(zip(stack.layers, shape_of(model).stacks[0].layers, strict=True)):
             if layer.kv_heads * now.heads != layer.heads * now.kv_heads or layer.head_dim != now.head_dim:
                 raise ValueError(f"layer {index} cannot become {layer} from {now}")
@@ -314,8 +422,8 @@ def _reshape_table(model: PreTrainedModel, shape: ModelShape) -> None:
     found = shape_of(model)
     if shape.embedding_rank and not found.embedding_rank:
         weight = part(model.base_model, family_of(model.config).word).weight
-        sizes = (found.vocab, shape.embedding_rank), (shape.embedding_rank, found.embedding)
-        table, projection = (weight.detach().new_zeros(size) for size in sizes)
+        table = weight.detach().new_zeros(found.vocab, shape.embedding_rank)
+        projection = weight.detach().new_zeros(shape.embedding_rank, found.embedding)
         factor_embedding(model, table, projection, shape.tied)
     ours, theirs = ((s.vocab, s.embedding, s.embedding_rank) for s in (shape_of(model), shape))
     if ours != theirs:

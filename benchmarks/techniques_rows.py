@@ -40,7 +40,7 @@ def prune() -> Rows:
         for kind in ("magnitude", "taylor")
     ]
     rows += [
-        (f"{pattern} of the weights zero, {kind}", [("prune", {"sparsity": pattern, "importance": kind})], 1)
+        (f"{pattern} of the weights zero, {kind}", [("prune", {"sparsity": pattern, "mask": kind})], 1)
         for pattern in ("50%", "2:4")
         for kind in ("magnitude", "wanda")
     ]

@@ -58,3 +58,23 @@ def test_runtimes(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", profile_names())
 def test_targets(name: str) -> None:
     contracts.check_target(load_profile(name))
+
+
+PRUNING: list[dict[str, Any]] = [
+    {"hidden": 0.75, "round_to": 8, "importance": "fisher"},
+    {"hidden": 0.5, "heads": 0.5, "round_to": 8, "importance": "wanda", "reconstruct": True},
+    {"heads": 0.5, "ffn": 0.5, "round_to": 8, "importance": "second-order"},
+    {"heads": 0.5, "ffn": 0.5, "round_to": 8, "allocation": "global"},
+    {"heads": 0.5, "ffn": 0.5, "round_to": 8, "allocation": "isomorphic", "importance": "activation"},
+    {"depth": 0.67, "layers": "similarity"},
+    {"depth": 0.34, "layers": "damage", "ffn": 0.5, "round_to": 8, "allocation": "isomorphic"},
+    {"sparsity": "2:4"},
+    {"sparsity": "50%", "mask": "magnitude", "heads": 0.5},
+]
+
+
+@pytest.mark.parametrize("family", contracts.FAMILIES)
+def test_every_way_to_prune(family: str) -> None:
+    context = contracts.tiny_context(family, contracts.tiny_task(family))
+    for settings in PRUNING:
+        contracts.check_technique(registry.get("technique", "prune"), context, settings)

@@ -14,7 +14,7 @@ from autolite.architecture import shape_of
 from autolite.errors import ModelError
 from autolite.families import FAMILIES, family_of
 from autolite.parts import LayerParts, Matrix, Norm, embeddings_of, head_of, layers_of, matrices_of
-from autolite.surgery import clone, keep_heads, keep_layers, keep_neurons, reshape, share_layers
+from autolite.surgery import clone, keep_heads, keep_hidden, keep_layers, keep_neurons, reshape, share_layers
 from autolite.testing import PAD, tiny_inputs, tiny_model
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -250,15 +250,24 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
     return F.linear(x, matrix.weight, matrix.bias)
 
 
-def normalise(x: Tensor, norm: Norm | None) -> Tensor:
+def normalise(x: Tensor, norm: Norm | None, kept: list[int] | None = None) -> Tensor:
+    """With `kept`, of channels that are zero elsewhere: the statistics are theirs alone."""
     if norm is None:
         return x
+    if kept is not None and x.shape[-1] > len(kept):
+        part = x[..., kept]
+        spread = (part.square() if norm.bias is None else (part - part.mean(-1, keepdim=True)).square()).mean(-1)
+        centre = 0.0 if norm.bias is None else part.mean(-1, keepdim=True)
+        scaled = (x - centre) * torch.rsqrt(spread + norm.eps)[..., None] * norm.weight
+        mask = torch.zeros(x.shape[-1])
+        mask[kept] = 1
+        return (scaled if norm.bias is None else scaled + norm.bias) * mask
     if norm.bias is None:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
     return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
 
 
-def embed(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def embed(model: nn.Module, inputs: dict[str, Tensor], kept: list[int] | None = None) -> Tensor:
     parts = embeddings_of(model)  # type: ignore[arg-type]
     if parts.patch is not None and parts.class_token is not None and parts.position is not None:
         side = math.isqrt(parts.patch.weight.shape[1] // 3)
@@ -276,7 +285,7 @@ def embed(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         x = x + parts.position.weight[steps + parts.position_offset]
     if parts.token_type is not None:
         x = x + parts.token_type.weight[0]
-    x = normalise(x, parts.norm)
+    x = normalise(x, parts.norm, kept if parts.projection is None else None)
     return linear(x, parts.projection) if parts.projection is not None else x
 
 
@@ -301,7 +310,8 @@ def attend(model: Any, layer: LayerParts, x: Tensor, allowed: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def forward(model: Any) -> Tensor:
+def forward(model: Any, kept: list[int] | None = None) -> Tensor:
+    """With `kept`, the residual stream is multiplied by zero in all other channels."""
     inputs, family = tiny_inputs(model), family_of(model.config)
     activation = ACTIVATIONS[getattr(model.config, family.activation)]
 
@@ -310,26 +320,29 @@ def forward(model: Any) -> Tensor:
         gated = activation(linear(x, layer.ffn_gate)) * inner if layer.ffn_gate is not None else activation(inner)
         return linear(gated, layer.ffn_out)
 
-    x = embed(model, inputs)
+    x = embed(model, inputs, kept)
+    there = torch.ones(x.shape[-1]) if kept is None else torch.zeros(x.shape[-1]).index_fill(0, torch.tensor(kept), 1)
+    x = x * there
     mask = inputs.get("attention_mask", torch.ones(x.shape[:2])).bool()
     allowed = mask[:, None, None, :].expand(-1, -1, x.shape[1], -1)
     if family.causal:
         allowed = allowed & torch.ones(x.shape[1], x.shape[1]).tril().bool()
     for layer in layers_of(model):
         if family.pre_norm:
-            x = x + attend(model, layer, normalise(x, layer.attention_norm), allowed)
-            x = x + feed_forward(normalise(x, layer.ffn_norm))
+            x = x + there * attend(model, layer, normalise(x, layer.attention_norm, kept), allowed)
+            x = x + there * feed_forward(normalise(x, layer.ffn_norm, kept))
         else:
-            x = normalise(x + attend(model, layer, x, allowed), layer.attention_norm)
-            x = normalise(x + feed_forward(x), layer.ffn_norm)
+            x = normalise(x + there * attend(model, layer, x, allowed), layer.attention_norm, kept)
+            x = normalise(x + there * feed_forward(x), layer.ffn_norm, kept)
     head = head_of(model)
-    x = normalise(x, head.final_norm)
+    x = normalise(x, head.final_norm, kept)
     if head.pooling == "first":
         x = x[:, 0]
     elif head.pooling == "last":
         x = x[torch.arange(len(x)), mask.sum(1) - 1]
-    for matrix, act in head.dense:
+    for index, (matrix, act) in enumerate(head.dense):
         x = ACTIVATIONS[act](linear(x, matrix))
+        x = x * there if index < len(head.dense) - 1 else x
     return x
 
 
@@ -350,3 +363,50 @@ def test_the_map_says_enough_to_compute_a_language_model(family: str) -> None:
     real = tiny_inputs(model)["attention_mask"].bool()
     torch.testing.assert_close(forward(model)[real], logits(model)[real], atol=2e-5, rtol=1e-5)
     assert head_of(model).tied == (family == "gpt2")
+
+
+KEPT = [i for i in range(32) if i % 4 != 1]  # 24 of 32 hidden channels
+
+
+@every_family
+def test_cutting_hidden_channels_equals_masking_them(family: str) -> None:
+    """The masked model's norms take their statistics over the channels that are left."""
+    model = tiny_model(family)
+    masked = forward(model, KEPT)
+    keep_hidden(model, KEPT)
+    torch.testing.assert_close(logits(model), masked, atol=2e-5, rtol=1e-4)
+    assert shape_of(model).stacks[0].hidden == 24
+    assert shape_of(model).embedding == {"albert": 16, "vit": 48}.get(family, 24)
+
+
+@decoders
+def test_hidden_channels_of_a_language_model_go_from_its_head_too(family: str) -> None:
+    model = tiny_model(family, "language-modeling", tie_word_embeddings=True)
+    real = tiny_inputs(model)["attention_mask"].bool()
+    masked = forward(model, KEPT)[real]
+    keep_hidden(model, KEPT)
+    torch.testing.assert_close(logits(model)[real], masked, atol=5e-5, rtol=1e-4)
+    assert shape_of(model).tied
+
+
+@not_albert
+def test_hidden_channels_of_shared_and_uneven_layers_are_cut_once(family: str) -> None:
+    model = tiny_model(family)
+    keep_heads(model, 2, [1])
+    keep_neurons(model, 0, range(24))
+    share_layers(model, [0, 0, 2], [0, 1, 1])
+    masked = forward(model, KEPT)
+    keep_hidden(model, KEPT)
+    torch.testing.assert_close(logits(model), masked, atol=2e-5, rtol=1e-4)
+
+
+def test_the_head_s_own_matrix_keeps_the_outputs_it_is_told_to() -> None:
+    model = tiny_model("bert")
+    inner = [*range(20), 28, 29, 30, 31]
+    weight = model.bert.pooler.dense.weight.detach().clone()
+    keep_hidden(model, KEPT, inner)
+    assert torch.equal(model.bert.pooler.dense.weight, weight[inner][:, KEPT])
+    with pytest.raises(ValueError, match="must keep 2 outputs"):
+        keep_hidden(tiny_model("bert"), [0, 1], [0])
+    with pytest.raises(ValueError, match="hidden channels to keep"):
+        keep_hidden(tiny_model("bert"), [32])

@@ -181,7 +181,7 @@ def _pass(shape: ModelShape, time: Time, batch: int, tokens: int, context: int) 
             qkv, out, first, second = (next(products) for _ in range(4))
             deltas = [next(products) for _ in range(4 * bool(layer.attention_rank) + 4 * bool(layer.ffn_rank))]
             sizes = (layer.heads, layer.kv_heads, layer.head_dim, layer.ffn, layer.attention_rank, layer.ffn_rank)
-            key = (*sizes, qkv.format, first.format, read)
+            key = (*sizes, qkv.format, first.format, layer.sparsity, read)
             if key not in alike:
                 part = alike[key] = time.empty()
                 _attention(part, stack, layer, qkv, out, batch, tokens, read, context)
@@ -229,13 +229,14 @@ def _attention(
 ) -> None:
     kernel = time.kernels[qkv.format]
     nbytes = time.weights[qkv.weights]
+    zeros = time.speeds.sparsity.get(layer.sparsity, 1.0)
     query = layer.heads * layer.head_dim
     rest = qkv.n - query if read < tokens else qkv.n
     if read < tokens:
-        time.product(kernel, batch * read, qkv.k, query, nbytes * query / qkv.n)
+        time.product(kernel, batch * read, qkv.k, query, nbytes * query / qkv.n, zeros)
 
     def products(time: Time) -> None:
-        time.product(kernel, batch * tokens, qkv.k, rest, nbytes * rest / qkv.n)
+        time.product(kernel, batch * tokens, qkv.k, rest, nbytes * rest / qkv.n, zeros)
         past = 2 * BYTES * context * layer.head_dim * layer.kv_heads / layer.heads
         time.product("attention", read, 2 * layer.head_dim, context, past, batch * layer.heads)
         time.copy(2 * BYTES * batch * tokens * qkv.n)  # split into query, key and value
@@ -252,7 +253,7 @@ def _attention(
 
     time.take_fastest(products, *([absorbed] if read < tokens else []))
     time.elements("softmax", batch * layer.heads * read)
-    time.product(kernel, batch * read, out.k, out.n, time.weights[out.weights])
+    time.product(kernel, batch * read, out.k, out.n, time.weights[out.weights], zeros)
     time.elements("normalization", batch * read * stack.hidden)
     time.copy(3 * BYTES * batch * read * stack.hidden)  # residual sum
     time.operators(_OPERATORS["attention"])
@@ -260,11 +261,12 @@ def _attention(
 
 def _feed_forward(time: Time, stack: Stack, layer: LayerShape, first: MatMul, second: MatMul, rows: int) -> None:
     kernel, weights = time.kernels[first.format], time.weights
-    time.product(kernel, rows, first.k, first.n, weights[first.weights])
+    zeros = time.speeds.sparsity.get(layer.sparsity, 1.0)
+    time.product(kernel, rows, first.k, first.n, weights[first.weights], zeros)
     rounded = formats.get(first.format).activations != "float" and not stack.gated
     time.elements("approximation" if rounded else "activation", rows * layer.ffn)
     time.copy((3 * layer.ffn * 2 if stack.gated else 0) * BYTES * rows)  # split, and product with the gate
-    time.product(kernel, rows, second.k, second.n, weights[second.weights])
+    time.product(kernel, rows, second.k, second.n, weights[second.weights], zeros)
     time.elements("normalization", rows * stack.hidden)
     time.copy(3 * BYTES * rows * stack.hidden)
     time.operators(_OPERATORS["gated" if stack.gated else "ffn"])

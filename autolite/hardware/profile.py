@@ -182,6 +182,8 @@ class Profile(_Strict):
         efficiency: for each kernel class.
         formats: number format (`autolite.formats`) -> the kernel classes that can run it, of which the fastest is
             taken; in YAML one name will do for one.
+        sparsity: patterns of zeros ("2:4", "90%") that its kernels multiply faster with -> the time of a product with
+            such a matrix as a part of the dense one's; empty where zeros take as long as other numbers.
         memory: main memory.
         cache: last-level cache.
         dispatch: cost of one operator whatever its size.
@@ -199,6 +201,7 @@ class Profile(_Strict):
     units: tuple[ComputeUnit, ...] = Field(min_length=1)
     efficiency: dict[str, Efficiency]
     formats: dict[str, Kernels]
+    sparsity: dict[str, Ratio] = {}
     memory: Memory
     cache: Cache
     dispatch: Microseconds

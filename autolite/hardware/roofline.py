@@ -34,6 +34,7 @@ class Speeds:
 
     kernels: dict[str, Kernel]
     formats: dict[str, tuple[str, ...]]
+    sparsity: dict[str, float]  # the time of a product with such zeros, as a part of the dense one's
     elementwise: dict[str, float]  # elements (softmax: rows) per microsecond
     memory: float  # bytes per microsecond
     stall: float
@@ -64,7 +65,7 @@ class Time:
         """Add what the number called `key` governs."""
         self.parts[key] = self.parts.get(key, 0.0) + microseconds
 
-    def product(self, kernel: str, m: float, k: int, n: int, weights: float, times: int = 1) -> None:
+    def product(self, kernel: str, m: float, k: int, n: int, weights: float, times: float = 1) -> None:
         """A product [m, k] x [k, n], `times` over, with a second factor of `weights` bytes."""
         speeds = self.speeds
         roof = speeds.kernels[kernel]
@@ -168,6 +169,7 @@ def speeds_of(profile: Profile, threads: int) -> Speeds:
     return Speeds(
         kernels=kernels,
         formats=profile.formats,
+        sparsity={pattern: number.value for pattern, number in profile.sparsity.items()},
         elementwise={
             "softmax": unit.softmax.value * used,
             **{kind: number.value * used * 1e3 for kind, number in elementwise.items()},

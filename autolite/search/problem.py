@@ -132,6 +132,12 @@ class Problem:
             missing = sorted(shape.formats - set(known))
             if missing:
                 raise PlanError(f"{what} cannot run the format {missing[0]}; it has {', '.join(sorted(known))}")
+        if useless := sorted(shape.sparsity - set(self.profile.sparsity)):
+            gains = ", ".join(sorted(self.profile.sparsity)) or "none"
+            raise PlanError(
+                f"prune.sparsity: {self.profile.name} gains nothing from {useless[0]} zeros (it does from: {gains}), "
+                "which cost quality: leave them out, or cut heads, neurons or layers instead"
+            )
         return shape
 
 

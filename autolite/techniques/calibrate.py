@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from autolite.techniques.base import Context
-from autolite.techniques.observe import examples, owners, real
+from autolite.techniques.inputs import examples, owners, real
 from autolite.techniques.teacher import forward, to_tensors
 
 if TYPE_CHECKING:

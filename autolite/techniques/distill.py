@@ -22,6 +22,7 @@ from autolite.techniques.checkpoint import Checkpoint
 from autolite.techniques.ensemble import further_teacher
 from autolite.techniques.objective import Item, LayerMap, Objective
 from autolite.techniques.schedules import Schedule
+from autolite.techniques.sparsity import hold
 from autolite.techniques.teacher import outputs_of, teacher_outputs
 from autolite.techniques.training import Optimization, train
 
@@ -205,6 +206,7 @@ class Distill:
             Optimization(self.name, settled.steps, settled.learning_rate, settled.accumulate),
             seed=context.seed,
             checkpoint=_checkpoint(student, settled, context),
+            after_step=hold(model, student.shape),
             progress=context.progress,
         )
         for parameter in trainable:

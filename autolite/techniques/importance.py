@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 
-from autolite.parts import LayerParts, layers_of
+from autolite.parts import LayerParts, Matrix, layers_of
 from autolite.surgery import clone
 from autolite.tasks.encoding import fingerprint
 from autolite.techniques.base import Context, Student, weights_digest
+from autolite.techniques.observe import BATCH, owner, real, recorded, sample
 from autolite.techniques.teacher import to_tensors
 
 if TYPE_CHECKING:
@@ -22,15 +21,12 @@ if TYPE_CHECKING:
 
     from autolite.tasks.base import Split, Task
 
-EXAMPLES = 256  # calibration examples of the Taylor scores
-BATCH = 32
-
-Kind = Literal["taylor", "magnitude"]
+Kind = Literal["magnitude", "activation", "wanda", "taylor", "fisher", "second-order"]
 
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """Scores by layer, float32, the larger the more important: `heads` [attention groups] and `neurons` [ffn width].
+    """Scores by layer, the larger the more important: `heads` [attention groups] and `neurons` [ffn width].
 
     A group is a key/value head with the query heads that read it. Layers that share a block have the same scores.
     """
@@ -42,18 +38,34 @@ class Importance:
 def importance(student: Student, kind: Kind, context: Context) -> Importance:
     """Return the scores of the student as it is, from `context.memory` if these weights were scored before.
 
-    Taylor scores use at most 256 examples of `context.train`, drawn by `context.seed`.
+    All but magnitude are taken from at most 256 examples of `context.train`, drawn by `context.seed`.
     """
     if kind == "magnitude":
         return magnitude(student.model)
-    key = f"taylor-{weights_digest(student.model)}-{fingerprint([context.train])[:12]}-{context.seed}"
+    key = f"{scored_on(student, context)}-{kind}"
     if key not in context.memory:
-        count = len(context.train)
-        chosen = np.random.default_rng(context.seed).choice(count, min(EXAMPLES, count), replace=False)
-        split = context.train.take(np.sort(chosen))
-        context.memory[key] = taylor(student.model, context.task, split, context.pad_id, context.device)
+        context.memory[key] = _score(student.model, kind, context)
     scores: Importance = context.memory[key]
     return scores
+
+
+def scored_on(student: Student, context: Context) -> str:
+    """Name the weights and the examples that scores are taken from, by their content."""
+    return f"scores-{weights_digest(student.model)}-{fingerprint([context.train])[:12]}-{context.seed}"
+
+
+def _score(model: PreTrainedModel, kind: Kind, context: Context) -> Importance:
+    if kind == "second-order":
+        from autolite.techniques.reconstruct import removal_errors  # which is built on these scores
+
+        return removal_errors(model, context)
+    examples = (context.task, sample(context), context.pad_id, context.device)
+    return {"activation": activation, "wanda": wanda, "taylor": taylor, "fisher": fisher}[kind](model, *examples)
+
+
+def best(scores: torch.Tensor, count: int) -> list[int]:
+    """Return the indices of the `count` highest scores, ascending; of equal ones the first."""
+    return sorted(torch.argsort(scores, descending=True, stable=True)[:count].tolist())
 
 
 def magnitude(model: PreTrainedModel) -> Importance:
@@ -75,6 +87,63 @@ def _norm(rows: list[torch.Tensor], biases: list[torch.Tensor | None], out: torc
     return squares.sum(0).sqrt().cpu()
 
 
+def activation(model: PreTrainedModel, task: Task, split: Split, pad_id: int, device: str = "cpu") -> Importance:
+    """Return the energy (sum of squares over all tokens) of each unit's activations at the input of the block's
+    output projection.
+
+    What is silent there can go (Hu et al. 2016, "Network Trimming", for ReLU, whose zeros can be counted; after a
+    smooth activation nothing is exactly zero, but its energy is small).
+    """
+    return _by_energy(model, task, split, pad_id, device, lambda energy, weight: energy)
+
+
+def wanda(model: PreTrainedModel, task: Task, split: Split, pad_id: int, device: str = "cpu") -> Importance:
+    """Return the sum over a unit's weights in the output projection of |w| times the L2 norm of the activation that
+    it multiplies. Source: Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models"."""
+    return _by_energy(model, task, split, pad_id, device, lambda energy, weight: weight.abs().sum(0) * energy.sqrt())
+
+
+def _by_energy(
+    model: PreTrainedModel,
+    task: Task,
+    split: Split,
+    pad_id: int,
+    device: str,
+    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> Importance:
+    """Score units by the sum over their channels of what `score` makes of energies [k] and a weight [n, k]."""
+    parts = layers_of(model)
+    energies = input_energy(model, [m.key for p in parts for m in (p.out, p.ffn_out)], task, split, pad_id, device)
+
+    def units(matrix: Matrix, count: int) -> torch.Tensor:
+        channels = score(energies[matrix.key], matrix.weight.detach().cpu().float())
+        return channels.reshape(count, -1).sum(1)
+
+    heads = tuple(units(p.out, p.kv_heads) for p in parts)
+    return Importance(heads, tuple(units(p.ffn_out, p.ffn_out.weight.shape[1]) for p in parts))
+
+
+@torch.no_grad()
+def input_energy(
+    model: PreTrainedModel, keys: list[str], task: Task, split: Split, pad_id: int, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Return the sum over tokens of the squared inputs [channels] of each matrix whose parameter is called one of
+    `keys`, padding excluded; those of a shared matrix are summed over its uses."""
+    twin: Any = clone(model)
+    twin.to(device).train(False)
+    modules = {owner(twin, key): key for key in keys}
+    found: dict[str, torch.Tensor] = {}
+    with recorded(modules) as uses:
+        for batch in task.batches(split, BATCH, pad_id):
+            uses.clear()
+            inputs, _ = to_tensors(batch, device)
+            twin(**inputs)
+            for module, state in uses:
+                energy = real(state, inputs).float().square().sum(0).cpu()
+                found[modules[module]] = found[modules[module]] + energy if modules[module] in found else energy
+    return found
+
+
 def taylor(model: PreTrainedModel, task: Task, split: Split, pad_id: int, device: str = "cpu") -> Importance:
     """Return the mean over examples of |d loss / d mask|, the first-order change of the loss if a unit is removed.
 
@@ -84,12 +153,30 @@ def taylor(model: PreTrainedModel, task: Task, split: Split, pad_id: int, device
     `model` stays untouched. Sources: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning";
     Michel, Levy & Neubig 2019, "Are Sixteen Heads Really Better than One?".
     """
+    return _by_gradient(model, task, split, pad_id, device, torch.abs)
+
+
+def fisher(model: PreTrainedModel, task: Task, split: Split, pad_id: int, device: str = "cpu") -> Importance:
+    """Return the mean over examples of (d loss / d mask)^2, with the masks of `taylor`: the diagonal of the empirical
+    Fisher information, by which removing a unit raises the loss to second order. Sources: Molchanov et al. 2019;
+    Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers"."""
+    return _by_gradient(model, task, split, pad_id, device, torch.square)
+
+
+def _by_gradient(
+    model: PreTrainedModel,
+    task: Task,
+    split: Split,
+    pad_id: int,
+    device: str,
+    size: Callable[[torch.Tensor], torch.Tensor],
+) -> Importance:
     twin: Any = clone(model)
     twin.to(device).train(False)
     parts = layers_of(twin)
-    modules = [(_owner(twin, layer.out.key), _owner(twin, layer.ffn_out.key)) for layer in parts]
+    modules = [(owner(twin, layer.out.key), owner(twin, layer.ffn_out.key)) for layer in parts]
     totals: dict[nn.Module, torch.Tensor] = {}
-    with _recorded({module for pair in modules for module in pair}) as uses:
+    with recorded([module for pair in modules for module in pair], gradients=True) as uses:
         for batch in task.batches(split, BATCH, pad_id):
             uses.clear()
             inputs, labels = to_tensors(batch, device)
@@ -98,7 +185,7 @@ def taylor(model: PreTrainedModel, task: Task, split: Split, pad_id: int, device
             for (module, activation), gradient in zip(uses, gradients, strict=True):
                 # [batch, channels]; the loss is the batch's mean, so that the gradient of one example is that times it.
                 change = (activation.detach() * gradient).sum(1) * len(batch.indices)
-                score = change.reshape(len(change), _units(module, parts, modules), -1).sum(2).abs().sum(0)
+                score = size(change.reshape(len(change), _units(module, parts, modules), -1).sum(2)).sum(0)
                 totals[module] = totals[module] + score if module in totals else score
     scores = {module: (total / len(split)).cpu() for module, total in totals.items()}
     return Importance(tuple(scores[out] for out, _ in modules), tuple(scores[ffn] for _, ffn in modules))
@@ -112,24 +199,3 @@ def _units(module: nn.Module, parts: list[LayerParts], modules: list[tuple[nn.Mo
         if module is ffn:
             return int(layer.ffn_out.weight.shape[1])
     raise KeyError(module)
-
-
-def _owner(model: PreTrainedModel, key: str) -> nn.Module:
-    return model.get_submodule(key.rpartition(".")[0])
-
-
-@contextmanager
-def _recorded(modules: set[nn.Module]) -> Iterator[list[tuple[nn.Module, torch.Tensor]]]:
-    """Collect (module, its input) for every call of the modules, in order; inputs require gradients."""
-    uses: list[tuple[nn.Module, torch.Tensor]] = []
-
-    def record(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        # True already unless the model's own parameters are frozen.
-        uses.append((module, arguments[0].requires_grad_() if not arguments[0].requires_grad else arguments[0]))
-
-    hooks = [module.register_forward_pre_hook(record) for module in modules]
-    try:
-        yield uses
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -12,9 +12,9 @@ from autolite.architecture import ModelShape, factor_format
 from autolite.errors import PlanError
 from autolite.formats import FORMATS
 from autolite.parts import layers_of, matrices_of, with_factors
-from autolite.techniques.allocate import allocate
 from autolite.techniques.base import Context, Student
 from autolite.techniques.calibrate import Method, input_ranges
+from autolite.techniques.mixed_precision import allocate
 from autolite.techniques.rounding import Rounding, rounded
 from autolite.techniques.scaling import Scaling, scaled
 
@@ -31,7 +31,7 @@ class QuantizeConfig(plan.Config):
         embedding: of the token embedding, with ALBERT's projection.
         head: of the head, with the pooler before it; one tied to the embedding follows the embedding.
         average_bits: stored bits a weight, scales included, that the layers may have on average; 0: `attention` and
-            `ffn` say which. Else they are chosen among `levels`, for every layer (`autolite.techniques.allocate`).
+            `ffn` say which. Else each layer's are chosen among `levels` (`autolite.techniques.mixed_precision`).
         levels: format names; in a search space one text with blanks between them.
         rounding: "nearest", "weighted", "gptq" or "hqq" (`autolite.techniques.rounding`).
         order: whether "gptq" starts with the columns of the largest inputs.
@@ -116,8 +116,8 @@ class Quantize:
 
         Raises:
             PlanError: if a head that is tied to the embedding asks for another format, there are not as many formats as
-                layers, layers that share weights disagree, scaling is asked for without an architecture map, or hqq
-                for a format with a codebook.
+                layers, layers that share weights disagree, scaling is asked for without an architecture map, hqq for a
+                format with a codebook, or a format would lose the zeros of a sparse model.
         """
         assert isinstance(config, QuantizeConfig)
         if shape.unmapped is not None and config.scaling != "none":
@@ -136,6 +136,13 @@ class Quantize:
                 f"quantize.rounding: hqq fits scales of evenly spaced levels, which {', '.join(uneven)} has not; use "
                 "gptq, weighted or nearest"
             )
+        layers = [layer for stack in shape.stacks for layer in stack.layers]
+        for name in {form for layer in layers for form in (layer.attention_format, layer.ffn_format)}:
+            if shape.sparsity and not FORMATS[name].linear:
+                raise PlanError(
+                    f"quantize: {name} need not have an exact zero, which the zeros of this model "
+                    f"({', '.join(sorted(shape.sparsity))}) must stay; use a linear format"
+                )
         return shape
 
     def apply(self, student: Student, config: plan.Config, context: Context) -> Student:

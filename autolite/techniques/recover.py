@@ -20,6 +20,7 @@ from autolite.surgery import clone
 from autolite.techniques.base import Context, Student
 from autolite.techniques.distill import DistillConfig, stream
 from autolite.techniques.objective import Objective
+from autolite.techniques.sparsity import hold
 from autolite.techniques.training import Optimization, train
 
 if TYPE_CHECKING:
@@ -116,12 +117,14 @@ def _train(student: Student, roundings: Mapping[str, _Rounding], config: Recover
         learning_rate=config.learning_rate,
         batch_size=config.batch_size,
     )
+    keep_zeros = hold(model, student.shape)
     with _rounded(model, roundings):
         done = 0
 
-        def refit() -> None:
+        def after_step() -> None:
             nonlocal done
             done += 1
+            keep_zeros()
             if done % REFIT == 0:
                 for rounding in roundings.values():
                     rounding.grid = None
@@ -132,7 +135,7 @@ def _train(student: Student, roundings: Mapping[str, _Rounding], config: Recover
             stream(settings, context),
             Optimization(Recover.name, config.steps, config.learning_rate),
             seed=context.seed,
-            after_step=refit,
+            after_step=after_step,
             progress=context.progress,
         )
     for parameter in trainable.values():

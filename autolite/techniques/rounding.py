@@ -15,7 +15,7 @@ from autolite.parts import Matrix, matrices_of
 from autolite.surgery import clone
 from autolite.techniques.base import Context
 from autolite.techniques.hqq import half_quadratic
-from autolite.techniques.observe import Inputs, examples, second_moments
+from autolite.techniques.inputs import Inputs, examples, second_moments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,7 @@ from autolite.families import family_of
 from autolite.parts import LayerParts, Matrix, Norm, layers_of
 from autolite.surgery import clone
 from autolite.techniques.base import Context
-from autolite.techniques.observe import Inputs, examples
+from autolite.techniques.inputs import Inputs, examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autolite import registry
+from autolite import contracts, registry
 from autolite.architecture import shape_of
 from autolite.tasks.base import Split
 from autolite.techniques.base import Context, Student
@@ -38,3 +38,9 @@ def make_context() -> MakeContext:
         return Context(teacher, registry.get("task", task), train, PAD, seed=seed, cache=cache)
 
     return make
+
+
+@pytest.fixture
+def make_tiny() -> MakeContext:
+    """Return a function that makes a context of any family, images included, with the task that fits it."""
+    return lambda family, **config: contracts.tiny_context(family, contracts.tiny_task(family), **config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from autolite.parts import layer_modules
 from autolite.plan import make_step
 from autolite.surgery import share_layers
 from autolite.techniques.base import Context, Student
+from autolite.techniques.channels import channel_importance
+from autolite.techniques.depth import spaced_layers
 from autolite.techniques.importance import importance
-from autolite.techniques.prune import Prune, PruneConfig, kept_heads, kept_layers, kept_neurons
+from autolite.techniques.prune import Prune, PruneConfig, kept_heads, kept_neurons
 from autolite.testing import tiny_inputs
 
 MakeContext = Callable[..., Context]
@@ -145,7 +148,7 @@ def test_widths_are_multiples_and_never_above_the_original(width: int, fraction:
 
 @given(st.integers(1, 48), st.floats(0.01, 1))
 def test_layers_kept_are_evenly_spaced_with_both_ends(layers: int, fraction: float) -> None:
-    kept = kept_layers(layers, fraction)
+    kept = spaced_layers(layers, fraction)
     assert len(kept) == max(1, int(fraction * layers + 0.5))
     assert kept[0] == 0
     assert len(kept) == 1 or kept[-1] == layers - 1
@@ -168,8 +171,134 @@ def test_a_quantized_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{"heads": 0}, {"ffn": 1.5}, {"round_to": 0}, {"depth": -1}, {"importance": "luck"}]
+    "setting",
+    [
+        {"heads": 0},
+        {"heads": [1, 0.5]},
+        {"heads": []},
+        {"ffn": 1.5},
+        {"ffn": [0, 4]},
+        {"hidden": 0},
+        {"round_to": 0},
+        {"depth": -1},
+        {"depth": [1, 0]},
+        {"importance": "luck"},
+        {"sparsity": "4:2"},
+        {"sparsity": "0%"},
+    ],
 )
 def test_settings_out_of_range_are_named(setting: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match=f"prune.{next(iter(setting))}"):
         make_step("prune", setting)
+
+
+def test_layers_may_be_given_their_own_counts_or_fractions(make_tiny: MakeContext) -> None:
+    shape = make_tiny("bert").teacher.shape
+    counts = PRUNE.shape(shape, PruneConfig(heads=(4, 1, 2), ffn=(64, 5, 32)))
+    assert [(x.heads, x.ffn) for x in counts.stacks[0].layers] == [(4, 64), (1, 5), (2, 32)]
+    fractions = PRUNE.shape(shape, PruneConfig(heads=(1.0, 0.25, 0.5), ffn=(1.0, 0.25, 0.5), round_to=8))
+    assert [(x.heads, x.ffn) for x in fractions.stacks[0].layers] == [(4, 64), (1, 16), (2, 32)]
+    chosen = PRUNE.shape(shape, PruneConfig(depth=(0, 2), heads=(1, 2)))
+    assert (chosen.source_layers, [x.heads for x in chosen.stacks[0].layers]) == (((0, 2),), [1, 2])
+
+
+def test_whole_numbers_and_fractions_survive_json() -> None:
+    for config in (PruneConfig(heads=(1, 2), ffn=(1.0, 0.5), depth=(0, 3)), PruneConfig(heads=1.0, depth=0.5)):
+        again = PruneConfig.model_validate_json(config.model_dump_json())
+        assert again == config
+        assert repr(again) == repr(config)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"heads": (1, 2)}, "prune.heads: 2 values for 3 layers"),
+        ({"heads": (1, 2, 5)}, "layer 2 cannot keep 5 of 4"),
+        ({"ffn": (8, 8, 16)}, "layers 0 and 2 share weights"),
+        ({"depth": (0, 3)}, "no layer 3 to keep; the layers are 0 to 2"),
+        ({"depth": 0.5, "layers": "damage"}, "resolve the plan"),
+        ({"heads": 0.5, "allocation": "global"}, "resolve the plan"),
+        ({"sparsity": "2:4", "ffn": (6, 6, 6)}, "2:4 does not divide inputs that are 6 wide"),
+    ],
+)
+def test_what_does_not_fit_the_layers_is_refused(setting: dict[str, Any], message: str, make_tiny: MakeContext) -> None:
+    model = make_tiny("bert").teacher.model
+    share_layers(model, feed_forward=[0, 0, 0])
+    with pytest.raises(PlanError, match=message):
+        PRUNE.shape(shape_of(model), PruneConfig(**setting))
+
+
+def test_cuts_after_zeros_are_refused(make_tiny: MakeContext) -> None:
+    shape = make_tiny("bert").teacher.shape.with_sparsity("2:4")
+    with pytest.raises(PlanError, match="2:4 zeros already"):
+        PRUNE.shape(shape, PruneConfig(heads=0.5))
+
+
+@pytest.mark.parametrize("kind", ["taylor", "magnitude", "activation", "wanda", "fisher", "second-order"])
+def test_hidden_channels_go_by_any_importance(kind: str, make_tiny: MakeContext) -> None:
+    context = make_tiny("llama")
+    student = PRUNE.apply(context.teacher, PruneConfig(hidden=0.5, round_to=8, importance=kind), context)
+    assert student.shape.stacks[0].hidden == 16
+    assert shape_of(student.model) == student.shape
+
+
+def test_a_channel_that_nothing_uses_goes_first(make_tiny: MakeContext) -> None:
+    """It is zero in every table and no matrix reads or writes it: every importance must see that."""
+    context = make_tiny("gpt2")
+    model: Any = context.teacher.model
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            axis = {"wte.weight": 1, "wpe.weight": 1, "c_attn.weight": 0, "c_fc.weight": 0}
+            last = ".".join(name.split(".")[-2:])
+            if last in axis:
+                parameter.select(axis[last], 5).zero_()
+            if "c_proj" in name or ".ln_" in name:
+                parameter.select(-1, 5).zero_()
+    for kind in ("taylor", "magnitude", "activation", "wanda", "fisher"):
+        scores = channel_importance(context.teacher, kind, replace(context, memory={}))  # type: ignore[arg-type]
+        assert int(scores.argmin()) == 5, kind
+
+
+@pytest.mark.parametrize("allocation", ["global", "isomorphic"])
+@pytest.mark.parametrize("kind", ["taylor", "magnitude", "wanda", "second-order"])
+def test_allocation_keeps_the_budget_and_a_floor(allocation: str, kind: str, make_tiny: MakeContext) -> None:
+    context = make_tiny("bert")
+    asked = PruneConfig(heads=0.5, ffn=0.5, round_to=8, allocation=allocation, importance=kind)
+    found = PRUNE.resolve(context.teacher.shape, asked, context)
+    assert isinstance(found, PruneConfig)
+    uniform = PRUNE.shape(context.teacher.shape, PruneConfig(heads=0.5, ffn=0.5, round_to=8))
+    layers = PRUNE.shape(context.teacher.shape, found).stacks[0].layers
+    largest = 4 * 32 * 8  # weights of a head, which is the coarsest step
+    weights = [sum(4 * 32 * 8 * x.heads + 2 * 32 * x.ffn for x in s) for s in (layers, uniform.stacks[0].layers)]
+    assert abs(weights[0] - weights[1]) <= largest
+    assert all(x.heads >= 1 and x.ffn >= 8 and x.ffn % 8 == 0 for x in layers)
+    if allocation == "isomorphic":
+        assert sum(x.heads for x in layers) == 6
+        assert sum(x.ffn for x in layers) == 96
+    assert PRUNE.resolve(context.teacher.shape, found, context) == found
+
+
+def test_an_important_layer_is_allocated_more(make_tiny: MakeContext) -> None:
+    context = make_tiny("bert")
+    with torch.no_grad():
+        for name, parameter in context.teacher.model.named_parameters():
+            if ".layer.1.output.dense" in name:
+                parameter.mul_(0.01)  # what this block's neurons do hardly arrives
+    asked = PruneConfig(ffn=0.5, round_to=8, allocation="isomorphic", importance="taylor")
+    found: Any = PRUNE.resolve(context.teacher.shape, asked, context)
+    assert found.ffn[1] == min(found.ffn) < 32 < max(found.ffn)
+
+
+def test_layers_and_allocation_of_a_shared_student_come_from_the_teacher(make_tiny: MakeContext) -> None:
+    context = make_tiny("bert")
+    model = copy.deepcopy(context.teacher.model)
+    share_layers(model, attention=[0, 0, 2], feed_forward=[0, 1, 0])
+    asked = PruneConfig(depth=0.67, layers="similarity", heads=0.5, ffn=0.5, round_to=8, allocation="isomorphic")
+    found: Any = PRUNE.resolve(shape_of(model), asked, context)
+    assert len(found.depth) == len(found.heads) == len(found.ffn) == 2
+    student = PRUNE.apply(Student(model, shape_of(model)), found, context)
+    assert student.shape.source_layers == (found.depth,)
+    with pytest.raises(PlanError, match="an earlier step removed some"):
+        PRUNE.resolve(student.shape, PruneConfig(depth=0.5, layers="damage"), context)
+    with pytest.raises(PlanError, match="units left of the teacher's"):
+        PRUNE.resolve(student.shape, PruneConfig(heads=0.5, allocation="global"), context)

@@ -18,7 +18,7 @@ from autolite.plan import make_step
 from autolite.surgery import share_layers
 from autolite.techniques.base import Student
 from autolite.techniques.hqq import POWER, half_quadratic
-from autolite.techniques.observe import Inputs, examples, second_moments
+from autolite.techniques.inputs import Inputs, examples, second_moments
 from autolite.techniques.quantize import Quantize, QuantizeConfig
 from autolite.techniques.rounding import DAMPING, compensated
 

@@ -11,7 +11,7 @@ from autolite import contracts, formats
 from autolite.parts import layers_of, matrices_of
 from autolite.surgery import keep_heads, keep_neurons, share_layers
 from autolite.techniques.base import Context
-from autolite.techniques.observe import Inputs, examples, second_moments
+from autolite.techniques.inputs import Inputs, examples, second_moments
 from autolite.techniques.scaling import Scaling, folds, scaled
 from autolite.testing import tiny_inputs
 

@@ -88,18 +88,10 @@ def plain_norms(trained: Any, plain: Any) -> Any:
 
 
 # Of each format the rounding of activations, which is the runtime's own, is what differs from the decoded model.
-FORMATS = {
-    "fp32": 1e-4,
-    "bf16": 1e-4,
-    "int8-weight": 1e-4,
-    "int8": 0.15,
-    "int8-static": 0.35,
-    "int4": 0.2,
-    "kmeans4": 0.2,
-}
+FORMATS = {"bf16": 1e-4, "int8": 0.15, "int8-static": 0.35, "int4": 0.2, "kmeans4": 0.2}
 
 
-@families
+@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3", "vit"])
 @pytest.mark.parametrize("form", FORMATS)
 def test_quantized_models_compute_with_the_decoded_matrices_and_factors(family: str, form: str, tmp_path: Path) -> None:
     context = contracts.tiny_context(family, contracts.tiny_task(family))
@@ -107,8 +99,7 @@ def test_quantized_models_compute_with_the_decoded_matrices_and_factors(family: 
     student = Student(shared, shape_of(shared))
     student = Quantize().apply(student, QuantizeConfig(attention=form, ffn=form), context)
     factors = {key for group in matrices_of(shared).values() for key, m in group.items() if m.factor}
-    stored = {student.encoded[key].format for key in factors} if form != "fp32" else {"fp32"}
-    assert stored == {form if form in ("fp32", "bf16") else "int8-weight"}
+    assert {student.encoded[key].format for key in factors} == {"bf16" if form == "bf16" else "int8-weight"}
     _, found = exported(student, tmp_path)
     expected = real(logits(decoded(student)), plain)
     assert np.square(real(found, plain) - expected).mean() ** 0.5 <= FORMATS[form] * expected.std()
@@ -116,10 +107,9 @@ def test_quantized_models_compute_with_the_decoded_matrices_and_factors(family: 
 
 @pytest.mark.parametrize("family", contracts.FAMILIES)
 @pytest.mark.parametrize(
-    ("part", "form"),
-    [("attention", "fp32"), ("ffn", "int8"), ("all", "fp32"), ("all", "int8"), ("all", "int4"), ("all", "kmeans4")],
+    ("part", "form", "rank"),
+    [("all", "fp32", 0), ("all", "int8", 0), ("attention", "int4", 0), ("ffn", "kmeans4", 0), ("all", "int4", 2)],
 )
-@pytest.mark.parametrize("rank", [0, 2])
 def test_what_is_shared_is_stored_once(family: str, part: str, form: str, rank: int, tmp_path: Path) -> None:
     model = tiny_model(family, task_of(family), layers=4)
     config = ShareConfig(part=part, groups=2, rank=rank)  # type: ignore[arg-type]

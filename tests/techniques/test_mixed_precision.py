@@ -14,8 +14,8 @@ from autolite import contracts, formats
 from autolite.architecture import matmuls, shape_of
 from autolite.errors import PlanError
 from autolite.parts import layers_of
-from autolite.techniques.allocate import UNITS, allocate, blocks_of, knapsack, sensitivities
 from autolite.techniques.base import Context
+from autolite.techniques.mixed_precision import UNITS, allocate, blocks_of, knapsack, sensitivities
 from autolite.techniques.prune import Prune, PruneConfig
 from autolite.techniques.quantize import Quantize, QuantizeConfig
 from autolite.techniques.share import Share, ShareConfig

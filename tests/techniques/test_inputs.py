@@ -10,7 +10,7 @@ import torch
 from autolite import contracts
 from autolite.parts import matrices_of
 from autolite.surgery import share_layers
-from autolite.techniques.observe import TOKENS, Inputs, examples, owners, second_moments
+from autolite.techniques.inputs import TOKENS, Inputs, examples, owners, second_moments
 from autolite.techniques.teacher import forward, to_tensors
 from autolite.testing import tiny_model
 

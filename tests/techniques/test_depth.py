@@ -1,0 +1,64 @@
+"""Which layers stay, against hidden states compared by hand and losses with layers skipped by hand."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from autolite.parts import layer_modules
+from autolite.techniques.base import Context
+from autolite.techniques.depth import block_influence, chosen_layers
+
+MakeContext = Callable[..., Context]
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "gpt2"])
+def test_influence_is_how_much_a_layer_turns_the_states(family: str, make_tiny: MakeContext) -> None:
+    context = make_tiny(family)
+    model: Any = context.teacher.model
+    total, tokens = torch.zeros(3), 0
+    for ids in context.train.input_ids:
+        with torch.no_grad():
+            states = model(input_ids=torch.from_numpy(ids)[None], output_hidden_states=True).hidden_states
+        if family == "gpt2":  # its last state is told after the final norm, which is no part of the layer
+            with torch.no_grad():
+                last = layer_modules(model)[-1](states[-2])
+            states = (*states[:-1], last if isinstance(last, torch.Tensor) else last[0])
+        pairs = itertools.pairwise(states)
+        total += torch.stack([(1 - F.cosine_similarity(a, b, dim=-1)).sum() for a, b in pairs])
+        tokens += len(ids)
+    torch.testing.assert_close(block_influence(model, context), total / tokens, atol=1e-4, rtol=1e-4)
+
+
+def test_the_layers_of_least_influence_go(make_tiny: MakeContext) -> None:
+    context = make_tiny("bert", layers=4)
+    influence = block_influence(context.teacher.model, context)
+    kept = chosen_layers(context.teacher, "similarity", 2, context)
+    assert set(kept) == set(influence.argsort()[2:].tolist())
+
+
+def test_layers_go_whose_absence_hurts_least(make_tiny: MakeContext) -> None:
+    context = make_tiny("gpt2", layers=4)
+
+    @torch.no_grad()
+    def loss(skipped: set[int]) -> float:
+        model: Any = copy.deepcopy(context.teacher.model)
+        for index in skipped:
+            layer_modules(model)[index].forward = lambda hidden, *_, **__: hidden
+        losses = []
+        for batch in context.task.batches(context.train, 32, context.pad_id):
+            inputs = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
+            losses.append(context.task.loss(model(**inputs).logits, torch.from_numpy(batch.labels)))
+        return float(torch.stack(losses).mean())
+
+    first = min(range(4), key=lambda index: loss({index}))
+    second = min(set(range(4)) - {first}, key=lambda index: loss({first, index}))
+    assert chosen_layers(context.teacher, "damage", 3, context) == tuple(sorted(set(range(4)) - {first}))
+    assert chosen_layers(context.teacher, "damage", 2, context) == tuple(sorted(set(range(4)) - {first, second}))
+    assert chosen_layers(context.teacher, "damage", 3, context) == tuple(sorted(set(range(4)) - {first}))
