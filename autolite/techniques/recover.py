@@ -215,3 +215,5 @@ def _rounded(model: PreTrainedModel, roundings: Mapping[str, _Rounding]) -> Iter
     finally:
         for module, _ in owners:
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            for name in [name for name in module._parameters if name != "weight"]:  # the weight comes first again
+                module._parameters[name] = module._parameters.pop(name)
