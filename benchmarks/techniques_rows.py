@@ -135,8 +135,8 @@ def distill() -> Rows:
         "labels and logits": plain,
         "and hidden states, MSE": {**plain, "hidden": 1.0},
         "and hidden states, cosine": {**plain, "hidden": 1.0, "hidden_kind": "cosine"},
-        "and attention maps, KL": {**plain, "attention": 1.0},
-        "and attention maps, MSE": {**plain, "attention": 1.0, "attention_kind": "mse"},
+        "and attention maps, KL": {**plain, "attention": 0.5},
+        "and attention maps, MSE": {**plain, "attention": 0.1, "attention_kind": "mse"},
         "and value relations": {**plain, "values": 1.0},
         "and query, key, value relations": {**plain, "queries": 1.0, "keys": 1.0, "values": 1.0},
     }

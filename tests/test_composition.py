@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from autolite import contracts, registry
 from autolite.architecture import shape_of
-from autolite.compress import compress
+from autolite.compress import compress, shape_after
+from autolite.errors import PlanError
 from autolite.formats import decode
 from autolite.parts import matrices_of
 from autolite.plan import Plan, make_step
@@ -120,3 +121,22 @@ def test_all_together_are_reloaded_trained_on_and_saved_again(family: str, tmp_p
     save_student(model, shape, tmp_path / "two")
     again, _ = load_student(tmp_path / "two")
     assert torch.equal(logits_of(again, inputs), after)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([("share", {"part": "ffn", "rank": 2}), ("prune", {"ffn": 0.5, "reconstruct": True})], "low-rank differences"),
+        ([("prune", {"sparsity": "2:4"}), ("quantize", {"ffn": "int4", "rounding": "gptq"})], "moves the zeros"),
+        ([("prune", {"sparsity": "2:4"}), ("quantize", {"ffn": "kmeans4"})], "exact zero"),
+        ([("prune", {"sparsity": "2:4"}), ("prune", {"heads": 0.5})], "zeros already"),
+        ([("quantize", {"ffn": "int8"}), ("prune", {"heads": 0.5})], "put it before quantize"),
+        ([("prune", {"ffn": (8, 16, 24), "round_to": 8}), ("share", {"part": "ffn"})], "cannot share"),
+        ([("share", {"part": "ffn"}), ("quantize", {"ffn": ("int8", "int4", "int8")})], "ffn"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(steps: list[tuple[str, dict[str, Any]]], message: str) -> None:
+    context = contracts.tiny_context("bert", contracts.tiny_task("bert"))
+    plan = Plan(tuple(make_step(name, values) for name, values in steps))
+    with pytest.raises(PlanError, match=message):
+        shape_after(plan, context.teacher.shape)

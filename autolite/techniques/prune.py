@@ -142,7 +142,7 @@ class Prune:
 
         Raises:
             PlanError: if matrices are already in a number format or have zeros, the model's architecture is not in the
-                map, or the settings do not fit its layers.
+                map, layers with low-rank differences are to be fitted anew, or the settings do not fit its layers.
         """
         assert isinstance(config, PruneConfig)
         require_float32(self.name, shape)
@@ -155,6 +155,12 @@ class Prune:
             raise PlanError(
                 f"prune: the layers have {', '.join(sorted(shape.sparsity))} zeros already, a pattern that cuts would "
                 "break; give the sparsity in the last prune step"
+            )
+        relaxed = any(x.attention_rank or x.ffn_rank for stack in shape.stacks for x in stack.layers)
+        if relaxed and (config.reconstruct or config.importance == "second-order"):
+            raise PlanError(
+                "prune: what layers share cannot be fitted anew beside their low-rank differences; set share.rank to "
+                "0, or reconstruct to false with another importance than second-order"
             )
         shape = _shallow(shape, config)
         (stack,) = shape.stacks

@@ -117,7 +117,7 @@ class Quantize:
         Raises:
             PlanError: if a head that is tied to the embedding asks for another format, there are not as many formats as
                 layers, layers that share weights disagree, scaling is asked for without an architecture map, hqq for a
-                format with a codebook, or a format would lose the zeros of a sparse model.
+                format with a codebook, or a format or rounding would lose the zeros of a sparse model.
         """
         assert isinstance(config, QuantizeConfig)
         if shape.unmapped is not None and config.scaling != "none":
@@ -136,13 +136,18 @@ class Quantize:
                 f"quantize.rounding: hqq fits scales of evenly spaced levels, which {', '.join(uneven)} has not; use "
                 "gptq, weighted or nearest"
             )
+        zeros = ", ".join(sorted(shape.sparsity))
         layers = [layer for stack in shape.stacks for layer in stack.layers]
         for name in {form for layer in layers for form in (layer.attention_format, layer.ffn_format)}:
             if shape.sparsity and not FORMATS[name].linear:
                 raise PlanError(
                     f"quantize: {name} need not have an exact zero, which the zeros of this model "
-                    f"({', '.join(sorted(shape.sparsity))}) must stay; use a linear format"
+                    f"({zeros}) must stay; use a linear format"
                 )
+        if shape.sparsity and config.rounding in ("gptq", "hqq"):
+            raise PlanError(
+                f"quantize.rounding: {config.rounding} moves the zeros of this model ({zeros}); use nearest or weighted"
+            )
         return shape
 
     def apply(self, student: Student, config: plan.Config, context: Context) -> Student:
