@@ -87,8 +87,8 @@ def compensated(weight: Tensor, moments: Tensor, format: str, order: bool) -> En
     the error: with the second moments [k, k] of the inputs, the least squared error of the outputs is aimed at.
 
     With `order` the columns with the largest inputs come first, while the most can still be made up for. Scales and
-    codebooks are fitted before, by the inputs' mean squares. Zeros, which pruning may have made, take no part in making up
-    and stay (Frantar & Alistarh 2023, "SparseGPT"). Source: Frantar et al. 2022, "GPTQ".
+    codebooks are fitted before, by the inputs' mean squares. Zeros, which pruning may have made, stay and make up for
+    nothing (Frantar & Alistarh 2023, "SparseGPT"). Source: Frantar et al. 2022, "GPTQ".
     """
     n, k = weight.shape
     grid = formats.get(format).fit(weight, moments.diagonal())
