@@ -87,7 +87,8 @@ def compensated(weight: Tensor, moments: Tensor, format: str, order: bool) -> En
     the error: with the second moments [k, k] of the inputs, the least squared error of the outputs is aimed at.
 
     With `order` the columns with the largest inputs come first, while the most can still be made up for. Scales and
-    codebooks are fitted before, by the inputs' mean squares. Source: Frantar et al. 2022, "GPTQ".
+    codebooks are fitted before, by the inputs' mean squares. Zeros, which pruning may have made, stay and make up for
+    nothing (Frantar & Alistarh 2023, "SparseGPT"). Source: Frantar et al. 2022, "GPTQ".
     """
     n, k = weight.shape
     grid = formats.get(format).fit(weight, moments.diagonal())
@@ -97,7 +98,7 @@ def compensated(weight: Tensor, moments: Tensor, format: str, order: bool) -> En
     columns = torch.argsort(hessian.diagonal(), descending=True, stable=True) if order else torch.arange(k)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[columns][:, columns]))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
-    left = weight[:, columns].clone()
+    left, there = weight[:, columns].clone(), weight != 0
     codes: list[Tensor] = [weight] * k
     for start in range(0, k, COLUMNS):
         end = min(start + COLUMNS, k)
@@ -106,7 +107,7 @@ def compensated(weight: Tensor, moments: Tensor, format: str, order: bool) -> En
         for i in range(end - start):
             column = int(columns[start + i])
             value = block[:, i : i + 1]
-            codes[column] = grid.quantize(value, column)
+            codes[column] = grid.quantize(torch.where(there[:, column, None], value, 0.0), column)
             errors[:, i : i + 1] = (value - grid.dequantize(codes[column], column)) / spread[i, i]
             block[:, i + 1 :].addr_(errors[:, i], spread[i, i + 1 :], alpha=-1)
         left[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)

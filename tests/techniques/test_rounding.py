@@ -73,6 +73,16 @@ def test_without_correlation_compensated_is_nearest() -> None:
     assert torch.equal(formats.decode(found), formats.decode(formats.encode(weight, "int4")))
 
 
+@pytest.mark.parametrize("form", ["int8", "int4", "int3-asym", "nf4"])
+def test_zeros_stay_and_the_others_make_up_for_them(form: str) -> None:
+    weight, moments = matrix(4)
+    sparse = weight * (weight.abs() > 0.6)
+    nearest = formats.decode(formats.encode(sparse, form))
+    found = formats.decode(compensated(sparse, moments, form, order=True))
+    assert not found[sparse == 0].any()
+    assert lost(found, sparse, moments) < lost(nearest, sparse, moments)
+
+
 def test_inputs_that_are_never_there_do_no_harm() -> None:
     weight, moments = matrix(3)
     moments[:, :10] = moments[:10] = 0
