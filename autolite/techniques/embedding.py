@@ -157,9 +157,9 @@ def _counts(context: Context, tokens: int) -> np.ndarray:
 
 
 def _weights(counts: np.ndarray) -> torch.Tensor:
-    """Frequencies plus their mean: a token that never occurs counts as much as the average one, so that rows of words
-    the corpus lacks keep sense."""
-    return torch.from_numpy(counts + max(1.0, float(counts.mean())))
+    """Frequencies plus a hundredth of their mean, which is what a token counts that never occurs: rows of words that
+    the corpus lacks keep some sense."""
+    return torch.from_numpy(counts + max(1.0, float(counts.mean())) / 100)
 
 
 def _kept(context: Context, shape: ModelShape, count: int | None, least: int) -> list[int]:
