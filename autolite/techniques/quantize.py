@@ -32,7 +32,7 @@ class QuantizeConfig(plan.Config):
         head: of the head, with the pooler before it; one tied to the embedding follows the embedding.
         average_bits: stored bits a weight, scales included, that the layers may have on average; 0: `attention` and
             `ffn` say which. Else each layer's are chosen among `levels` (`autolite.techniques.mixed_precision`).
-        levels: format names; in a search space one text with blanks between them.
+        levels: format names; in a search space's choices one text ("int4,int8").
         rounding: "nearest", "weighted", "gptq" or "hqq" (`autolite.techniques.rounding`).
         order: whether "gptq" starts with the columns of the largest inputs.
         scaling: "none", "awq" or "smooth" (`autolite.techniques.scaling`), of channels before rounding.
@@ -54,7 +54,7 @@ class QuantizeConfig(plan.Config):
     @field_validator("levels", mode="before")
     @classmethod
     def _split(cls, names: Any) -> Any:
-        return tuple(names.split()) if isinstance(names, str) else names
+        return tuple(part.strip() for part in names.split(",")) if isinstance(names, str) else names
 
     @field_validator("attention", "ffn", "head", "levels")
     @classmethod
@@ -117,7 +117,7 @@ class Quantize:
         Raises:
             PlanError: if a head that is tied to the embedding asks for another format, there are not as many formats as
                 layers, layers that share weights disagree, scaling is asked for without an architecture map, hqq for a
-                format with a codebook, or a format or rounding would lose the zeros of a sparse model.
+                format with a codebook, or a format would lose the zeros of a sparse model.
         """
         assert isinstance(config, QuantizeConfig)
         if shape.unmapped is not None and config.scaling != "none":
@@ -144,10 +144,6 @@ class Quantize:
                     f"quantize: {name} need not have an exact zero, which the zeros of this model "
                     f"({zeros}) must stay; use a linear format"
                 )
-        if shape.sparsity and config.rounding in ("gptq", "hqq"):
-            raise PlanError(
-                f"quantize.rounding: {config.rounding} moves the zeros of this model ({zeros}); use nearest or weighted"
-            )
         return shape
 
     def apply(self, student: Student, config: plan.Config, context: Context) -> Student:

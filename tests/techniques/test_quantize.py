@@ -114,7 +114,7 @@ def test_wrong_settings_are_refused_by_name(config: dict[str, str], message: str
 
 
 def test_a_plan_with_it_survives_json() -> None:
-    for settings in ({"ffn": "kmeans4"}, {"ffn": ["int8", "int4", "fp32"], "levels": "int3 int4", "average_bits": 4.5}):
+    for settings in ({"ffn": "kmeans4"}, {"ffn": ["int8", "int4", "fp32"], "levels": "int3,int4", "average_bits": 4.5}):
         plan = Plan((make_step("quantize", settings),))
         assert Plan.from_json(plan.to_json()) == plan
         assert hash(plan) == hash(Plan.from_json(plan.to_json()))
