@@ -38,6 +38,7 @@ from autolite.reload import load_model
 from autolite.search.scoring import Score, kept, score
 from autolite.tasks.base import DataSpec, Split
 from autolite.techniques.base import Context, Student
+from autolite.vocabulary import trimmed
 
 console = Console(width=150)
 
@@ -47,11 +48,12 @@ class Bench:
     """One teacher with its data; `test` is at most `limit` examples of the test split."""
 
     context: Context
+    spec: DataSpec
     test: Split
+    chosen: np.ndarray
     teacher: Score
     teacher_bytes: int
     work: Path
-    load: Any  # split of the test data for a student with a vocabulary of its own
 
     @property
     def results(self) -> Path:
@@ -64,12 +66,18 @@ class Bench:
         return {row["key"]: row for row in map(json.loads, lines)}
 
 
-def scored(student: Student, bench: Bench, test: Split) -> tuple[Score, int]:
-    """Emit a student and return the artifact's score and its bytes."""
+def scored(student: Student, bench: Bench) -> tuple[Score, int]:
+    """Emit a student and return the artifact's score, on texts as its own tokenizer makes tokens of them, and its
+    bytes."""
+    test, vocabulary, tokenizer = bench.test, student.vocabulary, bench.context.tokenizer
+    if vocabulary is not None and tokenizer is not None:
+        own = trimmed(tokenizer, vocabulary)
+        test = bench.context.task.load(bench.spec, own, student.model.config).test.take(bench.chosen)
     runtime = registry.get("runtime", "onnxruntime")
     with tempfile.TemporaryDirectory() as folder:
         files = runtime.emit(student, Path(folder), Workload(tokens=64))
-        found = score(runtime.load(files[0]), bench.context.task, test, bench.context.pad_id)
+        pad_id = student.model.config.pad_token_id or 0
+        found = score(runtime.load(files[0]), bench.context.task, test, pad_id)
         return found, sum(file.stat().st_size for file in files)
 
 
@@ -85,7 +93,7 @@ def run(bench: Bench, group: str, name: str, steps: list[tuple[str, Mapping[str,
     plan = resolve(plan, context)
     student = compress(plan, context, students=bench.work / "students")
     seconds = time.perf_counter() - begun
-    found, size = scored(student, bench, bench.load(student))
+    found, size = scored(student, bench)
     fraction = kept(found, bench.teacher, context.task, 0)
     row = {
         "key": key,
@@ -146,11 +154,10 @@ def load(teacher: Path, source: Path | None, task_name: str, work: Path, limit: 
     student = Student(model, shape_of(model))
     cache = work / "cache"
     cache.mkdir(parents=True, exist_ok=True)
-    context = Context(student, task, data.train, tokenizer.pad_token_id or 0, cache=cache)
+    context = Context(student, task, data.train, tokenizer.pad_token_id or 0, cache=cache, tokenizer=tokenizer)
     chosen = np.sort(np.random.default_rng(0).permutation(len(data.test))[:limit])
-    test = data.test.take(chosen)
-    bench = Bench(context, test, Score(np.ones((1, 2))), 0, work, lambda student: test)
-    found, size = scored(student, bench, test)
+    bench = Bench(context, spec, data.test.take(chosen), chosen, Score(np.ones((1, 2))), 0, work)
+    found, size = scored(student, bench)
     return replace(bench, teacher=found, teacher_bytes=size)
 
 

@@ -147,6 +147,36 @@ def distill() -> Rows:
     ]
 
 
+def embedding() -> Rows:
+    """Smaller tables, without any training."""
+    rows: Rows = [
+        (f"factors of rank {rank}, tokens by {weighting}", [("embedding", {"rank": rank, "weighting": weighting})], 1)
+        for rank in (64.0, 96.0, 192.0)
+        for weighting in ("frequency", "none")
+    ]
+    rows += [
+        (f"tokens used {count} times", [("embedding", {"vocabulary": "used", "min_count": count})], 1)
+        for count in (1, 5)
+    ]
+    rows.append(("6000 tokens", [("embedding", {"vocabulary": 6000.0})], 1))
+    return rows
+
+
+def smallest() -> Rows:
+    """All techniques together, to a 25th of the teacher's bytes."""
+    table, cut = {"vocabulary": 8000.0, "rank": 96.0}, {"heads": 0.5, "ffn": 0.375, "importance": "second-order"}
+    steps: Steps = [("embedding", table), ("prune", cut)]
+    trained: Steps = [*steps, ("distill", {"steps": 1500, "embeddings": True, "learning_rate": 3e-4})]
+    small = everywhere("int3", "int3", head="int8", rounding="gptq")
+    recover = ("recover", {"steps": 150, "learning_rate": 1e-4})
+    return [
+        ("cut, nothing trained, fp32", steps, 1),
+        ("and distilled, fp32", trained, 1),
+        ("and int3, GPTQ", [*trained, small], 1),
+        ("and recovered in these formats", [*trained, small, recover], 1),
+    ]
+
+
 QUARTER = {"heads": 0.25, "ffn": 0.25}
 GROUPS: dict[str, Rows] = {
     "prune": prune(),
@@ -154,4 +184,6 @@ GROUPS: dict[str, Rows] = {
     "quantize": quantize(),
     "decoder": decoder(),
     "distill": distill(),
+    "embedding": embedding(),
+    "smallest": smallest(),
 }
