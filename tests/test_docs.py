@@ -6,12 +6,17 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
+import numpy as np
 import pytest
 
+import autolite
+from autolite import contracts, registry
 from autolite.cli import main
 from autolite.space import load_space
+from autolite.tasks.custom import CustomTask
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -64,3 +69,17 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys.modules["autolite.search"], "DEMO_BUDGET", "4trials")
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "deploy" / "model.onnx").is_file()
+
+
+def test_the_functions_of_the_guide_keep_their_promises(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(encoding="utf-8"), flags=re.S
+    )
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(autolite, "search", lambda *model_and_data, **options: given.update(options))
+    exec(compile(code, "extending.md", "exec"), {})
+    inner = registry.get("task", "text-classification")
+    contracts.check_task(CustomTask(inner, given["loss"], given["metric"]), tiny_data, "bert")
+    train = contracts.tiny_context("bert", inner).train
+    shorter = given["augment"](train, np.random.default_rng(0))
+    assert all(len(a) <= len(b) for a, b in zip(shorter.input_ids, train.input_ids, strict=True))
