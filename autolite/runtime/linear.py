@@ -4,7 +4,7 @@ A format can be multiplied by several kernels (`KERNELS`), which agree within th
 
     float   32-bit products; weights that are not in float32 are decoded once, when the runtime loads the model
     int8    8-bit integers: activations are quantized to unsigned codes, by the range of each call or by a calibrated
-            one. Weights of 4 bits are decoded, when the model is loaded, to the 7-bit codes that overflow nowhere
+            one. Weights below 8 bits are decoded, when the model is loaded, to the 7-bit codes that overflow nowhere
     blocks  ONNX Runtime's MatMulNBits, which reads the codes as they are stored: fast for a few rows. Activations are
             quantized to 8 bits by row and group (its accuracy level 4)
     blocks-float  the same with activations in floating point (accuracy level 1)
