@@ -147,7 +147,8 @@ class Quantize:
         return shape
 
     def apply(self, student: Student, config: plan.Config, context: Context) -> Student:
-        """Return the student with its matrices encoded; each stored matrix once, biases and norms not at all."""
+        """Return the student with its matrices encoded; each stored matrix once, biases and norms not at all. Ranges of
+        activations that the student has already stay, unless channels are scaled."""
         assert isinstance(config, QuantizeConfig)
         shape = self.shape(student.shape, config)
         matrices = matrices_of(student.model)
@@ -161,7 +162,9 @@ class Quantize:
         encoded = {key: found for key, found in student.encoded.items() if key not in replaced}
         encoded |= rounded(model, wanted, config.rounding, config.order, context)
         static = [key for key, found in encoded.items() if FORMATS[found.format].activations == "static"]
-        ranges = input_ranges(model, static, context, config.calibration) if static else {}
+        ranges = {key: span for key, span in student.ranges.items() if key in static and model is student.model}
+        if missing := [key for key in static if key not in ranges]:
+            ranges |= input_ranges(model, missing, context, config.calibration)
         return replace(student, model=model, shape=shape, encoded=encoded, ranges=ranges)
 
 

@@ -20,7 +20,7 @@ steps:
       attention: [int8, int4]
       ffn: [int8, int4]
       average_bits: [0.0, 6.5]
-      levels: int4 int8 bf16
+      levels: int4,int8 bf16
       rounding: [nearest, weighted, gptq]
       scaling: [none, awq, smooth]
       calibration: [mse, minmax]
@@ -66,4 +66,4 @@ def test_formats_that_are_trained_for_are_no_free_variants(space: Path) -> None:
 
 
 def test_levels_are_one_text_in_a_space() -> None:
-    assert make_step("quantize", {"levels": "int4  int8"}) == make_step("quantize", {"levels": ["int4", "int8"]})
+    assert make_step("quantize", {"levels": "int4, int8"}) == make_step("quantize", {"levels": ["int4", "int8"]})
