@@ -20,7 +20,7 @@ steps:
       attention: [int8, int4]
       ffn: [int8, int4]
       average_bits: [0.0, 6.5]
-      levels: int4,int8 bf16
+      levels: int4,int8,bf16
       rounding: [nearest, weighted, gptq]
       scaling: [none, awq, smooth]
       calibration: [mse, minmax]
