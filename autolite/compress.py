@@ -17,7 +17,8 @@ from autolite.errors import ModelError
 from autolite.files import write_atomically
 from autolite.formats import Encoded
 from autolite.plan import Plan, Step
-from autolite.surgery import clone, keep_tokens, reshape
+from autolite.reshaping import reshape
+from autolite.surgery import clone, keep_tokens
 from autolite.techniques.base import Context, Student, weights_digest
 from autolite.vocabulary import Vocabulary
 

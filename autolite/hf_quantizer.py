@@ -50,7 +50,7 @@ class AutoliteQuantizer(HfQuantizer):
     quantization_config: Any
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        from autolite.surgery import reshape
+        from autolite.reshaping import reshape
 
         reshape(model, ModelShape.from_json(self.quantization_config.shape))
 

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from autolite.architecture import SOURCE_LAYERS, LayerShape, ModelShape, shape_of
+from autolite.architecture import SOURCE_LAYERS, LayerShape, shape_of
 from autolite.delta import Delta, base_of
-from autolite.errors import ModelError
 from autolite.factored import FactoredEmbedding, TiedHead
-from autolite.families import Family, family_for, family_of, head_for
+from autolite.families import Family, family_of, head_for
 from autolite.parts import attention_paths, ffn_paths, layer_modules, layer_of, part
 from autolite.unmapped import is_conv1d
 
@@ -33,7 +32,7 @@ def _select(module: Any, index: Tensor, side: Literal["out", "in"]) -> None:
     if side == "out" and module.bias is not None:
         bias = module.bias
         module.bias = nn.Parameter(bias.detach().index_select(0, index), requires_grad=bias.requires_grad)
-    _note_sizes(module)
+    note_sizes(module)
 
 
 def _cut(model: PreTrainedModel, layer: nn.Module, path: str, index: Tensor, side: Literal["out", "in"]) -> None:
@@ -46,7 +45,12 @@ def _cut(model: PreTrainedModel, layer: nn.Module, path: str, index: Tensor, sid
     _select(base, index, side)
 
 
-def _checked(indices: Iterable[int], size: int, what: str) -> Tensor:
+def checked(indices: Iterable[int], size: int, what: str) -> Tensor:
+    """Return the indices to keep, ascending and each once.
+
+    Raises:
+        ValueError: if there are none, or one is outside 0..size - 1; `what` says of what.
+    """
     kept = sorted(set(indices))
     if not kept or kept[0] < 0 or kept[-1] >= size:
         raise ValueError(f"{what} to keep must be a non-empty part of 0..{size - 1}, got {kept}")
@@ -63,7 +67,7 @@ def keep_heads(model: PreTrainedModel, layer_index: int, groups: Sequence[int]) 
     """
     family = family_of(model.config)
     parts = layer_of(model, layer_index)
-    kept = _checked(groups, parts.kv_heads, f"attention groups of layer {layer_index}")
+    kept = checked(groups, parts.kv_heads, f"attention groups of layer {layer_index}")
     dim, ratio = parts.head_dim, parts.heads // parts.kv_heads
     kv_rows = _expand(kept, dim)
     query_rows = _expand(kept, dim * ratio)
@@ -82,102 +86,7 @@ def keep_heads(model: PreTrainedModel, layer_index: int, groups: Sequence[int]) 
             _set_heads(family, other, len(kept) * ratio, dim)
 
 
-def keep_hidden(model: PreTrainedModel, channels: Sequence[int], inner: Sequence[int] | None = None) -> None:
-    """Keep only these channels of the residual stream: in the embedding, every matrix that reads or writes it, every
-    norm, and the head. Norms then take their statistics over the channels that are left.
-
-    A head with a matrix of its own (BERT's pooler) keeps as many of that matrix's outputs: those at `inner`, by
-    default at `channels`. The configuration keeps the original's width, which heads get theirs from.
-
-    Raises:
-        ValueError: if `channels` is empty or names a channel that is not there, or `inner` has another length.
-    """
-    family, base = family_of(model.config), model.base_model
-    layers = layer_modules(model)
-    kept = _checked(channels, part(layers[0], family.attention_norm).weight.shape[0], "hidden channels")
-    outputs = kept if inner is None else _checked(inner, len(_dense(model)[0].weight), "outputs of the head's matrix")
-    if len(outputs) != len(kept):
-        raise ValueError(f"the head's matrix must keep {len(kept)} outputs, as the hidden state, not {len(outputs)}")
-    cut = _Cut()
-    for layer in layers:
-        for path in (family.query, family.key, family.value, family.fused_qkv, family.ffn_in, family.ffn_gate):
-            if path:
-                cut.inputs(part(layer, path), kept)
-        for path in (family.out, family.ffn_out, family.attention_norm, family.ffn_norm):
-            cut.outputs(part(layer, path), kept)
-    for path in (family.final_norm, family.patch, family.embedding_projection):
-        if path:
-            cut.outputs(part(base, path), kept)
-    if family.patch:
-        owner, _, name = family.position.rpartition(".")
-        cut.parameter(part(base, owner), name, 2, kept)
-        owner, _, name = family.class_token.rpartition(".")
-        cut.parameter(part(base, owner), name, 2, kept)
-    elif not family.embedding_projection:
-        for path in (family.word, family.position, family.token_type):
-            if path and isinstance(table := part(base, path), FactoredEmbedding):
-                cut.outputs(table.projection, kept)
-            elif path:
-                cut.parameter(table, "weight", 1, kept)
-        if family.embedding_norm:
-            cut.outputs(part(base, family.embedding_norm), kept)
-    dense = _dense(model)
-    for index, module in enumerate(dense):
-        cut.inputs(module, kept if index == 0 else outputs)
-        if index < len(dense) - 1 or not head_for(family, type(model).__name__):
-            cut.outputs(module, outputs)
-
-
-def _dense(model: PreTrainedModel) -> list[Any]:
-    """The matrices between the last layer and the logits; of a bare model, the pooler that it may have."""
-    family = family_of(model.config)
-    head = head_for(family, type(model).__name__)
-    if head is not None:
-        return [part(model, path) for path, _ in head.dense]
-    modules = dict(model.named_modules())
-    return [m for m in (modules.get("pooler.dense"), modules.get("pooler")) if isinstance(m, nn.Linear)]
-
-
-class _Cut:
-    """Cuts parameters along their axes, each once, so that what is tied or shared stays so."""
-
-    def __init__(self) -> None:
-        self.new: dict[tuple[int, int], nn.Parameter] = {}
-        self.done: set[tuple[int, int]] = set()
-        self.old: list[nn.Parameter] = []  # kept alive, so that no new one gets the identity of an old one
-
-    def outputs(self, module: Any, kept: Tensor) -> None:
-        """Cut the outputs of a matrix or convolution, or the channels of a norm."""
-        if isinstance(module, Delta):
-            self.outputs(module.up, kept)
-            module = module.base
-        self.parameter(module, "weight", int(is_conv1d(module)), kept)
-        if getattr(module, "bias", None) is not None:
-            self.parameter(module, "bias", 0, kept)
-
-    def inputs(self, module: Any, kept: Tensor) -> None:
-        """Cut the inputs of a matrix; a head that is tied to a table of two factors is cut with that."""
-        if isinstance(module, TiedHead):
-            return
-        if isinstance(module, Delta):
-            self.inputs(module.down, kept)
-            module = module.base
-        self.parameter(module, "weight", int(not is_conv1d(module)), kept)
-
-    def parameter(self, module: Any, name: str, axis: int, kept: Tensor) -> None:
-        old = getattr(module, name)
-        if (id(old), axis) in self.done:
-            return
-        if (id(old), axis) not in self.new:
-            self.old.append(old)
-            values = old.detach().index_select(axis, kept.to(old.device))
-            new = self.new[id(old), axis] = nn.Parameter(values, requires_grad=old.requires_grad)
-            self.done |= {(id(new), axis)} | {(id(new), other) for known, other in self.done if known == id(old)}
-        setattr(module, name, self.new[id(old), axis])
-        _note_sizes(module)
-
-
-def _note_sizes(module: Any) -> None:
+def note_sizes(module: Any) -> None:
     """Let a module say the sizes that its weight has."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
@@ -211,7 +120,7 @@ def keep_neurons(model: PreTrainedModel, layer_index: int, neurons: Sequence[int
     """
     family = family_of(model.config)
     parts = layer_of(model, layer_index)
-    kept = _checked(neurons, parts.ffn_out.weight.shape[1], f"feed-forward units of layer {layer_index}")
+    kept = checked(neurons, parts.ffn_out.weight.shape[1], f"feed-forward units of layer {layer_index}")
     for path in (family.ffn_in, family.ffn_gate):
         if path:
             _cut(model, parts.layer, path, kept, "out")
@@ -226,7 +135,7 @@ def keep_layers(model: PreTrainedModel, indices: Sequence[int]) -> None:
     """
     family = family_of(model.config)
     source = shape_of(model).source_layers[0]
-    kept = [int(i) for i in _checked(indices, len(source), "layers")]
+    kept = [int(i) for i in checked(indices, len(source), "layers")]
     config = model.config
     types = getattr(config, "layer_types", None)
     if types is not None:
@@ -236,10 +145,10 @@ def keep_layers(model: PreTrainedModel, indices: Sequence[int]) -> None:
         stored = part(model.base_model, family.layers)
         for index in sorted(set(range(len(source))) - set(kept), reverse=True):
             del stored[index]
-    _number_layers(model, tuple(source[i] for i in kept))
+    number_layers(model, tuple(source[i] for i in kept))
 
 
-def _number_layers(model: PreTrainedModel, source: tuple[int, ...]) -> None:
+def number_layers(model: PreTrainedModel, source: tuple[int, ...]) -> None:
     """Give each layer its place in the cache, and keep what depends on its place in the teacher."""
     family = family_of(model.config)
     setattr(model, SOURCE_LAYERS, source)
@@ -376,58 +285,6 @@ def _store_shared_once(layers: Any) -> None:
     if _drop_shared not in layers._state_dict_hooks.values():
         layers.register_state_dict_post_hook(_drop_shared)
         layers.register_load_state_dict_post_hook(_expect_shared)
-
-
-def reshape(model: PreTrainedModel, shape: ModelShape) -> None:
-    """Give a freshly built model (its weights may be on the meta device) exactly `shape`; what its weights are
-    afterwards is undefined, so that a state dict of the compressed model can be loaded.
-
-    Raises:
-        ModelError: if the shape is of another family or cannot be cut out of this model.
-    """
-    kind = str(model.config.model_type)
-    known = family_for(kind)
-    named = kind if known is None or shape.unmapped is not None else known.name
-    if shape.family != named:
-        raise ModelError(f"the manifest is of a {shape.family} model, but the configuration of a {named} model")
-    if shape.unmapped is not None:
-        return  # nothing is ever cut out of a model without a map
-    head_for(family_of(model.config), type(model).__name__)
-    (stack,) = shape.stacks
-    source = shape.source_layers[0] if shape.source_layers else tuple(range(len(stack.layers)))
-    try:
-        origins = shape_of(model).source_layers[0]
-        if len(origins) != len(stack.layers):
-            keep_layers(model, [origins.index(i) for i in source])
-        _number_layers(model, source)
-        if stack.hidden != shape_of(model).stacks[0].hidden:
-            keep_hidden(model, range(stack.hidden))
-        for index, (layer, now) in enumerate(zip(stack.layers, shape_of(model).stacks[0].layers, strict=True)):
-            if layer.kv_heads * now.heads != layer.heads * now.kv_heads or layer.head_dim != now.head_dim:
-                raise ValueError(f"layer {index} cannot become {layer} from {now}")
-            if layer.kv_heads != now.kv_heads and now.attention == index:  # else cut with the layer it shares with
-                keep_heads(model, index, range(layer.kv_heads))
-            if layer.ffn != now.ffn and now.feed_forward == index:
-                keep_neurons(model, index, range(layer.ffn))
-        share_layers(model, [x.attention for x in stack.layers], [x.feed_forward for x in stack.layers])
-        add_deltas(model, stack.layers)
-        _reshape_table(model, shape)
-        if (found := shape_of(model).stacks) != shape.without_formats().stacks:
-            raise ValueError(f"the nearest to {shape.stacks} is {found}")
-    except ValueError as error:
-        raise ModelError(f"the manifest does not fit the configuration: {error}") from None
-
-
-def _reshape_table(model: PreTrainedModel, shape: ModelShape) -> None:
-    found = shape_of(model)
-    if shape.embedding_rank and not found.embedding_rank:
-        weight = part(model.base_model, family_of(model.config).word).weight
-        table = weight.detach().new_zeros(found.vocab, shape.embedding_rank)
-        projection = weight.detach().new_zeros(shape.embedding_rank, found.embedding)
-        factor_embedding(model, table, projection, shape.tied)
-    ours, theirs = ((s.vocab, s.embedding, s.embedding_rank) for s in (shape_of(model), shape))
-    if ours != theirs:
-        raise ValueError(f"the nearest to a table of (tokens, width, rank) {theirs} is {ours}")
 
 
 def clone(model: PreTrainedModel) -> PreTrainedModel:

@@ -26,6 +26,8 @@ LAYERS = [
     "delta",
     "parts",
     "surgery",
+    "residual",
+    "reshaping",
     "packing",
     "linear_grids",
     "codebooks",

@@ -14,7 +14,9 @@ from autolite.architecture import shape_of
 from autolite.errors import ModelError
 from autolite.families import FAMILIES, family_of
 from autolite.parts import LayerParts, Matrix, Norm, embeddings_of, head_of, layers_of, matrices_of
-from autolite.surgery import clone, keep_heads, keep_hidden, keep_layers, keep_neurons, reshape, share_layers
+from autolite.reshaping import reshape
+from autolite.residual import keep_hidden
+from autolite.surgery import clone, keep_heads, keep_layers, keep_neurons, share_layers
 from autolite.testing import PAD, tiny_inputs, tiny_model
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -14,7 +14,8 @@ from pydantic import AfterValidator, Field, field_validator
 from autolite import plan
 from autolite.architecture import LayerShape, ModelShape, Stack, numbered
 from autolite.errors import PlanError
-from autolite.surgery import clone, keep_heads, keep_hidden, keep_layers, keep_neurons
+from autolite.residual import keep_hidden
+from autolite.surgery import clone, keep_heads, keep_layers, keep_neurons
 from autolite.techniques.allocate import Budget, allocate
 from autolite.techniques.base import Context, Student, require_float32, require_map
 from autolite.techniques.channels import channel_importance, head_outputs

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from autolite.architecture import shape_of
 from autolite.families import FAMILIES
 from autolite.parts import layers_of
-from autolite.surgery import clone, keep_hidden, share_layers
+from autolite.residual import keep_hidden
+from autolite.surgery import clone, share_layers
 from autolite.techniques.base import Context, Student
 from autolite.techniques.importance import importance
 from autolite.techniques.prune import Prune, PruneConfig
