@@ -141,7 +141,7 @@ def distill() -> Rows:
         "and query, key, value relations": {**plain, "queries": 1.0, "keys": 1.0, "values": 1.0},
     }
     return [
-        (f"{name}, {steps} steps", [("prune", QUARTER), ("distill", {**settings, "steps": steps})], SEEDS)
+        (f"{name}, {steps} steps", [("prune", {**QUARTER}), ("distill", {**settings, "steps": steps})], SEEDS)
         for name, settings in losses.items()
         for steps in CURVE
     ]
@@ -177,6 +177,42 @@ def smallest() -> Rows:
     ]
 
 
+def second() -> Rows:
+    """A few rows of each group, for a second data set."""
+    half: Rows = [(f"half of heads and FFN, {kind}", [("prune", {**HALF, "importance": kind})], 1) for kind in KINDS]
+    half.append(
+        ("the same, wanda, rest re-fitted", [("prune", {**HALF, "importance": "wanda", "reconstruct": True})], 1)
+    )
+    shared: Rows = [
+        (f"all in 3 sets, {init}", [("share", {"part": "all", "groups": 3, "init": init})], 1)
+        for init in ("first", "mean", "best")
+    ]
+    rounded: Rows = [
+        (f"{form}, {rounding}", [everywhere(form, rounding=rounding)], 1)
+        for form in ("int4", "int3", "int2", "kmeans2")
+        for rounding in ("nearest", "gptq")
+    ]
+    return [*half, *shared, *rounded, ("factors of rank 96", [("embedding", {"rank": 96.0})], 1)]
+
+
+KINDS = ("magnitude", "wanda", "taylor", "second-order")
+
+
+def start() -> Rows:
+    """What training starts from: the same loss and steps, heads and FFN cut by different scores."""
+    return [
+        (
+            f"a quarter by {kind}{', re-fitted' if again else ''}, 225 steps",
+            [
+                ("prune", {**QUARTER, "importance": kind, "reconstruct": again}),
+                ("distill", {"steps": CURVE[-1]}),
+            ],
+            SEEDS,
+        )
+        for kind, again in (("magnitude", False), ("taylor", False), ("wanda", False), ("wanda", True))
+    ]
+
+
 QUARTER = {"heads": 0.25, "ffn": 0.25}
 GROUPS: dict[str, Rows] = {
     "prune": prune(),
@@ -185,5 +221,7 @@ GROUPS: dict[str, Rows] = {
     "decoder": decoder(),
     "distill": distill(),
     "embedding": embedding(),
+    "start": start(),
+    "second": second(),
     "smallest": smallest(),
 }
