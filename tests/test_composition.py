@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,19 @@ def test_zeros_survive_training_and_every_rounding(form: str, rounding: str) -> 
     for key in student.encoded:
         groups = decode(student.encoded[key]).unflatten(1, (-1, 4))
         assert ((groups != 0).sum(-1) <= 2).all(), key
+
+
+@pytest.mark.parametrize("rounding", ["weighted", "gptq"])
+@pytest.mark.parametrize("family", contracts.FAMILIES)
+def test_roundings_see_what_other_techniques_left(family: str, rounding: str, tmp_path: Path) -> None:
+    context = contracts.tiny_context(family, contracts.tiny_task(family))
+    plan = plan_of(family, "share", "embedding", "prune")
+    quantized = make_step("quantize", {"attention": "int4", "ffn": "int3", "embedding": "int4", "rounding": rounding})
+    student = compress(replace(plan, steps=(*plan.steps, quantized)), context)
+    encoded = {key for key, matrix in student.encoded.items() if matrix.format in ("int4", "int3")}
+    groups = matrices_of(student.model)
+    layers = {key for group in ("attention", "ffn") for key, m in groups[group].items() if not m.factor}
+    assert layers <= encoded
+    inputs = inputs_of(context, student)
+    found, expected = exported(student, inputs, tmp_path), logits_of(decoded(student), inputs)
+    assert (found - expected).abs().mean() <= 0.05 * expected.abs().mean(), "but for activations in 8 bits"

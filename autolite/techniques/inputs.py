@@ -52,7 +52,7 @@ def owners(model: PreTrainedModel, keys: Collection[str]) -> Iterator[tuple[str,
     parameters: Mapping[str, Any] = dict(model.named_parameters())
     wanted = {id(parameters[key]): key for key in keys}
     for module in model.modules():
-        key = wanted.get(id(getattr(module, "weight", None)))
+        key = wanted.get(id(module._parameters.get("weight")))  # not what stands for another module's
         if key is not None and not isinstance(module, torch.nn.Embedding):
             yield key, module
 
