@@ -164,10 +164,11 @@ def embedding() -> Rows:
 
 def smallest() -> Rows:
     """All techniques together, to a 25th of the teacher's bytes."""
-    table, cut = {"vocabulary": 8000.0, "rank": 96.0}, {"heads": 0.5, "ffn": 0.375, "importance": "second-order"}
+    table = {"vocabulary": "used", "min_count": 5, "rank": 96.0}
+    cut = {"heads": 0.5, "ffn": 0.4375, "importance": "wanda", "reconstruct": True}
     steps: Steps = [("embedding", table), ("prune", cut)]
     trained: Steps = [*steps, ("distill", {"steps": 1500, "embeddings": True, "learning_rate": 3e-4})]
-    small = everywhere("int3", "int3", head="int8", rounding="gptq")
+    small = everywhere("int3-g64", "int3", head="int8", rounding="gptq")
     recover = ("recover", {"steps": 150, "learning_rate": 1e-4})
     return [
         ("cut, nothing trained, fp32", steps, 1),
@@ -198,21 +199,6 @@ def second() -> Rows:
 KINDS = ("magnitude", "wanda", "taylor", "second-order")
 
 
-def start() -> Rows:
-    """What training starts from: the same loss and steps, heads and FFN cut by different scores."""
-    return [
-        (
-            f"a quarter by {kind}{', re-fitted' if again else ''}, 225 steps",
-            [
-                ("prune", {**QUARTER, "importance": kind, "reconstruct": again}),
-                ("distill", {"steps": CURVE[-1]}),
-            ],
-            SEEDS,
-        )
-        for kind, again in (("magnitude", False), ("taylor", False), ("wanda", False), ("wanda", True))
-    ]
-
-
 QUARTER = {"heads": 0.25, "ffn": 0.25}
 GROUPS: dict[str, Rows] = {
     "prune": prune(),
@@ -221,7 +207,6 @@ GROUPS: dict[str, Rows] = {
     "decoder": decoder(),
     "distill": distill(),
     "embedding": embedding(),
-    "start": start(),
     "second": second(),
     "smallest": smallest(),
 }
