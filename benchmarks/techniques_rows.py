@@ -178,6 +178,33 @@ def smallest() -> Rows:
     ]
 
 
+def relaxed() -> Rows:
+    """Whether low-rank differences of shared layers pay once they are trained."""
+    return [
+        (
+            f"all in 3 sets, {init}, {f'differences of rank {rank}' if rank else 'none'}, {CURVE[-1]} steps",
+            [
+                ("share", {"part": "all", "groups": 3, "init": init, "rank": rank}),
+                ("distill", {"steps": CURVE[-1]}),
+            ],
+            SEEDS,
+        )
+        for init, rank in (("best", 0), ("mean", 0), ("mean", 32))
+    ]
+
+
+def recover() -> Rows:
+    """Training in few bits, of the whole teacher."""
+    return [
+        (
+            f"{form}, {rounding}, {steps} steps of recovery",
+            [everywhere(form, rounding=rounding), ("recover", {"steps": steps, "learning_rate": 1e-4})],
+            1,
+        )
+        for form, rounding, steps in (("int2", "nearest", 100), ("int2", "gptq", 0), ("int2", "gptq", 100))
+    ]
+
+
 def second() -> Rows:
     """A few rows of each group, for a second data set."""
     half: Rows = [(f"half of heads and FFN, {kind}", [("prune", {**HALF, "importance": kind})], 1) for kind in KINDS]
@@ -207,6 +234,8 @@ GROUPS: dict[str, Rows] = {
     "decoder": decoder(),
     "distill": distill(),
     "embedding": embedding(),
+    "relaxed": relaxed(),
+    "recover": recover(),
     "second": second(),
     "smallest": smallest(),
 }

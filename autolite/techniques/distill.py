@@ -139,7 +139,7 @@ class Distill:
     needs_map: ClassVar[bool] = False
 
     def resolve(self, shape: ModelShape, config: plan.Config, context: Context) -> plan.Config:
-        """Return `config` with the content of its further teachers.
+        """Return `config` with the content of its further teachers, and without what has no effect.
 
         Raises:
             PlanError: if the student and the teacher cannot be compared in the way asked for, or a further teacher has
@@ -157,7 +157,16 @@ class Distill:
                 f"distill.digests: this plan was made with teachers of the content {', '.join(config.digests)}, but "
                 f"{', '.join(config.teachers)} now have {', '.join(digests)}"
             )
-        return config.model_copy(update={"digests": digests})
+        idle: set[str] = set() if config.teachers else {"combine"}
+        if config.schedule == "constant":
+            idle |= {"temperature_end", "alpha_end", "matching_end"}
+        idle |= {f"{what}_kind" for what in ("hidden", "attention") if not getattr(config, what)}
+        if not config.relations:
+            idle.add("relation_heads")
+            if not (config.hidden or config.attention):
+                idle.add("layers")
+        settled = {key: value for key, value in config.model_dump().items() if key not in idle}
+        return DistillConfig(**{**settled, "digests": digests})
 
     def shape(self, shape: ModelShape, config: plan.Config) -> ModelShape:
         """Return `shape` itself.

@@ -70,18 +70,23 @@ class Embedding:
     needs_map: ClassVar[bool] = True
 
     def resolve(self, shape: ModelShape, config: plan.Config, context: Context) -> plan.Config:
-        """Return `config` with the number of tokens that stay.
+        """Return `config` with the number of tokens that stay, and without what then has no effect.
 
         Raises:
             PlanError: if they are fewer than the tokenizer needs, or it cannot be rewritten.
         """
         assert isinstance(config, EmbeddingConfig)
+        if config.rank == 1:
+            config = config.model_copy(update={"weighting": "frequency"})
+        if config.vocabulary != "used":
+            config = config.model_copy(update={"min_count": 1})
         if config.vocabulary == 1:
             return config
         _check_words(shape)
         _check_tokens(shape)
         if config.vocabulary == "used":
             kept = _kept(context, shape, None, config.min_count)
+            config = config.model_copy(update={"min_count": 1})
         elif (count := _nearest(config.vocabulary, shape.vocab)) < shape.vocab:
             kept = _kept(context, shape, count, 1)
         else:

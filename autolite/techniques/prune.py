@@ -117,15 +117,15 @@ class Prune:
     needs_map: ClassVar[bool] = True
 
     def resolve(self, shape: ModelShape, config: plan.Config, context: Context) -> plan.Config:
-        """Return `config` with the layers that stay and the widths of each, where the teacher decides them.
+        """Return `config` with the layers that stay and the widths of each, where the teacher decides them, and without
+        what then has no effect.
 
         Raises:
             PlanError: if the teacher's scores do not fit what an earlier step left.
         """
         assert isinstance(config, PruneConfig)
-        if not (_chooses_layers(config) or _allocates(config)):
-            return config
-        require_map(self.name, shape)
+        if _chooses_layers(config) or _allocates(config):
+            require_map(self.name, shape)
         changes: dict[str, Any] = {}
         if _chooses_layers(config):
             changes["depth"] = _chosen(shape, config, context)
@@ -136,7 +136,14 @@ class Prune:
             budget = Budget(*_widths(layers, config), config.round_to)
             found = allocate(shallow, budget, config.allocation, config.importance, context)
             changes["heads"], changes["ffn"] = found
-        return PruneConfig(**{**dict(config), **changes})
+        idle = {"layers", "allocation"}
+        if (config.heads, config.ffn, config.hidden) == (1, 1, 1):
+            idle |= {"importance", "reconstruct", "round_to"}
+        elif config.importance == "second-order":
+            idle.add("reconstruct")
+        if config.sparsity == "none":
+            idle.add("mask")
+        return PruneConfig(**{key: value for key, value in {**dict(config), **changes}.items() if key not in idle})
 
     def shape(self, shape: ModelShape, config: plan.Config) -> ModelShape:
         """Return the shape after pruning.
