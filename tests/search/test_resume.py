@@ -70,7 +70,7 @@ def test_interrupted_it_leaves_a_front_and_exit_code_130(
 ) -> None:
     out = tmp_path / "run"
     session = Session(tiny_teacher, tiny_data, tiny_space, out)
-    session.wait_for_trials(3)
+    session.wait_for_trials(1)  # with most of the search ahead, however busy the machine is
     assert session.stop(signal.SIGINT) == 130
     front = autolite.read_front(out)
     assert not front.complete
