@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -226,6 +227,36 @@ def second() -> Rows:
 KINDS = ("magnitude", "wanda", "taylor", "second-order")
 
 
+def distill_more(second_teacher: str = "") -> Rows:
+    """Layer maps, schedules and a second teacher, at the middle of the curve."""
+    steps = {"steps": CURVE[1]}
+    shallow = ("prune", {"depth": 0.5})
+    rows: Rows = [
+        (f"half of the layers, imitating: {layers}", [shallow, ("distill", {**steps, "layers": layers})], SEEDS)
+        for layers in ("source", "uniform", "last")
+    ]
+    base = {**steps, "hidden": 0.0}
+    ends = {"temperature_end": 1.0, "alpha_end": 0.5}
+    rows += [
+        (f"temperature 4 to 1, alpha 0.2 to 0.5, {kind}", [("prune", QUARTER), ("distill", {**base, **way})], SEEDS)
+        for kind, way in (
+            ("constant", {}),
+            ("linear", {"schedule": "linear", **ends}),
+            ("cosine", {"schedule": "cosine", **ends}),
+        )
+    ]
+    if second_teacher:
+        rows += [
+            (
+                f"two teachers, {how}",
+                [("prune", QUARTER), ("distill", {**base, "teachers": second_teacher, "combine": how})],
+                SEEDS,
+            )
+            for how in ("mean", "best")
+        ]
+    return rows
+
+
 QUARTER = {"heads": 0.25, "ffn": 0.25}
 GROUPS: dict[str, Rows] = {
     "prune": prune(),
@@ -233,6 +264,7 @@ GROUPS: dict[str, Rows] = {
     "quantize": quantize(),
     "decoder": decoder(),
     "distill": distill(),
+    "distill-more": distill_more(os.environ.get("SECOND_TEACHER", "")),
     "embedding": embedding(),
     "relaxed": relaxed(),
     "recover": recover(),

@@ -71,3 +71,20 @@ def test_data_that_cannot_be_used_is_named(encoder: Path, tmp_path: Path) -> Non
     assert done.exit_code == 2
     assert "empty.jsonl' is empty" in done.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_language_model_is_trained_from_scratch(tmp_path: Path) -> None:
+    words = np.random.default_rng(0).choice(["to", "be", "or", "not", "that", "is", "the", "question"], 6000)
+    text = tmp_path / "play.txt"
+    text.write_text("\n".join(" ".join(words[start : start + 12]) for start in range(0, 6000, 12)), encoding="utf-8")
+    out = tmp_path / "teacher"
+    arguments = {"--data": text, "--out": out, "--vocabulary": 300, "--width": 32, "--layers": 1, "--heads": 2}
+    arguments |= {"--ffn": 32, "--epochs": 4, "--batch-size": 2, "--lr": 1e-2}
+    done = CliRunner().invoke(
+        load_example("train_language_model").main, [str(word) for pair in arguments.items() for word in pair]
+    )
+    assert done.exit_code == 0, done.output
+    found = float(re.findall(r"test perplexity ([\d.]+)", done.output)[0])
+    assert found < 30, "eight words, each as likely: far below the 300 of knowing nothing"
+    model, tokenizer = load_model(str(out), "AutoModelForCausalLM")
+    assert model.config.vocab_size == len(tokenizer)
