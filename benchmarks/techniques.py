@@ -27,7 +27,7 @@ import click
 import numpy as np
 import torch
 from rich.console import Console
-from techniques_rows import GROUPS
+from techniques_rows import GROUPS, two_teachers
 
 from autolite import registry
 from autolite.architecture import shape_of
@@ -175,9 +175,15 @@ def chosen_groups(only: str) -> Iterator[str]:
 @click.option("--task", default="text-classification", show_default=True)
 @click.option("--only", required=True, help=f"Groups, by comma: {', '.join(GROUPS)}.")
 @click.option("--limit", default=100_000, show_default=True, help="Examples of the test split.")
+@click.option("--second-teacher", type=click.Path(exists=True, path_type=Path), help="Of the same labels.")
 @click.option("--work", default="runs/techniques", show_default=True, type=click.Path(path_type=Path))
-def main(teacher: Path, source: Path | None, task: str, only: str, limit: int, work: Path) -> None:
+def main(
+    teacher: Path, source: Path | None, task: str, only: str, limit: int, second_teacher: Path | None, work: Path
+) -> None:
     groups = list(chosen_groups(only))
+    if second_teacher is not None:
+        GROUPS["two teachers"] = two_teachers(str(second_teacher.resolve()))
+        groups.append("two teachers")
     bench = load(teacher, source, task, work / teacher.resolve().name, limit)
     for group in groups:
         table(bench, group)

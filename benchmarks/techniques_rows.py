@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,7 +69,19 @@ DELTA = {"part": "all", "groups": 3, "init": "mean"}
 
 def quantize() -> Rows:
     """Number formats of the layers, nothing trained."""
-    forms = ("int8", "int8-static", "int7", "int8-tensor", "int6", "int4", "int4-g64", "int4-asym", "kmeans4", "nf4")
+    forms = (
+        "int8",
+        "int8-static",
+        "int7",
+        "int8-tensor",
+        "int8-asym",
+        "kmeans8",
+        "int6",
+        "kmeans6",
+        "int4",
+        "int4-g64",
+    )
+    forms += ("int4-g128", "int4-asym", "kmeans4", "nf4", "int3-g64", "int3-g128")
     forms += ("pot4", "int3", "int3-asym", "kmeans3", "pot3", "int2", "int2-asym", "kmeans2")
     rows: Rows = [(form, [everywhere(form)], 1) for form in forms]
     for form in ("int4", "int3", "kmeans3", "int2-asym", "kmeans2"):
@@ -183,10 +194,10 @@ def relaxed() -> Rows:
     """Whether low-rank differences of shared layers pay once they are trained."""
     return [
         (
-            f"all in 3 sets, {init}, {f'differences of rank {rank}' if rank else 'none'}, {CURVE[-1]} steps",
+            f"all in 3 sets, {init}, {f'differences of rank {rank}' if rank else 'none'}, {CURVE[1]} steps",
             [
                 ("share", {"part": "all", "groups": 3, "init": init, "rank": rank}),
-                ("distill", {"steps": CURVE[-1]}),
+                ("distill", {"steps": CURVE[1]}),
             ],
             SEEDS,
         )
@@ -227,34 +238,36 @@ def second() -> Rows:
 KINDS = ("magnitude", "wanda", "taylor", "second-order")
 
 
-def distill_more(second_teacher: str = "") -> Rows:
-    """Layer maps, schedules and a second teacher, at the middle of the curve."""
+def guidance() -> Rows:
+    """Layer maps and schedules, at the middle of the curve."""
     steps = {"steps": CURVE[1]}
-    shallow = ("prune", {"depth": 0.5})
     rows: Rows = [
-        (f"half of the layers, imitating: {layers}", [shallow, ("distill", {**steps, "layers": layers})], SEEDS)
+        (
+            f"half of the layers, imitating: {layers}",
+            [("prune", {"depth": 0.5}), ("distill", {**steps, "layers": layers})],
+            SEEDS,
+        )
         for layers in ("source", "uniform", "last")
     ]
-    base = {**steps, "hidden": 0.0}
-    ends = {"temperature_end": 1.0, "alpha_end": 0.5}
+    ends = {"hidden": 0.0, "temperature_end": 1.0, "alpha_end": 0.5}
     rows += [
-        (f"temperature 4 to 1, alpha 0.2 to 0.5, {kind}", [("prune", QUARTER), ("distill", {**base, **way})], SEEDS)
-        for kind, way in (
-            ("constant", {}),
-            ("linear", {"schedule": "linear", **ends}),
-            ("cosine", {"schedule": "cosine", **ends}),
+        (
+            f"temperature 4 to 1, alpha 0.2 to 0.5, {kind}",
+            [("prune", QUARTER), ("distill", {**steps, **ends, "schedule": kind})],
+            SEEDS,
         )
+        for kind in ("constant", "linear", "cosine")
     ]
-    if second_teacher:
-        rows += [
-            (
-                f"two teachers, {how}",
-                [("prune", QUARTER), ("distill", {**base, "teachers": second_teacher, "combine": how})],
-                SEEDS,
-            )
-            for how in ("mean", "best")
-        ]
     return rows
+
+
+def two_teachers(second: str) -> Rows:
+    """A second teacher from the folder `second` beside the first."""
+    settings = {"steps": CURVE[1], "hidden": 0.0, "teachers": second}
+    return [
+        (f"two teachers, {how}", [("prune", QUARTER), ("distill", {**settings, "combine": how})], SEEDS)
+        for how in ("mean", "best")
+    ]
 
 
 QUARTER = {"heads": 0.25, "ffn": 0.25}
@@ -264,7 +277,7 @@ GROUPS: dict[str, Rows] = {
     "quantize": quantize(),
     "decoder": decoder(),
     "distill": distill(),
-    "distill-more": distill_more(os.environ.get("SECOND_TEACHER", "")),
+    "guidance": guidance(),
     "embedding": embedding(),
     "relaxed": relaxed(),
     "recover": recover(),
