@@ -5,7 +5,7 @@ Levels are either fitted to the weights by k-means and stored with them, or fixe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +19,10 @@ from autolite.packing import pack, packed_width, unpack
 LLOYD_ROUNDS = 6  # later rounds gain less than 0.02 dB on normally distributed weights
 _BINS = 2**16  # of a whole matrix's values: 256 for each step of the finest codebook
 _NEAR_END = -0.9999  # values below are at the end: bins are a third as wide
+_SAMPLED = 1024  # groups that a codebook of a whole matrix is fitted to
+_TURNS = 10  # of fitting levels and scales
+_ABOVE_MINUS_ONE = -1 + 2**-11  # in float16; only one end of the levels is the largest value's
+_CHUNK = 2**18  # values that are searched at a time: a megabyte stays in the cache
 _CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8)  # ends of a group's range that are tried, as parts of its largest magnitude
 
 # 4-bit NormalFloat, the quantiles of a normal distribution with an exact zero (Dettmers et al. 2023, appendix E)
@@ -38,18 +42,19 @@ def powers_of_two(bits: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class KMeans:
-    """A format with levels that k-means finds, as fractions (float16) of the largest magnitude of a row.
+    """A format with levels that k-means finds, as fractions (float16) of the largest magnitude of a row or group.
 
     Attributes:
         bits: of a code.
         whole: one codebook for the whole matrix; else one for each row.
+        group: inputs (columns) that share a scale (bfloat16), 0 for all of a row (float32).
     """
 
     bits: int
     whole: bool = False
+    group: int = 0
 
     linear = False
-    group = 0
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -65,21 +70,28 @@ class KMeans:
         """Return the number of levels."""
         return int(2**self.bits)
 
+    def groups(self, k: int) -> int:
+        """Return how many scales a row has."""
+        return -(-k // self.group) if self.group else 1
+
     def padded(self, k: int) -> int:
-        """Return how many codes a row has."""
-        return k
+        """Return how many codes a row has: whole groups."""
+        return self.groups(k) * self.group if self.group else k
 
     def nbytes(self, n: int, k: int) -> int:
         """Return the bytes of an [n, k] matrix."""
-        return n * (packed_width(k, self.bits) + 4) + (1 if self.whole else n) * 2 * self.count
+        scales = 2 * self.groups(k) if self.group else 4
+        return n * (packed_width(self.padded(k), self.bits) + scales) + (1 if self.whole else n) * 2 * self.count
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> CodebookGrid:
         """Return levels of locally least squared error for `weight` [n, k]; `importance`, broadcastable to [n, k],
         weighs the errors (Kim et al. 2023, SqueezeLLM).
 
         A whole matrix's levels end at -1 and 1 where values do, so that a decoded row has the largest magnitude of the
-        original.
+        original. With groups, see `_fit_groups`.
         """
+        if self.group:
+            return self._fit_groups(weight, importance)
         scales = weight.abs().amax(dim=1, keepdim=True)
         scales = torch.where(scales == 0, torch.ones_like(scales), scales)
         rows = weight / scales
@@ -93,10 +105,39 @@ class KMeans:
         mass = None if importance is None else importance.expand(rows.shape)
         return CodebookGrid(self, kmeans(*_sorted(rows, mass), linear), scales)
 
+    def _fit_groups(self, weight: Tensor, importance: Tensor | None) -> CodebookGrid:
+        """Return one codebook and a scale for each group, fitted in turns to a sample of the groups.
+
+        A scale has the sign of its group's largest value, which so is always at the level 1: the other levels are left
+        to the rest. Where evenly spaced levels have less error on the whole matrix, these are taken.
+        """
+        groups, weights = _grouped(weight, importance, self.group)
+        some, mass = _sample(groups, weights)
+        fitted = [_in_turns(some, mass, levels) for levels in self._starts(some, mass)]
+        levels = min(fitted, key=lambda each: float(_best_scales(some, mass, each)[1].double().sum()))
+        scales, errors = _best_scales(groups, weights, levels)
+        plain = Linear(self.bits, self.group, scale=torch.bfloat16).fit(weight, importance)
+        off = (plain.dequantize(plain.quantize(weight)) - weight).square() * (1 if importance is None else importance)
+        if float(off.double().sum()) < float(errors.double().sum()):
+            levels, scales = -_even(self.bits).flip(0), plain.scales.view(-1, 1) * plain.format.middle
+        scales = torch.where(_extreme(groups) == 0, 0.0, scales)  # no level need be zero
+        return CodebookGrid(self, levels[None], scales.view(len(weight), -1))
+
+    def _starts(self, groups: Tensor, weights: Tensor) -> list[Tensor]:
+        """Return levels to begin with: even ones, quantiles of a normal distribution, and the values if they are few."""
+        quantiles = torch.special.ndtri(torch.linspace(0.5 / self.count, 1 - 0.5 / self.count, self.count))
+        starts = [_even(self.bits), quantiles / quantiles.max()]
+        extreme = _extreme(groups)
+        values = (groups / extreme)[(extreme != 0) & (weights > 0)].half().unique().float()
+        if len(values) <= self.count:
+            starts.append(pad(values, (self.count - len(values), 0), value=_ABOVE_MINUS_ONE).sort().values)
+        return starts
+
     def read(self, tensors: Mapping[str, Tensor], k: int) -> tuple[CodebookGrid, Tensor]:
         """Return the grid of stored tensors, and the codes [n, k]."""
-        grid = CodebookGrid(self, tensors["codebook"].float(), tensors["scales"][:, None])
-        return grid, unpack(tensors["codes"], self.bits, k)
+        scales = tensors["scales"].float().view(-1, self.groups(k))
+        grid = CodebookGrid(self, tensors["codebook"].float(), scales)
+        return grid, unpack(tensors["codes"], self.bits, self.padded(k))[:, :k]
 
 
 @dataclass(frozen=True)
@@ -138,23 +179,9 @@ class Fixed:
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> CodebookGrid:
         """Return the scales that round `weight` [n, k] with the least squared error of those tried, weighed by
         `importance`, which is broadcastable to [n, k]."""
-        n, k = weight.shape
-        groups = pad(weight, (0, -k % self.group)).view(n, self.groups(k), self.group)
-        weights = torch.ones(1)
-        if importance is not None:
-            weights = pad(importance.expand(n, k), (0, -k % self.group)).view(groups.shape)
         levels = torch.tensor(self.levels)
-        extreme = groups.abs().amax(dim=2, keepdim=True)
-        best, least = torch.empty(0), torch.empty(0)
-        for part in _CLIPPING:
-            scale = (extreme * part).bfloat16().float()
-            scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-            rounded = levels[torch.bucketize(groups / scale, _middles(levels))]
-            error = (rounded.mul_(scale).sub_(groups).square_() * weights).sum(dim=2, keepdim=True)
-            better = error < least if len(best) else torch.ones_like(error, dtype=torch.bool)
-            best = torch.where(better, scale, best) if len(best) else scale
-            least = torch.where(better, error, least) if len(least) else error
-        return CodebookGrid(self, levels[None], best.squeeze(2))
+        scales, _ = _best_scales(*_grouped(weight, importance, self.group), levels, signed=False)
+        return CodebookGrid(self, levels[None], scales.view(len(weight), -1))
 
     def read(self, tensors: Mapping[str, Tensor], k: int) -> tuple[CodebookGrid, Tensor]:
         """Return the grid of stored tensors, and the codes [n, k]."""
@@ -189,12 +216,11 @@ class CodebookGrid:
 
     def tensors(self, codes: Tensor) -> dict[str, Tensor]:
         """Return what is stored for codes [n, k]: packed codes, scales, and levels that were fitted."""
-        if isinstance(self.format, KMeans):
-            packed = pack(codes, self.format.bits)
-            return {"codes": packed, "codebook": self.levels.half(), "scales": self.scales.flatten()}
-        zero = self.format.levels.index(0.0)
-        codes = pad(codes, (0, self.format.padded(codes.shape[1]) - codes.shape[1]), value=zero)
-        return {"codes": pack(codes, self.format.bits), "scales": self.scales.bfloat16()}
+        fill = 0 if isinstance(self.format, KMeans) else self.format.levels.index(0.0)
+        codes = pad(codes, (0, self.format.padded(codes.shape[1]) - codes.shape[1]), value=fill)
+        scales = self.scales.bfloat16() if self.format.group else self.scales.flatten()
+        found = {"codes": pack(codes, self.format.bits), "scales": scales}
+        return {**found, "codebook": self.levels.half()} if isinstance(self.format, KMeans) else found
 
 
 def kmeans(ordered: Tensor, mass: Tensor, sums: Tensor, linear: Tensor, pinned: bool = False) -> Tensor:
@@ -265,6 +291,94 @@ def _binned(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ordered = torch.from_numpy((total / count).astype(np.float32))[None]
     weight, sums = (torch.from_numpy(np.concatenate(([0.0], each.cumsum())))[None] for each in both)
     return ordered, weight, sums
+
+
+def _grouped(weight: Tensor, importance: Tensor | None, group: int) -> tuple[Tensor, Tensor]:
+    """Return the values [n * groups, group] of a matrix [n, k] that share a scale, zeros at the end of a row, and the
+    weights of their squared errors, which broadcast to that."""
+    padding = (0, -weight.shape[1] % group)
+    groups = pad(weight, padding).view(-1, group)
+    if importance is None and not padding[1]:
+        return groups, torch.ones(1, 1)
+    importance = torch.ones(1, 1) if importance is None else importance
+    return groups, pad(importance.expand(weight.shape), padding).reshape(groups.shape)
+
+
+def _extreme(groups: Tensor) -> Tensor:
+    """Return the value of largest magnitude, with its sign, of each group [m, 1]."""
+    return groups.gather(1, groups.abs().argmax(dim=1, keepdim=True))
+
+
+def _stored(scales: Tensor) -> Tensor:
+    """Round scales to what is stored; of groups that are all zero to one."""
+    scales = scales.bfloat16().float()
+    return torch.where(scales == 0, torch.ones_like(scales), scales)
+
+
+def _best_scales(groups: Tensor, weights: Tensor, levels: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
+    """Return the scales [m, 1] that round groups [m, g] to ascending levels with the least weighted squared error of
+    those tried, and that error [m, 1]; `signed` ones have the sign of the largest value."""
+    found = [_search_scales(part, mass, levels, signed) for part, mass in _parts(groups, weights)]
+    scales, errors = (torch.cat(each) for each in zip(*found, strict=True))
+    return scales, errors
+
+
+def _parts(groups: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield some groups at a time, with their weights: what is searched stays in the cache."""
+    count = max(1, _CHUNK // groups.shape[1])
+    masses = [weights] if len(weights) == 1 else list(torch.split(weights, count))
+    for i, part in enumerate(torch.split(groups, count)):
+        yield part, masses[min(i, len(masses) - 1)]
+
+
+def _search_scales(groups: Tensor, weights: Tensor, levels: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    extreme = _extreme(groups) if signed else groups.abs().amax(dim=1, keepdim=True)
+    middles, best, least = _middles(levels), torch.empty(0), torch.empty(0)
+    for part in _CLIPPING:
+        scale = _stored(extreme * part)
+        rounded = levels[torch.bucketize(groups / scale, middles)]
+        error = (rounded.mul_(scale).sub_(groups).square_() * weights).sum(dim=1, keepdim=True)
+        better = error < least if len(best) else torch.ones_like(error, dtype=torch.bool)
+        best = torch.where(better, scale, best) if len(best) else scale
+        least = torch.where(better, error, least) if len(least) else error
+    return best, least
+
+
+def _sample(groups: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return at most `_SAMPLED` groups and their weights: those of the largest values, where errors are largest, and
+    every so many of the rest, each of which stands for several."""
+    weights = weights.expand(groups.shape)
+    if len(groups) <= _SAMPLED:
+        return groups, weights
+    half = _SAMPLED // 2
+    order = torch.argsort((weights * groups.square()).sum(dim=1), descending=True, stable=True)
+    rest = order[torch.linspace(half, len(groups) - 1, half).long()]
+    stands_for = (len(groups) - half) / half
+    return torch.cat((groups[order[:half]], groups[rest])), torch.cat(
+        (weights[order[:half]], weights[rest] * stands_for)
+    )
+
+
+def _in_turns(groups: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
+    """Improve ascending levels, the last of which stays 1, and the scales of groups [m, g] in turns (Lloyd 1982)."""
+    count = len(levels)
+    for _ in range(_TURNS):
+        scales, _ = _best_scales(groups, weights, levels)
+        values = groups / scales
+        codes = torch.bucketize(values, _middles(levels)).flatten()
+        mass = (weights * (scales / scales.abs().max()).square()).double()
+        counts = torch.bincount(codes, mass.flatten(), count)
+        means = torch.bincount(codes, (mass * values).flatten(), count) / counts.clamp(min=1e-300)
+        levels = torch.where(counts > 0, means.float(), levels).clamp_(_ABOVE_MINUS_ONE, 1)
+        levels[-1] = 1
+        levels = levels.half().float().sort().values
+    return levels
+
+
+def _even(bits: int) -> Tensor:
+    """Return the levels of a linear format, as fractions of its lowest code."""
+    middle = 2 ** (bits - 1)
+    return (torch.arange(2**bits) - (middle - 1)) / middle
 
 
 def _middles(levels: Tensor) -> Tensor:

@@ -239,6 +239,9 @@ def _formats() -> Iterator[Format]:
     for bits in (2, 3, 4):
         text = f"{bits}-bit indices into a codebook of {2**bits} levels per output channel, fitted by k-means"
         yield Format(f"kmeans{bits}", KMeans(bits), "any", text)
+    for bits in (4, 3, 2):
+        text = f"{bits}-bit indices into one codebook of {2**bits} {fitted}, one scale per group of 64 inputs"
+        yield Format(f"kmeans{bits}-g64", KMeans(bits, whole=True, group=64), "any", text)
     text = f"-bit indices into one codebook of {{}} {fitted}, one scale per output channel"
     yield Format("kmeans6", KMeans(6, whole=True), "any", f"6{text.format(64)}")
     yield Format("kmeans8", KMeans(8, whole=True), "float", f"8{text.format(256)}; {floats}")

@@ -107,6 +107,15 @@ def quantize() -> Rows:
 LEVELS = ("int2", "int3", "int4", "int6", "int8")
 
 
+def equal_bytes() -> Rows:
+    """Linear and non-linear levels of a language model's layers, one scale for each 64 inputs in all of them."""
+    return [
+        (f"{form}, {rounding}", [everywhere(form, rounding=rounding)], 1)
+        for form in ("int4-g64", "nf4", "kmeans4-g64", "int3-g64", "kmeans3-g64", "kmeans2-g64")
+        for rounding in ("nearest", "weighted", "gptq")
+    ]
+
+
 def decoder() -> Rows:
     """Number formats and roundings of a language model's layers."""
     rows: Rows = []
@@ -120,7 +129,6 @@ def decoder() -> Rows:
         "kmeans4",
         "kmeans3",
         "kmeans2",
-        "nf4",
         "pot4",
     ):
         roundings = ("nearest",) if form == "int8" else ("nearest", "weighted", "gptq")
@@ -276,6 +284,7 @@ GROUPS: dict[str, Rows] = {
     "share": share(),
     "quantize": quantize(),
     "decoder": decoder(),
+    "equal-bytes": equal_bytes(),
     "distill": distill(),
     "guidance": guidance(),
     "embedding": embedding(),

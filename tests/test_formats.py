@@ -155,6 +155,27 @@ def test_codebooks_are_never_worse_than_linear_formats_of_their_bits(
     assert weighted_error(weight, found, importance) <= 1.01 * limit + slack + 1e-12
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@settings(max_examples=12, deadline=None)
+@given(weight=matrices, seed=importances)
+def test_codebooks_with_groups_are_never_worse_than_linear_ones_of_the_same_groups(
+    bits: int, weight: torch.Tensor, seed: int | None
+) -> None:
+    importance = importance_of(weight, seed)
+    linear = Linear(bits, 64, scale=torch.bfloat16).fit(weight, importance)
+    plain = weighted_error(weight, linear.dequantize(linear.quantize(weight)), importance)
+    found = weighted_error(weight, decode(encode(weight, f"kmeans{bits}-g64", importance)), importance)
+    assert found <= plain * (1 + 1e-4) + 1e-12
+
+
+def test_codebooks_with_groups_beat_the_best_fixed_ones_where_some_columns_are_large() -> None:
+    weight = normal(64, 512)
+    weight[:, 7] *= 20
+    errors = {name: squared_error(weight, encode(weight, name)) for name in ("int4-g64", "nf4", "pot4", "kmeans4-g64")}
+    assert errors.pop("kmeans4-g64") < min(errors.values())
+    assert nbytes("kmeans4-g64", 64, 512) == nbytes("int4-g64", 64, 512) + 16 * 2 == nbytes("nf4", 64, 512) + 16 * 2
+
+
 @pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.activations == "any"])
 @settings(max_examples=12, deadline=None)
 @given(weight=matrices, seed=st.integers(0, 3))
@@ -252,7 +273,14 @@ def test_equal_matrices_give_equal_bytes(name: str) -> None:
 
 def test_rows_are_encoded_independently() -> None:
     weight = normal(6, 64)
-    for name in FORMATS.keys() - {"int8-tensor", "kmeans6", "kmeans8"}:  # one scale or codebook for all rows
+    for name in FORMATS.keys() - {
+        "int8-tensor",
+        "kmeans6",
+        "kmeans8",
+        "kmeans4-g64",
+        "kmeans3-g64",
+        "kmeans2-g64",
+    }:  # one scale or codebook for all rows
         whole, part = encode(weight, name), encode(weight[2:4], name)
         assert all(torch.equal(t[2:4], part.tensors[k]) for k, t in whole.tensors.items()), name
 
