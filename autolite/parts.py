@@ -281,8 +281,9 @@ def head_of(model: PreTrainedModel) -> HeadParts:
 
 def matrices_of(model: PreTrainedModel) -> dict[str, dict[str, Matrix]]:
     """Return every stored matrix by its key, each once, a fused projection whole, factors of low-rank differences with
-    the matrices they are of, in the groups that number formats are chosen for: "attention", "ffn", "embedding" (with
-    its second factor and ALBERT's projection) and "head" (with its pooler).
+    the matrices they are of, in the groups that number formats are chosen for: "attention", "ffn", "embedding" (the
+    tables of words and of positions, the second factor and ALBERT's projection) and "head" (with its pooler). Token
+    types, a row or two, and the positions of images, which are no table that is looked up, are in none.
 
     Of a model that the map does not have these are the matrices that a pass over a few tokens uses, grouped by the
     names of their modules.
@@ -293,7 +294,8 @@ def matrices_of(model: PreTrainedModel) -> dict[str, dict[str, Matrix]]:
     if not is_mapped(model):
         return _matrices_without_map(model)
     layers, embeddings, head = layers_of(model), embeddings_of(model), head_of(model)
-    tables = [t for t in (embeddings.word, embeddings.factor, embeddings.projection) if t is not None]
+    position = embeddings.position if embeddings.patch is None else None
+    tables = [t for t in (embeddings.word, embeddings.factor, position, embeddings.projection) if t is not None]
     return {
         "attention": {m.key: m for layer in layers for m in with_factors(layer.attention_matrices)},
         "ffn": {m.key: m for layer in layers for m in with_factors(layer.ffn_matrices)},

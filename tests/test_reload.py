@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from autolite.architecture import ModelShape, shape_of
 from autolite.errors import ModelError, StorageError
 from autolite.families import FAMILIES
+from autolite.formats import decode, encode
+from autolite.parts import embeddings_of
 from autolite.reload import load_model, load_student, save_student
 from autolite.surgery import clone, keep_heads, keep_layers, keep_neurons, share_layers
 from autolite.testing import tiny_inputs, tiny_model, tiny_tokenizer
@@ -97,6 +100,18 @@ def test_the_shape_comes_back_with_its_number_formats(tmp_path: Path) -> None:
     assert load_student(tmp_path)[1] == shape
     with pytest.raises(ModelError, match="does not describe the model"):
         save_student(model, shape_of(tiny_model("bert")), tmp_path)
+
+
+def test_a_folder_whose_positions_are_float32_keeps_them(tmp_path: Path) -> None:
+    """As those that were written before positions followed the embedding's format: the manifest says int4 of both."""
+    model = tiny_model("bert")
+    position = embeddings_of(model).position
+    assert position is not None
+    assert not torch.equal(decode(encode(position.weight, "int4")), position.weight)
+    save_student(model, replace(shape_of(model), embedding_format="int4"), tmp_path)
+    loaded, shape = load_student(tmp_path)
+    assert shape.embedding_format == "int4"
+    assert same_outputs(loaded, model)
 
 
 def test_a_bare_model_loads_from_the_folder_of_a_classifier(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from autolite.hardware import without_map
 from autolite.measure import Workload
 from autolite.packing import PLANES
 
-BYTES = 4  # activations, norms, biases and positions are fp32
+BYTES = 4  # activations, norms and biases are fp32
 # Names, shapes and attributes of the operators in the file. Of those that make a matrix in floating point of its codes,
 # and then 8-bit codes of it; and that unpack codes in two planes, or zero points.
 _GRAPH_BYTES = {"layer": 2500, "around": 2300, "decoding": 700, "coding": 800, "plane": 900, "zeros": 550}
@@ -60,7 +60,7 @@ def matrices(shape: ModelShape, kernels: Mapping[str, str]) -> tuple[dict[str, i
 
 
 def file_size(shape: ModelShape, stored: Mapping[str, int]) -> int:
-    """Return the bytes of the artifact: matrices and embedding in their formats, everything else in fp32, the graph.
+    """Return the bytes of the artifact: matrices and tables in their formats, everything else in fp32, the graph.
 
     `stored` are the bytes of the products' matrices, as `matrices` gives them first.
     """
@@ -71,8 +71,10 @@ def file_size(shape: ModelShape, stored: Mapping[str, int]) -> int:
     norm = 1 if family.rms_norm else 2
     total = sum(stored.values())
     floats = 0
-    if family.position:
-        floats += shape.positions * (hidden if family.patch else shape.embedding)
+    if family.patch:
+        floats += shape.positions * hidden
+    elif family.position:
+        total += formats.nbytes(shape.embedding_format, shape.positions, shape.embedding)
     if family.token_type:
         floats += (1 if family.positions_after_padding else 2) * shape.embedding
     if family.embedding_norm:
@@ -106,10 +108,11 @@ def file_size(shape: ModelShape, stored: Mapping[str, int]) -> int:
     floats += square * hidden + (shape.outputs if not family.causal else 0)
     layers = sum(len(stack.layers) for stack in shape.stacks)
     products = {product.weights: product.format for product in matmuls(shape)}
-    looked_up = bool(shape.vocab) and "embedding" not in products
-    tables = [shape.embedding_format] * (looked_up + bool(family.embedding_projection or family.patch))
+    looked_up = (bool(shape.vocab) and "embedding" not in products) + bool(family.position and not family.patch)
+    dense = [shape.embedding_format] * bool(family.embedding_projection or family.patch)
     graph = layers * _GRAPH_BYTES["layer"] + _GRAPH_BYTES["around"]
-    graph += sum(_decoding(form) for form in [*products.values(), *tables])
+    graph += sum(_decoding(form) for form in [*products.values(), *dense])
+    graph += looked_up * _decoding(shape.embedding_format, coded=False)
     return total + BYTES * floats + graph + _graph_of_deltas(shape)
 
 
@@ -134,14 +137,15 @@ def _graph_of_deltas(shape: ModelShape) -> int:
     return total
 
 
-def _decoding(form: str) -> int:
-    """Return the bytes of the operators that decode a matrix in this format."""
+def _decoding(form: str, coded: bool = True) -> int:
+    """Return the bytes of the operators that decode a matrix in this format; `coded` if to 8 bits where it can be
+    multiplied so, which tables are not."""
     layout, activations = formats.get(form).layout, formats.get(form).activations
     if isinstance(layout, formats.Float) or (layout.linear and layout.bits == 8):
         return 0
     planes = len(PLANES[layout.bits]) - 1
     total = _GRAPH_BYTES["decoding"] + planes * _GRAPH_BYTES["plane"]
-    total += _GRAPH_BYTES["coding"] if activations == "any" else 0
+    total += _GRAPH_BYTES["coding"] if coded and activations == "any" else 0
     return total + (0 if getattr(layout, "symmetric", True) else _GRAPH_BYTES["zeros"] + planes * _GRAPH_BYTES["plane"])
 
 

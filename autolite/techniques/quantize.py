@@ -28,7 +28,8 @@ class QuantizeConfig(plan.Config):
     Attributes:
         attention: of the layers' attention projections: one format, or one for each layer.
         ffn: of the layers' feed-forward matrices: one format, or one for each layer.
-        embedding: of the token embedding, with ALBERT's projection.
+        embedding: of the tables that are looked up, of tokens and of learned positions, and of ALBERT's projection. Of
+            a model without an architecture map, of the tokens' alone.
         head: of the head, with the pooler before it; one tied to the embedding follows the embedding.
         average_bits: stored bits a weight, scales included, that the layers may have on average; 0: `attention` and
             `ffn` say which. Else each layer's are chosen among `levels` (`autolite.techniques.mixed_precision`).
@@ -152,7 +153,7 @@ class Quantize:
         assert isinstance(config, QuantizeConfig)
         shape = self.shape(student.shape, config)
         matrices = matrices_of(student.model)
-        wanted = {key: form for key, form in _formats(student, shape).items() if form != "fp32"}
+        wanted = {key: form for key, form in formats_of(student, shape).items() if form != "fp32"}
         model = student.model
         if student.vocabulary is not None:
             context = context.read_by(student)
@@ -168,7 +169,7 @@ class Quantize:
         return replace(student, model=model, shape=shape, encoded=encoded, ranges=ranges)
 
 
-def _formats(student: Student, shape: ModelShape) -> dict[str, str]:
+def formats_of(student: Student, shape: ModelShape) -> dict[str, str]:
     """Return the format that `shape` has for each of the student's matrices."""
     groups = matrices_of(student.model)
     by_group = {"embedding": shape.embedding_format, "head": shape.head_format}

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from autolite import formats
+from autolite.families import is_mapped
 from autolite.formats import Encoded
-from autolite.parts import Matrix, matrices_of
+from autolite.parts import Matrix, embeddings_of, matrices_of
 from autolite.surgery import clone
 from autolite.techniques.base import Context
 from autolite.techniques.hqq import half_quadratic
@@ -34,8 +35,8 @@ def rounded(
     "weighted" fits scales and codebooks to weights that count by the mean square of their inputs (the diagonal of the
     Hessian of the outputs' error; as in Kim et al. 2023, "SqueezeLLM"); "gptq" is `compensated`, "hqq" is
     `half_quadratic`. The inputs are those of training examples, for "gptq" in a model whose earlier matrices are
-    rounded already. A table that rows are only looked up in has no inputs: its rows count by how often their tokens
-    occur. What stays in floating point is rounded to nearest.
+    rounded already. A table that rows are only looked up in has no inputs: its rows count by how often their tokens or
+    positions occur. What stays in floating point is rounded to nearest.
     """
     matrices = _chosen(model, wanted)
     found = {
@@ -64,16 +65,31 @@ def rounded(
                 matrices[key].weight.copy_(formats.decode(found[key]))
     for key, matrix in matrices.items():
         if key not in found:
-            found[key] = formats.encode(matrix.weight.cpu(), wanted[key], _occurrences(context, len(matrix.weight)))
+            occurrences = _occurrences(context, len(matrix.weight), _first_position(model, key))
+            found[key] = formats.encode(matrix.weight.cpu(), wanted[key], occurrences)
     return found
 
 
-def _occurrences(context: Context, rows: int) -> Tensor | None:
-    """Return how often each token occurs in the training examples, plus one, [rows, 1]; None if they are no tokens."""
+def _first_position(model: PreTrainedModel, key: str) -> int | None:
+    """Return the row of a sequence's first token in the table of positions; None if `key` is another table."""
+    embeddings = embeddings_of(model) if is_mapped(model) else None
+    if embeddings is None or embeddings.position is None or embeddings.position.key != key:
+        return None
+    return embeddings.position_offset
+
+
+def _occurrences(context: Context, rows: int, first: int | None) -> Tensor | None:
+    """Return how often each row of a table is looked up for the training examples, plus one, [rows, 1]: of tokens, or
+    of positions that count from the row `first`; None if the examples are no tokens."""
     ids = context.train.input_ids
     if not len(ids) or ids[0].ndim != 1:
         return None
-    counts = np.bincount(np.concatenate(list(ids)), minlength=rows)
+    if first is None:
+        counts = np.bincount(np.concatenate(list(ids)), minlength=rows)
+    else:
+        lengths = np.sort([len(example) for example in ids])
+        positions = np.arange(rows) - first
+        counts = np.where(positions < 0, 0, len(lengths) - np.searchsorted(lengths, positions, side="right"))
     return torch.from_numpy(counts).float()[:, None] + 1 if len(counts) == rows else None
 
 

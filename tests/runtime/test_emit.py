@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,46 @@ def test_quantized_models_compute_with_the_decoded_matrices(
         real = inputs["attention_mask"].bool().numpy()
         found, expected = found[real], expected[real]
     assert np.square(found - expected).mean() ** 0.5 <= tolerance * expected.std()
+
+
+# All formats in one family, and one of each way of looking up in the others
+LOOKED_UP = [
+    (family, form, option)
+    for family in ("bert", "distilbert", "roberta", "albert", "gpt2")
+    for form in (
+        [f.name for f in FORMATS.values() if f.embedding and f.name != "fp32"]
+        if family == "bert"
+        else ("int8", "int4", "int3")
+    )
+    for option in Place("lookup", form).options
+]
+
+
+@pytest.mark.parametrize(("family", "form", "option"), LOOKED_UP)
+def test_words_and_positions_are_looked_up_in_their_format(family: str, form: str, option: str, tmp_path: Path) -> None:
+    """The rest is in float32, so that logits agree to its rounding."""
+    model = tiny_model(family)
+    tables = parts.embeddings_of(model)
+    assert tables.word is not None
+    assert tables.position is not None
+    student = student_of(model, embedding=form)
+    student = replace(student, encoded={t.key: student.encoded[t.key] for t in (tables.word, tables.position)})
+    (file,) = emit(student, tmp_path, choices=lambda place: option if place.kind == "lookup" else usual(place))
+    check(decoded(student), file)
+    whole = stored(emit(Student(model, shape_of(model)), tmp_path / "whole")[0])
+    sizes = [tuple(table.weight.shape) for table in (tables.word, tables.position)]
+    saved = sum(4 * rows * width - nbytes(form, rows, width) for rows, width in sizes)
+    assert abs(whole - stored(file) - saved) < 300  # shapes, masks and levels
+
+
+def test_positions_and_factored_words_are_of_two_widths(tmp_path: Path) -> None:
+    model = tiny_model("roberta")
+    surgery.factor_embedding(model, torch.randn(VOCAB, 8), torch.randn(8, 32), tied=False)
+    student = student_of(model, embedding="int3")
+    position = parts.embeddings_of(model).position
+    assert position is not None
+    assert student.encoded[position.key].shape == (64, 32)
+    check(decoded(student), emit(student, tmp_path)[0], 1e-3)
 
 
 def test_codes_are_stored_as_they_were_encoded(tmp_path: Path) -> None:

@@ -225,8 +225,12 @@ def test_frequent_words_are_kept_better_by_weighted_factors() -> None:
 def test_both_factors_are_priced_and_named() -> None:
     student = compressed(context_of("bert"), rank=8)
     groups = matrices_of(student.model)["embedding"]
-    sizes = {key.split("word_embeddings.")[1]: tuple(m.weight.shape) for key, m in groups.items()}
-    assert sizes == {"table.weight": (VOCAB, 8), "projection.weight": (32, 8)}
+    sizes = {key.removeprefix("bert.embeddings."): tuple(m.weight.shape) for key, m in groups.items()}
+    assert sizes == {
+        "word_embeddings.table.weight": (VOCAB, 8),
+        "word_embeddings.projection.weight": (32, 8),
+        "position_embeddings.weight": (64, 32),
+    }
     shape = student.shape.with_formats("fp32", "fp32", "int8", "fp32")
     assert shape.formats == {"fp32", "int8", "int8-weight"}
     plain = replace(shape, embedding_rank=0)

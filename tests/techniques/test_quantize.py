@@ -60,6 +60,25 @@ def test_the_shape_announced_is_the_shape_made(family: str) -> None:
     assert (result.shape.embedding_format, result.shape.head_format) == ("int8", "int8")
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "albert", "gpt2"])
+def test_learned_positions_follow_the_words(family: str) -> None:
+    student = student_of(family)
+    found = quantize(student, QuantizeConfig(embedding="int4")).encoded
+    tables = parts.embeddings_of(student.model)
+    assert tables.word is not None
+    assert tables.position is not None
+    assert found[tables.word.key].format == found[tables.position.key].format == "int4"
+    assert found[tables.position.key].shape == tuple(tables.position.weight.shape) == (64, tables.word.weight.shape[1])
+    assert tables.token_type is None or tables.token_type.key not in found
+
+
+def test_positions_of_images_are_no_table() -> None:
+    student = student_of("vit")
+    position = parts.embeddings_of(student.model).position
+    assert position is not None
+    assert position.key not in quantize(student, QuantizeConfig(attention="bf16", embedding="bf16")).encoded
+
+
 def test_masters_and_the_student_given_stay_untouched() -> None:
     student = student_of("bert")
     before = {k: v.clone() for k, v in student.model.state_dict().items()}
@@ -92,7 +111,7 @@ def test_a_tied_head_follows_the_embedding_or_the_plan_is_refused(family: str, s
     for config in (QuantizeConfig(embedding="int8"), QuantizeConfig(embedding="int8", head="int8")):
         result = quantize(student, config)
         assert result.shape.head_format == "int8"
-        assert len(result.encoded) == 1
+        assert len(result.encoded) == (2 if family == "gpt2" else 1), "the table, and GPT-2's of positions"
     with pytest.raises(PlanError, match="head=int8 and embedding=int4 contradict"):
         Quantize().shape(student.shape, QuantizeConfig(embedding="int4", head="int8"))
     with pytest.raises(PlanError, match="head=kmeans4"):
@@ -122,7 +141,7 @@ def test_a_plan_with_it_survives_json() -> None:
 
 MIXED = QuantizeConfig(attention=("int8-weight", "fp32", "kmeans4"), ffn=("kmeans4", "int8-weight", "bf16"))
 GATE = [
-    {"rounding": "gptq", "scaling": "awq"},
+    {"rounding": "gptq", "scaling": "awq", "embedding": "bf16"},
     {"rounding": "weighted", "scaling": "smooth", "attention": "int8-static", "calibration": "percentile"},
 ]
 

@@ -13,7 +13,7 @@ from autolite.architecture import shape_of
 from autolite.errors import PlanError
 from autolite.export import decoded
 from autolite.formats import FORMATS
-from autolite.parts import layers_of, matrices_of
+from autolite.parts import embeddings_of, layers_of, matrices_of
 from autolite.plan import make_step
 from autolite.surgery import share_layers
 from autolite.techniques.base import Student
@@ -21,6 +21,7 @@ from autolite.techniques.hqq import POWER, half_quadratic
 from autolite.techniques.inputs import Inputs, examples, second_moments
 from autolite.techniques.quantize import Quantize, QuantizeConfig
 from autolite.techniques.rounding import DAMPING, compensated
+from autolite.testing import PAD
 
 ROUNDED = sorted(name for name, form in FORMATS.items() if form.bits <= 8)
 LINEAR = sorted(name for name in ROUNDED if FORMATS[name].linear)
@@ -135,6 +136,23 @@ def test_all_families_are_rounded(family: str, rounding: str) -> None:
     for key in groups["attention"]:
         if rounding == "gptq":
             assert not torch.equal(formats.decode(found.encoded[key]), formats.decode(nearest.encoded[key]))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
+def test_positions_count_by_how_many_examples_reach_them(family: str) -> None:
+    context = contracts.tiny_context(family, contracts.tiny_task(family))
+    position = embeddings_of(context.teacher.model).position
+    assert position is not None
+    counts = torch.ones(len(position.weight), 1)
+    for ids in context.train.input_ids:
+        for place in range(len(ids)):
+            counts[place + (PAD + 1 if family == "roberta" else 0)] += 1
+    for rounding in ("weighted", "gptq"):
+        config = QuantizeConfig(embedding="kmeans6", rounding=rounding)  # one codebook for all rows
+        found = Quantize().apply(context.teacher, config, context).encoded[position.key]
+        expected, alike = (formats.encode(position.weight, "kmeans6", weights) for weights in (counts, None))
+        assert torch.equal(formats.decode(found), formats.decode(expected))
+        assert not torch.equal(formats.decode(found), formats.decode(alike))
 
 
 def test_later_layers_are_rounded_for_the_inputs_they_will_have() -> None:
