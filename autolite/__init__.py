@@ -12,14 +12,15 @@ if TYPE_CHECKING:
     from autolite.front import Candidate, Constraints, Front, Result, read_front
     from autolite.inference import pipeline
     from autolite.plan import Plan
+    from autolite.search.reprice import reprice
 
 __version__ = "0.1.0"
-__all__ = ["Candidate", "Constraints", "Front", "Plan", "Result", "pipeline", "read_front", "search"]
+__all__ = ["Candidate", "Constraints", "Front", "Plan", "Result", "pipeline", "read_front", "reprice", "search"]
 
 transformers_hook.install()  # folders of compressed models then load with plain `from_pretrained`
 
 _HOMES = {name: "autolite.front" for name in ("Candidate", "Constraints", "Front", "Result", "read_front")}
-_HOMES |= {"pipeline": "autolite.inference", "Plan": "autolite.plan"}
+_HOMES |= {"pipeline": "autolite.inference", "Plan": "autolite.plan", "reprice": "autolite.search.reprice"}
 
 
 def __getattr__(name: str) -> Any:

@@ -148,24 +148,46 @@ def _front_event(run: Path) -> str:
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=str))
+@click.option("--target", help="Price and rank everything that was confirmed for this target instead.")
+@click.option("--workload", help="With --target: tokens=64,threads=1.  [default: the run's, on the target's threads]")
+@click.option("--max-drop", help="With --target: quality that may be lost, 1%.  [default of each limit: the run's]")
+@click.option("--max-latency", help="With --target: 5ms.")
+@click.option("--max-size", help="With --target: 6MB.")
+@click.option("--max-memory", help="With --target: 100MB.")
+@click.option("--storage", help="With --target: the URL that the run was given.  [default: SQLite in its folder]")
 @click.option("--json", "as_json", is_flag=True, help="front.json on standard output.")
 @_reported
-def front(run: str, as_json: bool) -> None:
-    r"""Show the front of a run.
+def front(run: str, target: str | None, as_json: bool, **changes: str | None) -> None:
+    r"""Show the front of a run, on its own target or on another one.
+
+    Another target takes seconds: nothing is trained or scored again.
 
     \b
-    Example:
+    Examples:
       autolite front runs/demo-pixel8
+      autolite front runs/demo-pixel8 --target raspberry-pi-5
+      autolite front runs/demo-pixel8 --target x86-avx512 --workload tokens=32,threads=1 --max-drop 3%
     """
     from autolite.front import read_front
-    from autolite.report.tables import front_table, misses_table
+    from autolite.report.tables import front_table, misses_table, repriced_table
 
-    found = read_front(Path(run))
-    if as_json:
-        click.echo(json.dumps(found.to_json(), indent=1))
-        return
-    console = _console()
-    console.print(front_table(found) if found.candidates else misses_table(found))
+    if target is None:
+        if pointless := [name for name, value in changes.items() if value is not None]:
+            raise click.UsageError(f"--{pointless[0].replace('_', '-')} needs --target, which it prices anew for")
+        found, console = read_front(Path(run)), _console()
+        if as_json:
+            click.echo(json.dumps(found.to_json(), indent=1))
+            return
+        console.print(front_table(found) if found.candidates else misses_table(found))
+    else:
+        from autolite.search.reprice import reprice
+
+        repriced = reprice(run, target, **changes, progress=lambda text: click.echo(text, err=True))
+        found = repriced.front
+        if as_json:
+            click.echo(json.dumps(found.to_json(), indent=1))
+            return
+        _console().print(repriced_table(repriced))
     if not found.complete:
         click.echo("this run was interrupted: the same search command goes on from here")
 

@@ -16,6 +16,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from autolite.errors import RunError, StorageError
 from autolite.measure import Measurement
 
+TEACHER_SHAPE = "teacher shape"  # the fact with the teacher's ModelShape: what prices for another target start from
+
 
 class Base(DeclarativeBase):
     """Base of AutoLite's tables."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from autolite.hardware.profile import Profile
     from autolite.runtime.tune import Found
     from autolite.runtime.variants import Place
+    from autolite.search.reprice import Repriced
 
 
 def size(count: float) -> str:
@@ -26,8 +27,11 @@ def size(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def front_table(front: Front) -> Group:
-    """Return the front: a row a candidate, the fastest first, under the teacher's; then what was done to each."""
+def front_table(front: Front, was: Mapping[str, str] | None = None) -> Group:
+    """Return the front: a row a candidate, the fastest first, under the teacher's; then what was done to each.
+
+    With `was`, a column of that name says something of each candidate by its id.
+    """
     source = front.candidates[0].latency_ms.source if front.candidates else "predicted"
     work, metric = front.workload, front.teacher["quality"]["metric"]
     table = Table(
@@ -39,13 +43,17 @@ def front_table(front: Front) -> Group:
         show_edge=False,
     )
     base, teacher = front.baseline, front.teacher
-    scored = "test" if teacher["test"] else "quality"  # an interrupted run has not seen the test split
-    for head in ("id", f"{teacher[scored]['split']} {metric}", "kept", "latency ms", "faster", "size", "smaller"):
+    # An interrupted run has not seen the test split, nor has what another target brought back.
+    scored = "test" if teacher["test"] and all(c.test for c in front) else "quality"
+    columns = ["id"] if was is None else ["id", "was"]
+    for head in (*columns, f"{teacher[scored]['split']} {metric}", "kept", "latency ms", "faster", "size", "smaller"):
         # On a narrow terminal the intervals go below their values.
-        table.add_column(head, justify="left" if head == "id" else "right", no_wrap=head not in ("kept", "latency ms"))
+        table.add_column(
+            head, justify="left" if head in columns else "right", no_wrap=head not in ("kept", "latency ms")
+        )
     whole = base["size_bytes"]["value"]
     table.add_row(
-        "teacher",
+        *["teacher", ""][: len(columns)],
         f"{teacher[scored]['value']:.4g}",
         "",
         f"{base['latency_ms']['value']:.3g}",
@@ -57,8 +65,8 @@ def front_table(front: Front) -> Group:
     for c in front:
         kept, latency = c.kept, c.latency_ms
         table.add_row(
-            c.id,
-            f"{(c.test or c.quality).value:.4g}",
+            *([c.id] if was is None else [c.id, was.get(c.id, "-")]),
+            f"{getattr(c, scored).value:.4g}",
             f"{kept.value:.1%} ({100 * kept.low:.1f}-{kept.high:.1%})",
             f"{latency.value:.3g} ({latency.low:.3g}-{latency.high:.3g})",
             f"{c.faster.value:.2f}x",
@@ -70,6 +78,33 @@ def front_table(front: Front) -> Group:
     if tied:
         notes.append(f"In quality the data cannot tell these apart: {', '.join(tied)}")
     return Group(table, *map(Text, notes))
+
+
+def repriced_table(found: Repriced) -> Group:
+    """Return a run's front on another target, how it differs from that on the run's own, and what is not on it."""
+    front, before = found.front, found.before
+    here, there = front.target["name"], before.target["name"]
+    ranks = {c.id: f"{place}." for place, c in enumerate(before, 1)}
+    notes = [
+        f"Latency, memory and energy are predicted for {here}; quality is as scored on the run's processor, "
+        f"{before.confidence['scored_on']}.",
+        f"was: the place by latency on the run's own front, on {there}; - for what was not on it.",
+    ]
+    gone = [c.id for c in before if c.id not in {one.id for one in front} and c.id not in found.refused]
+    if gone:
+        notes.append(f"On the front on {there}, not here: {', '.join(gone)}")
+    notes += [f"Refused: {name}: {reason}" for name, reason in found.refused.items()]
+    if found.removed:
+        notes.append(
+            f"Their folders were removed, since they were not on the front on {there}: {', '.join(found.removed)}; "
+            f"autolite search ... --target {here} --out ... makes candidates for {here}"
+        )
+    if found.promising:
+        notes.append(
+            f"Plans that were only screened and look better here: {len(found.promising)}; type autolite search ... "
+            f"--target {here} --out ... to train them"
+        )
+    return Group(front_table(front, ranks) if front.candidates else misses_table(front), *map(Text, notes))
 
 
 def misses_table(front: Front) -> Table:

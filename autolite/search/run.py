@@ -20,8 +20,8 @@ from autolite.files import write_atomically
 from autolite.front import Candidate, Front, Result, read_front, write_json
 from autolite.hardware import load_target
 from autolite.hardware.local import cpu_name
-from autolite.pareto import nondominated
 from autolite.plan import Plan
+from autolite.search.choose import blocked, choose
 from autolite.search.confirm import confirm, score_on_test
 from autolite.search.engine import Engine
 from autolite.search.evaluate import price
@@ -40,9 +40,7 @@ from autolite.search.settings import Budget, Settings
 from autolite.search.stages import promote
 from autolite.search.studies import StageStudy, open_studies
 from autolite.space import STAGES, Space, Stage, load_space
-from autolite.store import Store, storage_errors
-
-NEAREST_MISSES = 3
+from autolite.store import TEACHER_SHAPE, Store, storage_errors
 
 
 def run(settings: Settings, observer: Observer = silent) -> Result:
@@ -88,6 +86,7 @@ def _search(
     problem = replace(problem, space=_narrowed(problem, store, note))
     _check_reachable(problem)
     store.put("identity", identity)
+    store.put(TEACHER_SHAPE, problem.teacher.shape.to_json())
     with open_studies(settings, store.run, problem.task) as studies:
         engine = Engine(problem, studies, store, clock, observer)
         try:
@@ -197,9 +196,7 @@ def _write_front(
     candidates = [Candidate.from_json(t.user_attrs["candidate"]) for t in studies["confirm"].trials()]
     if not candidates and not complete:
         candidates = list(_early(problem, studies))
-    good = [c for c in candidates if not limits.violations(c)]
-    front = _front(good)
-    misses = [] if front else sorted(candidates, key=lambda c: sum(limits.violations(c).values()))[:NEAREST_MISSES]
+    front, misses = choose(candidates, limits)
     for chosen in [*front, *misses]:
         _make_folder(problem, chosen)
     if complete:
@@ -207,7 +204,6 @@ def _write_front(
     teacher = {"quality": asdict(problem.teacher_quality("selection")), "test": None}
     if complete and front:
         teacher["test"] = asdict(problem.teacher_quality("test"))
-    front = [replace(c, ties=_ties(c, front)) for c in front]
     base = _baseline(problem, candidates)
     written = Front(
         model=describe_model(problem),
@@ -223,8 +219,8 @@ def _write_front(
             "latency": "bootstrap over rounds if measured, the profile's uncertainties if predicted",
         },
         constraints=limits,
-        candidates=tuple(sorted(front, key=lambda c: c.latency_ms.value)),
-        nearest_misses=tuple({**c.to_json(), "blocked_by": limits.violations(c)} for c in misses),
+        candidates=tuple(front),
+        nearest_misses=blocked(misses, limits),
         budget={
             "asked": str(problem.settings.budget),
             "spent_seconds": round(clock.spent, 1),
@@ -238,20 +234,6 @@ def _write_front(
         wanted = {c.id for c in [*front, *misses]}
         for dominated in (c for c in candidates if c.id not in wanted):
             shutil.rmtree(out / dominated.path, ignore_errors=True)
-
-
-def _front(candidates: list[Candidate]) -> list[Candidate]:
-    """The candidates that no other beats in quality, latency and size, by point estimates."""
-    if not candidates:
-        return []
-    # What was timed beside the baseline is compared by that ratio: a drift between two candidates' timings cancels.
-    points = [[-c.kept.value, 1 / c.faster.value, c.size_bytes.value] for c in candidates]
-    return [c for c, best in zip(candidates, nondominated(points), strict=True) if best]
-
-
-def _ties(one: Candidate, front: list[Candidate]) -> tuple[str, ...]:
-    overlapping = (c for c in front if c.kept.low <= one.kept.high and one.kept.low <= c.kept.high)
-    return tuple(c.id for c in overlapping if c.id != one.id)
 
 
 def _make_folder(problem: Problem, candidate: Candidate) -> None:

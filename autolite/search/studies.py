@@ -33,8 +33,7 @@ class StageStudy:
 
     def trials(self) -> list[FrozenTrial]:
         """Return the finished trials that were really evaluated, the teacher's left out."""
-        done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return [t for t in done if t.number > 0 and not t.user_attrs.get("infeasible")]
+        return _evaluated(self.study)
 
     def waiting(self) -> int:
         """Return how many enqueued trials have not begun."""
@@ -98,13 +97,9 @@ def open_studies(settings: Settings, run: str, task: Task) -> Iterator[dict[Stag
         RunError: if the database holds something else under these names, or is not readable.
         StorageError: if it cannot be reached.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # Multivariate TPE and metric names are "experimental" by name only; a user can do nothing about it.
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     url = settings.storage_url
     directions = [task.direction, "minimize", "minimize"]
-    with storage_errors(url):
-        storage = optuna.storages.RDBStorage(url, engine_kwargs=engine_kwargs(url))
+    with _storage(url) as storage:
         studies: dict[Stage, StageStudy] = {}
         for stage in STAGES:
             study = optuna.create_study(
@@ -114,8 +109,40 @@ def open_studies(settings: Settings, run: str, task: Task) -> Iterator[dict[Stag
                 raise RunError(f"{url} holds a study '{study.study_name}' with other objectives; use another --out")
             study.set_metric_names([task.metric, *OBJECTIVES[1:]])
             studies[stage] = StageStudy(stage, study, settings.seed)
+        yield studies
+
+
+def read_trials(url: str, run: str) -> dict[Stage, list[FrozenTrial]]:
+    """Return the evaluated trials of a run's studies by stage; nothing is created.
+
+    Raises:
+        RunError: if the database has no studies of that run, or is not readable.
+        StorageError: if it cannot be reached.
+    """
+    with _storage(url) as storage:
         try:
-            yield studies
+            return {s: _evaluated(optuna.load_study(study_name=f"{run}/{s}", storage=storage)) for s in STAGES}
+        except KeyError:
+            raise RunError(
+                f"{url} has no study of the run '{run}': name the database that it was made with by --storage, or "
+                "type its search command again"
+            ) from None
+
+
+def _evaluated(study: Study) -> list[FrozenTrial]:
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [t for t in done if t.number > 0 and not t.user_attrs.get("infeasible")]
+
+
+@contextmanager
+def _storage(url: str) -> Iterator[optuna.storages.RDBStorage]:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # Multivariate TPE and metric names are "experimental" by name only; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    with storage_errors(url):
+        storage = optuna.storages.RDBStorage(url, engine_kwargs=engine_kwargs(url))
+        try:
+            yield storage
         finally:
             storage.remove_session()
             storage.engine.dispose()
