@@ -61,6 +61,11 @@ class KMeans:
         """Names of the stored tensors that are not by row."""
         return ("codebook",) if self.whole else ()
 
+    @property
+    def scale(self) -> torch.dtype:
+        """Type that scales are stored in."""
+        return torch.bfloat16 if self.group else torch.float32
+
     def by_row(self) -> KMeans:
         """Return the same with a codebook for each row."""
         return replace(self, whole=False)
@@ -80,7 +85,7 @@ class KMeans:
 
     def nbytes(self, n: int, k: int) -> int:
         """Return the bytes of an [n, k] matrix."""
-        scales = 2 * self.groups(k) if self.group else 4
+        scales = self.scale.itemsize * self.groups(k)
         return n * (packed_width(self.padded(k), self.bits) + scales) + (1 if self.whole else n) * 2 * self.count
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> CodebookGrid:
@@ -124,7 +129,7 @@ class KMeans:
         return CodebookGrid(self, levels[None], scales.view(len(weight), -1))
 
     def _starts(self, groups: Tensor, weights: Tensor) -> list[Tensor]:
-        """Return levels to begin with: even ones, quantiles of a normal distribution, and the values if they are few."""
+        """Return levels to begin with: even, quantiles of a normal distribution, and the values if they are few."""
         quantiles = torch.special.ndtri(torch.linspace(0.5 / self.count, 1 - 0.5 / self.count, self.count))
         starts = [_even(self.bits), quantiles / quantiles.max()]
         extreme = _extreme(groups)
@@ -154,6 +159,7 @@ class Fixed:
 
     linear = False
     shared = ()
+    scale = torch.bfloat16
 
     def by_row(self) -> Fixed:
         """Return itself: scales are by row."""
@@ -218,7 +224,8 @@ class CodebookGrid:
         """Return what is stored for codes [n, k]: packed codes, scales, and levels that were fitted."""
         fill = 0 if isinstance(self.format, KMeans) else self.format.levels.index(0.0)
         codes = pad(codes, (0, self.format.padded(codes.shape[1]) - codes.shape[1]), value=fill)
-        scales = self.scales.bfloat16() if self.format.group else self.scales.flatten()
+        scales = self.scales.to(self.format.scale)
+        scales = scales if self.format.group else scales.flatten()
         found = {"codes": pack(codes, self.format.bits), "scales": scales}
         return {**found, "codebook": self.levels.half()} if isinstance(self.format, KMeans) else found
 

@@ -8,9 +8,9 @@ r"""Every method of every technique on the same model, data and budget: the tabl
         --only decoder
     python benchmarks/techniques.py --teacher stories260K/ --task language-modeling --only decoder
 
-A row is a plan. It is compressed, emitted as ONNX and scored on the test split, once; a language model without data is
-scored on text that it generates itself. What was scored is kept in results.jsonl of the work folder, so that a second
-call goes on where the first one stopped.
+A row is a plan. It is compressed, emitted as ONNX and scored on the test split, once; what is to be chosen among is
+compared with `--split selection` before. A language model without data is scored on text that it generates itself.
+What was scored is kept in results.jsonl of the work folder, so that a second call goes on where the first one stopped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from autolite.measure import Workload
 from autolite.plan import Plan, make_step
 from autolite.reload import load_model
 from autolite.search.scoring import Score, kept, score
-from autolite.tasks.base import DataSpec, Split
+from autolite.tasks.base import IGNORED, DataSpec, Split
 from autolite.techniques.base import Context, Student
 from autolite.vocabulary import trimmed
 
@@ -45,10 +45,11 @@ console = Console(width=150)
 
 @dataclass(frozen=True)
 class Bench:
-    """One teacher with its data; `test` is at most `limit` examples of the test split."""
+    """One teacher with its data; `test` is at most `limit` examples of the `split` that is scored."""
 
     context: Context
     spec: DataSpec
+    split: str
     test: Split
     chosen: np.ndarray
     teacher: Score
@@ -72,7 +73,8 @@ def scored(student: Student, bench: Bench) -> tuple[Score, int]:
     test, vocabulary, tokenizer = bench.test, student.vocabulary, bench.context.tokenizer
     if vocabulary is not None and tokenizer is not None:
         own = trimmed(tokenizer, vocabulary)
-        test = bench.context.task.load(bench.spec, own, student.model.config).test.take(bench.chosen)
+        test = bench.context.task.load(bench.spec, own, student.model.config)
+        test = getattr(test, bench.split).take(bench.chosen)
     runtime = registry.get("runtime", "onnxruntime")
     with tempfile.TemporaryDirectory() as folder:
         files = runtime.emit(student, Path(folder), Workload(tokens=64))
@@ -84,7 +86,7 @@ def scored(student: Student, bench: Bench) -> tuple[Score, int]:
 def run(bench: Bench, group: str, name: str, steps: list[tuple[str, Mapping[str, Any]]], seed: int) -> dict[str, Any]:
     """Return a row's numbers: quality and the fraction of the teacher's, bytes, and seconds of compression."""
     plan = Plan(tuple(make_step(technique, dict(settings)) for technique, settings in steps), seed)
-    key = f"{group}/{name}/{plan.digest}"
+    key = f"{group}/{name}/{plan.digest}" + ("" if bench.split == "test" else f"/{bench.split}")
     known = bench.known()
     if key in known:
         return known[key]
@@ -144,7 +146,7 @@ def own_stories(model: Any, tokenizer: Any, work: Path, count: int, tokens: int)
     return folder
 
 
-def load(teacher: Path, source: Path | None, task_name: str, work: Path, limit: int) -> Bench:
+def load(teacher: Path, source: Path | None, task_name: str, work: Path, limit: int, split: str) -> Bench:
     """Load everything, and score the teacher's own fp32 artifact."""
     task = registry.get("task", task_name)
     model, tokenizer = load_model(str(teacher), task.auto_class)
@@ -155,10 +157,36 @@ def load(teacher: Path, source: Path | None, task_name: str, work: Path, limit: 
     cache = work / "cache"
     cache.mkdir(parents=True, exist_ok=True)
     context = Context(student, task, data.train, tokenizer.pad_token_id or 0, cache=cache, tokenizer=tokenizer)
-    chosen = np.sort(np.random.default_rng(0).permutation(len(data.test))[:limit])
-    bench = Bench(context, spec, data.test.take(chosen), chosen, Score(np.ones((1, 2))), 0, work)
+    scored_on: Split = getattr(data, split)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(scored_on))[:limit])
+    bench = Bench(context, spec, split, scored_on.take(chosen), chosen, Score(np.ones((1, 2))), 0, work)
     found, size = scored(student, bench)
     return replace(bench, teacher=found, teacher_bytes=size)
+
+
+def few_labels(context: Context, texts: str, labelled: int = 2000) -> Context:
+    """Return a context with labels for the first examples only; the rest are not there, or are there as texts without
+    labels; or each epoch leaves out a tenth of the tokens by chance."""
+    train = context.train
+    some, rest = train.take(range(labelled)), train.take(range(labelled, len(train)))
+    match texts:
+        case "few":
+            return replace(context, train=some)
+        case "unlabelled":
+            unknown = np.full(len(rest), IGNORED)
+            return replace(context, train=some, unlabelled=replace(rest, labels=unknown))
+        case _:
+            return replace(context, train=some, augment=fewer_tokens)
+
+
+def fewer_tokens(split: Split, rng: np.random.Generator) -> Split:
+    """Leave out a tenth of the tokens, but never the first and the last."""
+    ids = []
+    for each in split.input_ids:
+        stays = rng.random(len(each)) >= 0.1
+        stays[[0, -1]] = True
+        ids.append(each[stays])
+    return replace(split, input_ids=ids)
 
 
 def chosen_groups(only: str) -> Iterator[str]:
@@ -174,17 +202,35 @@ def chosen_groups(only: str) -> Iterator[str]:
 @click.option("--data", "source", type=click.Path(exists=True, path_type=Path))
 @click.option("--task", default="text-classification", show_default=True)
 @click.option("--only", required=True, help=f"Groups, by comma: {', '.join(GROUPS)}.")
-@click.option("--limit", default=100_000, show_default=True, help="Examples of the test split.")
+@click.option("--limit", default=100_000, show_default=True, help="Examples of the split.")
+@click.option("--split", default="test", show_default=True, type=click.Choice(["search", "selection", "test"]))
 @click.option("--second-teacher", type=click.Path(exists=True, path_type=Path), help="Of the same labels.")
+@click.option(
+    "--texts",
+    default="all",
+    show_default=True,
+    type=click.Choice(["all", "few", "unlabelled", "augmented"]),
+    help="2000 examples with labels: alone, with the others' texts, or with tokens left out by chance.",
+)
 @click.option("--work", default="runs/techniques", show_default=True, type=click.Path(path_type=Path))
 def main(
-    teacher: Path, source: Path | None, task: str, only: str, limit: int, second_teacher: Path | None, work: Path
+    teacher: Path,
+    source: Path | None,
+    task: str,
+    only: str,
+    limit: int,
+    split: str,
+    second_teacher: Path | None,
+    texts: str,
+    work: Path,
 ) -> None:
     groups = list(chosen_groups(only))
     if second_teacher is not None:
         GROUPS["two teachers"] = two_teachers(str(second_teacher.resolve()))
         groups.append("two teachers")
-    bench = load(teacher, source, task, work / teacher.resolve().name, limit)
+    bench = load(teacher, source, task, work / texts / teacher.resolve().name, limit, split)
+    if texts != "all":
+        bench = replace(bench, context=few_labels(bench.context, texts))
     for group in groups:
         table(bench, group)
 

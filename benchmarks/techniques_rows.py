@@ -182,19 +182,58 @@ def embedding() -> Rows:
     return rows
 
 
+def thirds(heads: float, ffn: float, rank: float, form: str, table: str) -> tuple[Steps, Steps, Steps, Steps]:
+    """Return the steps of a recipe for about a 25th of the bytes: cut, and distilled, and rounded, and recovered."""
+    cut: Steps = [
+        ("embedding", {"vocabulary": "used", "min_count": 5, "rank": rank}),
+        ("prune", {"heads": heads, "ffn": ffn, "importance": "wanda", "reconstruct": True}),
+    ]
+    trained: Steps = [*cut, ("distill", {"steps": 1500, "embeddings": True, "learning_rate": 3e-4})]
+    rounded: Steps = [*trained, everywhere(form, table, head="int8", rounding="gptq")]
+    return cut, trained, rounded, [*rounded, ("recover", {"steps": 150, "learning_rate": 1e-4})]
+
+
+# To choose among with --split selection.
+RECIPES: dict[str, tuple[float, float, float, str, str]] = {
+    "1024 neurons, int3-g64": (0.5, 0.667, 96.0, "int3-g64", "int3"),
+    "1024 neurons, kmeans3-g64": (0.5, 0.667, 96.0, "kmeans3-g64", "int3"),
+    "672 neurons, int4-g64": (0.5, 0.4375, 96.0, "int4-g64", "int3"),
+    "864 neurons, rank 128, kmeans3-g64": (0.5, 0.5625, 128.0, "kmeans3-g64", "int3"),
+}
+
+
+def recipes() -> Rows:
+    """Ways to a 25th of the teacher's bytes."""
+    return [(name, thirds(*settings)[2], 1) for name, settings in RECIPES.items()]
+
+
 def smallest() -> Rows:
-    """All techniques together, to a 25th of the teacher's bytes."""
-    table = {"vocabulary": "used", "min_count": 5, "rank": 96.0}
-    cut = {"heads": 0.5, "ffn": 0.4375, "importance": "wanda", "reconstruct": True}
-    steps: Steps = [("embedding", table), ("prune", cut)]
-    trained: Steps = [*steps, ("distill", {"steps": 1500, "embeddings": True, "learning_rate": 3e-4})]
-    small = everywhere("int3-g64", "int3", head="int8", rounding="gptq")
-    recover = ("recover", {"steps": 150, "learning_rate": 1e-4})
+    """All techniques together, to a 25th of the teacher's bytes: what was best of `recipes`."""
+    names = ("cut, nothing trained, fp32", "and distilled, fp32", "and rounded, GPTQ", "and recovered in these formats")
+    return [(name, steps, SEEDS) for name, steps in zip(names, thirds(*RECIPES[CHOSEN]), strict=True)]
+
+
+CHOSEN = "1024 neurons, kmeans3-g64"
+
+
+def texts() -> Rows:
+    """Distillation where few examples have labels."""
+    steps = {"steps": CURVE[2], "hidden": 0.0}
     return [
-        ("cut, nothing trained, fp32", steps, 1),
-        ("and distilled, fp32", trained, 1),
-        ("and int3, GPTQ", [*trained, small], 1),
-        ("and recovered in these formats", [*trained, small, recover], 1),
+        (f"a quarter, {name}, {CURVE[2]} steps", [("prune", QUARTER), ("distill", {**steps, "alpha": alpha})], SEEDS)
+        for name, alpha in (("labels and logits", 0.2), ("logits only", 0.0))
+    ]
+
+
+def batches() -> Rows:
+    """Batches of 64 at once and in two parts."""
+    return [
+        (
+            f"a quarter, batches of {size} x {parts}",
+            [("prune", QUARTER), ("distill", {"steps": CURVE[1], "batch_size": size, "accumulate": parts})],
+            SEEDS,
+        )
+        for size, parts in ((64, 1), (32, 2))
     ]
 
 
@@ -279,6 +318,7 @@ def two_teachers(second: str) -> Rows:
 
 
 QUARTER = {"heads": 0.25, "ffn": 0.25}
+SHORT = ("labels only", "logits only", "labels and logits", "and hidden states, MSE", "and query")
 GROUPS: dict[str, Rows] = {
     "prune": prune(),
     "share": share(),
@@ -291,5 +331,9 @@ GROUPS: dict[str, Rows] = {
     "relaxed": relaxed(),
     "recover": recover(),
     "second": second(),
+    "recipes": recipes(),
     "smallest": smallest(),
+    "texts": texts(),
+    "batches": batches(),
+    "short-curve": [row for row in distill() if row[0].startswith(SHORT)],
 }

@@ -99,11 +99,8 @@ def _grouped(graph: Graph, values: str, groups: int, group: int) -> str:
     return graph.op("Reshape", values, graph.constant([-1, groups, group]))
 
 
-def _float(graph: Graph, layout: Layout, scales: str) -> str:
-    stored = layout.scale if isinstance(layout, Linear) else torch.float32
-    if isinstance(layout, Fixed) or stored == torch.bfloat16:
-        return graph.op("Cast", scales, to=TensorProto.FLOAT)
-    return scales
+def _float(graph: Graph, layout: Linear | KMeans | Fixed, scales: str) -> str:
+    return scales if layout.scale == torch.float32 else graph.op("Cast", scales, to=TensorProto.FLOAT)
 
 
 def _byte(graph: Graph, value: int) -> str:
