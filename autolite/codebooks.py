@@ -133,7 +133,8 @@ class KMeans:
         quantiles = torch.special.ndtri(torch.linspace(0.5 / self.count, 1 - 0.5 / self.count, self.count))
         starts = [_even(self.bits), quantiles / quantiles.max()]
         extreme = _extreme(groups)
-        values = (groups / extreme)[(extreme != 0) & (weights > 0)].half().unique().float()
+        values = (groups / extreme)[(extreme != 0) & (weights > 0)]
+        values = torch.from_numpy(np.unique(values.half().numpy())).float()
         if len(values) <= self.count:
             starts.append(pad(values, (self.count - len(values), 0), value=_ABOVE_MINUS_ONE).sort().values)
         return starts
@@ -366,9 +367,9 @@ def _sample(groups: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _in_turns(groups: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
+def _in_turns(groups: Tensor, weights: Tensor, start: Tensor) -> Tensor:
     """Improve ascending levels, the last of which stays 1, and the scales of groups [m, g] in turns (Lloyd 1982)."""
-    count = len(levels)
+    levels, count = start, len(start)
     for _ in range(_TURNS):
         scales, _ = _best_scales(groups, weights, levels)
         values = groups / scales
@@ -376,7 +377,7 @@ def _in_turns(groups: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
         mass = (weights * (scales / scales.abs().max()).square()).double()
         counts = torch.bincount(codes, mass.flatten(), count)
         means = torch.bincount(codes, (mass * values).flatten(), count) / counts.clamp(min=1e-300)
-        levels = torch.where(counts > 0, means.float(), levels).clamp_(_ABOVE_MINUS_ONE, 1)
+        levels = torch.where(counts > 0, means.float(), levels).clamp(_ABOVE_MINUS_ONE, 1)
         levels[-1] = 1
         levels = levels.half().float().sort().values
     return levels

@@ -3,6 +3,9 @@
 A space lists the techniques in the order they are applied; each setting is a value (fixed; `value: [...]` for one that
 is a list itself), a list (one of these) or a range (`low`, `high`, and `step` or `log`). `stage` names the fidelity
 from which a setting is searched; before it, `default` holds. Parameters are called "technique.setting" in the study.
+
+A list that has `by-layer` among its choices is also searched with a level for each layer. What is drawn then are a few
+numbers for the whole model ("frontier.…"), of which `autolite.search.frontier` makes the levels.
 """
 
 from __future__ import annotations
@@ -30,6 +33,11 @@ Scalar = bool | int | float | str
 Fixed = Scalar | tuple[Scalar, ...]
 Params = dict[str, Any]
 
+BY_LAYER = "by-layer"
+FRONTIER = "frontier"  # before the names of the numbers that levels by layer are made of
+PRICES = ("latency", "size")
+THIRDS = ("first", "middle", "last")
+
 
 class Setting(BaseModel):
     """One searched setting: `choices`, or a range from `low` to `high`."""
@@ -56,6 +64,16 @@ class Setting(BaseModel):
         if self.stage != "screen" and self.default is None:
             raise ValueError(f"a setting searched from stage '{self.stage}' needs a default for the stages before it")
         return self
+
+    @property
+    def levels(self) -> tuple[Scalar, ...]:
+        """The choices but for "by-layer"."""
+        return tuple(choice for choice in self.choices or () if choice != BY_LAYER)
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether a level for each layer is among the choices."""
+        return BY_LAYER in (self.choices or ())
 
     def suggest(self, trial: Trial, name: str) -> Scalar:
         """Draw this setting in an Optuna trial; a value drawn or enqueued before is kept."""
@@ -103,13 +121,29 @@ class Space(BaseModel):
 
     @property
     def settings(self) -> dict[str, Setting]:
-        """The searched settings by parameter name ("prune.heads")."""
-        return {
+        """The searched settings by parameter name ("prune.heads"), and the numbers that levels by layer are made of."""
+        found = {
             f"{technique}.{key}": setting
             for technique, settings in self.techniques
             for key, setting in settings.items()
             if isinstance(setting, Setting)
         }
+        layered = [name for name, setting in found.items() if setting.by_layer]
+        return (
+            found
+            | {f"{FRONTIER}.{price}": _PRICE for price in PRICES if layered}
+            | {f"{FRONTIER}.{name}": _WEIGHT for name in (*layered, *THIRDS) if layered}
+        )
+
+    @property
+    def layered(self) -> dict[str, Setting]:
+        """The settings that can have a level for each layer, by parameter name."""
+        return {name: setting for name, setting in self.settings.items() if setting.by_layer}
+
+    def cheapest(self) -> Params:
+        """Return the lowest end of every setting, and prices at which every layer has its cheapest level."""
+        lowest = {n: min(s.extremes(), key=lambda v: (isinstance(v, str), v)) for n, s in self.settings.items()}
+        return {n: _PRICE.high if n in _PRICED else value for n, value in lowest.items()}
 
     @property
     def trains(self) -> bool:
@@ -125,9 +159,18 @@ class Space(BaseModel):
         """Return `params` with defaults for the settings that it lacks (else the first choice, or the low end)."""
         return {n: params.get(n, s.extremes()[0] if s.default is None else s.default) for n, s in self.settings.items()}
 
-    def plan(self, params: Mapping[str, Any], effort: int, seed: int) -> Plan:
-        """Decode `params` into a plan whose training steps have `effort`. Deterministic."""
-        values = self.complete(params)
+    def plan(
+        self,
+        params: Mapping[str, Any],
+        effort: int,
+        seed: int,
+        by_layer: Mapping[str, tuple[Scalar, ...]] | None = None,
+    ) -> Plan:
+        """Decode `params` into a plan whose training steps have `effort`. Deterministic.
+
+        `by_layer` are the levels of the settings whose value is "by-layer", one for each layer.
+        """
+        values = {**self.complete(params), **(by_layer or {})}
         steps = []
         for name, settings in self.techniques:
             technique = registry.get("technique", name)
@@ -149,7 +192,7 @@ class Space(BaseModel):
         free = {
             name: setting.choices
             for name, setting in self.settings.items()
-            if name.split(".")[0] in numeric and setting.choices and set(setting.choices) <= set(formats.FORMATS)
+            if name.split(".")[0] in numeric and setting.choices and set(setting.levels) <= set(formats.FORMATS)
         }
         for values in product(*free.values()):
             other = {**params, **dict(zip(free, values, strict=True))}
@@ -194,6 +237,11 @@ class Space(BaseModel):
             if changed not in start:
                 start.append(changed)
         return self.model_copy(update={"steps": steps, "start": tuple(start)})
+
+
+_PRICE = Setting(low=1e-4, high=1e2, log=True, default=1e-2)  # nats for the whole of the teacher's latency or size
+_WEIGHT = Setting(low=1 / 8, high=8.0, log=True, default=1.0)  # of an estimated rise of the loss
+_PRICED = tuple(f"{FRONTIER}.{price}" for price in PRICES)
 
 
 @dataclass(frozen=True)
@@ -271,7 +319,7 @@ def _check(space: Space, source: _Source) -> None:
         for key, setting in settings.items():
             if key == effort:
                 raise source.error(f"steps.{name}.{key}", "is set by 'stages.<stage>.effort', not searched")
-            values = setting.extremes() if isinstance(setting, Setting) else (setting,)
+            values = (setting.levels or setting.extremes()) if isinstance(setting, Setting) else (setting,)
             if isinstance(setting, Setting) and setting.default is not None:
                 values = (*values, setting.default)
             for value in values:

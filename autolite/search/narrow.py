@@ -13,7 +13,7 @@ from autolite import formats, registry
 from autolite.errors import PlanError, SpaceError
 from autolite.search.evaluate import price
 from autolite.search.problem import Problem
-from autolite.space import Setting, Space
+from autolite.space import BY_LAYER, Setting, Space
 from autolite.techniques.calibrate import grid
 
 EQUAL = 1.02  # latencies within this factor are not told apart
@@ -59,7 +59,7 @@ def narrow(problem: Problem, note: Callable[[str], None]) -> Space:
             f"{slow} is slower than {fast} here: tried for its size only" for slow, fast in slower(kept).items()
         ]
         first = next(form for form in runnable if form not in better)
-        for choice in setting.choices or ():
+        for choice in setting.levels:
             if choice not in runnable or choice in better:
                 instead[name][str(choice)] = better.get(str(choice), first)
         if remarks:
@@ -70,14 +70,14 @@ def narrow(problem: Problem, note: Callable[[str], None]) -> Space:
 def _format_settings(space: Space) -> Iterator[tuple[str, Setting]]:
     """Yield the searched settings that choose among number formats."""
     for name, setting in space.settings.items():
-        numeric = registry.get("technique", name.partition(".")[0]).numeric
-        if numeric and setting.choices and all(choice in formats.FORMATS for choice in setting.choices):
+        named = setting.levels and all(level in formats.FORMATS for level in setting.levels)
+        if named and registry.get("technique", name.partition(".")[0]).numeric:
             yield name, setting
 
 
 def _runnable(problem: Problem, name: str, setting: Setting) -> tuple[list[str], list[str]]:
     """Return the choices that the runtime and the target can run, and what to say of the others."""
-    runnable, remarks = [str(choice) for choice in setting.choices or ()], []
+    runnable, remarks = [str(level) for level in setting.levels], []
     for what, known in (
         (problem.runtime.name, problem.runtime.formats),
         (problem.profile.name, problem.profile.formats),
@@ -97,9 +97,11 @@ def _runnable(problem: Problem, name: str, setting: Setting) -> tuple[list[str],
 def _options(problem: Problem, name: str, choices: Sequence[str]) -> list[Option]:
     """Price every choice in every start plan; plans in which one of them is not possible are left out."""
     found = []
+    alike = {key: setting.levels[0] for key, setting in problem.space.layered.items()}
     for start in problem.space.start or ({},):
+        params = {key: alike[key] if value == BY_LAYER else value for key, value in start.items()}
         with suppress(PlanError):  # such as a tied head in another format than its embedding
-            plans = [problem.plan({**start, name: choice}, 1) for choice in choices]
+            plans = [problem.plan({**alike, **params, name: choice}, 1) for choice in choices]
             found.append([price(problem, problem.shape(plan)) for plan in plans])
     return [
         Option(

@@ -23,11 +23,13 @@ from autolite.export import Provenance
 from autolite.files import sha256, write_atomically
 from autolite.front import Quality
 from autolite.hardware import load_target
+from autolite.hardware.predict import predict
 from autolite.hardware.profile import Profile, dump_profile, parse_profile
 from autolite.measure import Workload
 from autolite.plan import Plan
 from autolite.runtime.auto import AutoRuntime
 from autolite.runtime.base import Runtime
+from autolite.search.frontier import Frontier
 from autolite.search.scoring import Score, quality, score, scoring_threads
 from autolite.search.settings import Settings
 from autolite.space import Params, Space
@@ -118,7 +120,17 @@ class Problem:
         Raises:
             PlanError: if a step cannot be applied.
         """
-        return resolve(self.space.plan(params, effort, self.settings.seed), self.context)
+        levels = self.frontier.levels(params)
+        return resolve(self.space.plan(params, effort, self.settings.seed, levels), self.context)
+
+    @property
+    def frontier(self) -> Frontier:
+        """What makes levels for each layer, priced on the target."""
+        return Frontier(self.space, self.context, self._price)
+
+    def _price(self, shape: ModelShape) -> tuple[float, float]:
+        found = predict(shape, self.profile, self.workload)
+        return found["latency_ms"].value, found["size_bytes"].value
 
     def shape(self, plan: Plan) -> ModelShape:
         """Return the shape that a resolved plan leads to.

@@ -165,8 +165,7 @@ def _check_reachable(problem: Problem, plans: int = 300) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     least = dict.fromkeys(wanted, float("inf"))
-    settings = problem.space.settings
-    smallest = {n: min(s.extremes(), key=lambda v: (isinstance(v, str), v)) for n, s in settings.items()}
+    smallest = problem.space.cheapest()
     drawn = [smallest, *problem.space.variants(smallest)]
     drawn += [problem.space.suggest(study.ask(), "confirm") for _ in range(plans)]
     for params in drawn:

@@ -15,6 +15,7 @@ from autolite.errors import PlanError
 from autolite.pareto import nondominated, spread_subset
 from autolite.search.confirm import TIMING_SECONDS
 from autolite.search.evaluate import price
+from autolite.search.frontier import seeds
 from autolite.search.problem import Problem
 from autolite.search.progress import Clock
 from autolite.search.studies import StageStudy
@@ -83,7 +84,7 @@ def decide(stage: Stage, problem: Problem, studies: dict[Stage, StageStudy], clo
             scoring = sorted(map(_scoring_seconds, source))[len(source) // 2]
             seconds -= count * _folder_seconds(problem) + (count - len(chosen)) * scoring
         chosen, effort = _fit(chosen, seconds, floor, limits.max_effort)
-    queue: list[Params] = [dict(t.params) for t in chosen] or [dict(start) for start in space.start[:count]]
+    queue: list[Params] = [dict(t.params) for t in chosen] or seeds(problem.frontier, count)
     if stage == "confirm":
         queue = [space.complete(params) for params in queue]
         queue += _formats(problem, queue, count - len(queue))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -116,6 +116,23 @@ class Technique(Protocol):
 
     def apply(self, student: Student, config: plan.Config, context: Context) -> Student:
         """Return the compressed student; the one given and the teacher stay untouched."""
+        ...
+
+
+Part = Literal["attention", "ffn"]
+PARTS: tuple[Part, ...] = ("attention", "ffn")
+
+
+@runtime_checkable
+class Layered(Protocol):
+    """A technique of which some settings can have another level in each layer: `layered` maps these to the part of the
+    layers that they change."""
+
+    layered: ClassVar[Mapping[str, Part]]
+
+    def damage(self, setting: str, levels: Sequence[Any], context: Context) -> list[list[float]]:
+        """Return by how many nats the loss is estimated to rise, nothing trained, if one layer of the teacher has this
+        setting at one of `levels`: for each level, one number a layer."""
         ...
 
 

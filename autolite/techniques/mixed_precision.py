@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +16,11 @@ from autolite.errors import PlanError
 from autolite.parts import Matrix, layers_of, matrices_of
 from autolite.surgery import clone
 from autolite.tasks.encoding import fingerprint
-from autolite.techniques.base import Context
+from autolite.techniques.base import PARTS, Context, Part
 from autolite.techniques.teacher import to_tensors
 
 EXAMPLES = 128  # whose gradients are squared, one by one
 UNITS = 2**14  # bytes are counted in such parts of the budget: sums stay few, and exact if it is smaller
-
-Part = Literal["attention", "ffn"]
-PARTS: tuple[Part, ...] = ("attention", "ffn")
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ it hangs on grouped-query attention, removes nothing from Conv1D and does not kn
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import AfterValidator, Field, field_validator
 
 from autolite import plan
@@ -17,7 +19,7 @@ from autolite.errors import PlanError
 from autolite.residual import keep_hidden
 from autolite.surgery import clone, keep_heads, keep_layers, keep_neurons
 from autolite.techniques.allocate import Budget, allocate
-from autolite.techniques.base import Context, Student, require_float32, require_map
+from autolite.techniques.base import Context, Part, Student, require_float32, require_map
 from autolite.techniques.channels import channel_importance, head_outputs
 from autolite.techniques.depth import chosen_layers, nearest, spaced_layers
 from autolite.techniques.importance import best, importance
@@ -107,6 +109,10 @@ def kept_neurons(width: int, amount: float, multiple: int) -> int:
     return width if amount == 1 else min(width, multiple * max(1, nearest(amount * width / multiple)))
 
 
+def _kept_units(setting: str, units: int, level: float) -> int:
+    return kept_heads(units, level) if setting == "heads" else kept_neurons(units, level, 1)
+
+
 class Prune:
     """Layers go first; then channels, heads and neurons go by their importance in what is left; zeros come last."""
 
@@ -115,6 +121,18 @@ class Prune:
     numeric: ClassVar[bool] = False
     effort: ClassVar[str | None] = None
     needs_map: ClassVar[bool] = True
+    layered: ClassVar[Mapping[str, Part]] = {"heads": "attention", "ffn": "ffn"}
+
+    def damage(self, setting: str, levels: Sequence[Any], context: Context) -> list[list[float]]:
+        """Return half of the Fisher information of the units that go, in nats: for each fraction, one number a layer
+        (Kwon et al. 2022)."""
+        scores = importance(context.teacher, "fisher", context)
+        by_layer = scores.heads if setting == "heads" else scores.neurons
+        rising = [torch.cat((each.new_zeros(1), each.sort().values.cumsum(0))) / 2 for each in by_layer]
+        return [
+            [float(each[len(each) - 1 - _kept_units(setting, len(each) - 1, level)]) for each in rising]
+            for level in levels
+        ]
 
     def resolve(self, shape: ModelShape, config: plan.Config, context: Context) -> plan.Config:
         """Return `config` with the layers that stay and the widths of each, where the teacher decides them, and without

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -12,9 +13,9 @@ from autolite.architecture import ModelShape, factor_format
 from autolite.errors import PlanError
 from autolite.formats import FORMATS
 from autolite.parts import layers_of, matrices_of, with_factors
-from autolite.techniques.base import Context, Student
+from autolite.techniques.base import PARTS, Context, Part, Student
 from autolite.techniques.calibrate import Method, input_ranges
-from autolite.techniques.mixed_precision import allocate
+from autolite.techniques.mixed_precision import allocate, blocks_of, sensitivities
 from autolite.techniques.rounding import Rounding, rounded
 from autolite.techniques.scaling import Scaling, scaled
 
@@ -85,6 +86,20 @@ class Quantize:
     numeric: ClassVar[bool] = True
     effort: ClassVar[str | None] = None
     needs_map: ClassVar[bool] = False
+    layered: ClassVar[Mapping[str, Part]] = {part: part for part in PARTS}
+
+    def damage(self, setting: str, levels: Sequence[Any], context: Context) -> list[list[float]]:
+        """Return half of the Fisher information times the squared rounding error, in nats: for each format, one number
+        a layer (`autolite.techniques.mixed_precision.sensitivities`)."""
+        part = self.layered[setting]
+        found = sensitivities(context, levels)
+        weights = {
+            source: block.weights
+            for block in blocks_of(context.teacher.shape)
+            if block.part == part
+            for source in block.sources
+        }
+        return [[0.5 * each * weights[i] for i, each in enumerate(found[part, level])] for level in levels]
 
     def resolve(self, shape: ModelShape, config: plan.Config, context: Context) -> plan.Config:
         """Return `config` with formats in the place of `average_bits`, and without what has no effect on them.

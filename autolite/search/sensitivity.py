@@ -1,0 +1,61 @@
+"""S0: how much the loss rises at each level of each layer, estimated in one sweep and kept for later runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autolite import registry
+from autolite.errors import SpaceError
+from autolite.files import write_atomically
+from autolite.hardware.local import cache_dir
+from autolite.space import Space
+from autolite.techniques.base import Context, Layered, weights_digest
+
+Damages = dict[str, NDArray[np.float64]]
+
+
+def damages(space: Space, context: Context) -> Damages:
+    """Return, for each setting of `space` that can have a level for each layer, the estimated rise of the loss in nats
+    [levels, layers] if one layer of the teacher has one of its levels, and nothing else is done or trained.
+
+    A file in the user's cache folder, named by the weights, the training data, the seed and the levels, serves other
+    runs, targets and budgets.
+
+    Raises:
+        SpaceError: if a setting cannot have a level for each layer.
+    """
+    found: Damages = {}
+    for name, setting in space.layered.items():
+        technique_name, _, key = name.partition(".")
+        technique = registry.get("technique", technique_name)
+        if not isinstance(technique, Layered) or key not in technique.layered:
+            known = ", ".join(sorted(technique.layered)) if isinstance(technique, Layered) else "none"
+            raise SpaceError(
+                f"search space {space.name}: {name} cannot differ between layers (of {technique_name}'s settings these "
+                f"can: {known}); leave out its choice 'by-layer'"
+            )
+        memory = f"damage-{name}-{setting.levels}"
+        if memory not in context.memory:
+            context.memory[memory] = _kept(technique, name, setting.levels, context)
+        found[name] = context.memory[memory]
+    return found
+
+
+def _kept(technique: Layered, name: str, levels: tuple[object, ...], context: Context) -> NDArray[np.float64]:
+    given = [weights_digest(context.teacher.model), context.training_data(), context.seed, name, levels]
+    digest = hashlib.sha256(json.dumps(given).encode()).hexdigest()[:24]
+    file = cache_dir() / "sensitivities" / f"{digest}.json"
+    with suppress(OSError, ValueError):  # a damaged file is made anew
+        known = np.array(json.loads(file.read_text(encoding="utf-8")), dtype=np.float64)
+        if known.shape == (len(levels), len(context.teacher.shape.stacks[-1].layers)):
+            return known
+    values = technique.damage(name.partition(".")[2], levels, context)
+    with suppress(OSError):  # a folder that cannot be written only costs time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(values).encode())
+    return np.array(values, dtype=np.float64)
