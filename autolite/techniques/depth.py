@@ -4,6 +4,7 @@ with what is left as it is or fitted."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -40,7 +41,8 @@ def chosen_layers(student: Student, choice: Choice, count: int, context: Context
 
     "similarity": those of the largest block influence. "damage": layers are skipped one after the other, each time the
     one without which the loss on the calibration examples is least. "second-order": the same with every gap bridged by
-    the output projection before it (`autolite.techniques.reconstruct.bridge_gaps`).
+    the output projection before it (`autolite.techniques.reconstruct.bridge_gaps`), and the loss on other examples than
+    those that it is fitted to, which it flatters, unless the training split has no others.
     """
     layers = len(student.shape.stacks[-1].layers)
     key = f"{scored_on(student, context)}-layers-{choice}"
@@ -89,13 +91,14 @@ def block_influence(model: PreTrainedModel, context: Context) -> torch.Tensor:
 
 @torch.no_grad()
 def _loss(model: PreTrainedModel, kept: list[int], bridged: bool, context: Context) -> float:
-    """The task's loss on the calibration examples with only these layers."""
+    """The task's loss on the calibration examples with only these layers; if they are bridged, on a second sample."""
     twin: Any = clone(model)
     keep_layers(twin, kept)
     twin.to(context.device).train(False)
     if bridged:
         original: Any = clone(model)
         bridge_gaps(twin, original.to(context.device).train(False), context)
+        context = replace(context, seed=context.seed + 1)
     total, split = 0.0, sample(context)
     for batch in context.task.batches(split, BATCH, context.pad_id):
         inputs, labels = to_tensors(batch, context.device)

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 from autolite.parts import layer_modules
 from autolite.surgery import keep_layers
+from autolite.techniques import depth, walk
 from autolite.techniques.base import Context
 from autolite.techniques.depth import block_influence, chosen_layers
+from autolite.techniques.observe import sample
 from autolite.techniques.prune import Prune, PruneConfig
 from autolite.techniques.reconstruct import bridge_gaps
 
@@ -88,3 +90,14 @@ def test_layers_go_that_the_rest_makes_up_for(make_tiny: MakeContext) -> None:
     assert found == PruneConfig(depth=tuple(i for i in range(4) if i != gone), reconstruct=True)
     whole = Prune().resolve(context.teacher.shape, PruneConfig(layers="second-order"), context)
     assert whole == PruneConfig()
+
+
+def test_what_is_fitted_is_not_scored_on_what_it_was_fitted_to(
+    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = make_context("bert", examples=600)
+    drawn: list[int] = []
+    for module in (depth, walk):
+        monkeypatch.setattr(module, "sample", lambda c: drawn.append(c.seed) or sample(c))
+    chosen_layers(context.teacher, "second-order", 2, context)
+    assert drawn == [0, 0, 1] * 3, "the cut model and the original, then the loss"
