@@ -30,15 +30,18 @@ def prune() -> Rows:
         for kind in ("taylor", "second-order"):
             settings = {**HALF, "importance": kind, "allocation": allocation}
             rows.append((f"the same, {kind}, {allocation} allocation", [("prune", settings)], 1))
-    rows += [
-        (f"{fraction:.0%} of the layers, {how}", [("prune", {"depth": fraction, "layers": how})], 1)
-        for fraction in (0.84, 0.67)
-        for how in ("spaced", "similarity", "damage")
-    ]
-    rows += [
-        (f"three quarters of the hidden width, {kind}", [("prune", {"hidden": 0.75, "importance": kind})], 1)
-        for kind in ("magnitude", "taylor")
-    ]
+    for fraction in (0.84, 0.67):
+        name, ways = f"{fraction:.0%} of the layers", ("spaced", "similarity", "damage", "second-order")
+        rows += [(f"{name}, {how}", [("prune", {"depth": fraction, "layers": how})], 1) for how in ways]
+        settings = {"depth": fraction, "layers": "damage", "reconstruct": True}
+        rows.append((f"{name}, damage, rest re-fitted", [("prune", settings)], 1))
+    for fraction, name, ways in (
+        (0.75, "three quarters of the hidden width", ("magnitude", "taylor", "fisher", "second-order")),
+        (0.5, "half of the hidden width", ("taylor", "second-order")),
+    ):
+        rows += [(f"{name}, {kind}", [("prune", {"hidden": fraction, "importance": kind})], 1) for kind in ways]
+        settings = {"hidden": fraction, "importance": "taylor", "reconstruct": True}
+        rows.append((f"{name}, taylor, rest re-fitted", [("prune", settings)], 1))
     rows += [
         (f"{pattern} of the weights zero, {kind}", [("prune", {"sparsity": pattern, "mask": kind})], 1)
         for pattern in ("50%", "2:4")

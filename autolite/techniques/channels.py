@@ -11,6 +11,7 @@ from autolite.surgery import clone
 from autolite.techniques.base import Context, Student
 from autolite.techniques.importance import Kind, input_energy, scored_on
 from autolite.techniques.observe import BATCH, hidden_output, recorded, sample
+from autolite.techniques.reconstruct import channel_errors
 from autolite.techniques.teacher import to_tensors
 
 if TYPE_CHECKING:
@@ -23,16 +24,18 @@ def channel_importance(student: Student, kind: Kind, context: Context) -> torch.
     "magnitude" is the L2 norm of all weights that read or write the channel; "activation" its energy at the inputs of
     the layers' matrices; "wanda" the sum over the weights that read it of |w| times the L2 norm of what they read;
     "taylor" and "fisher" the mean over examples of |d loss / d mask| and of its square, the mask being on the channel
-    of every layer's input and of the last one's output. "second-order" stands for "fisher": the norms make the loss
-    no quadratic function of a channel.
+    of every layer's input and of the last one's output; "second-order" what it costs all matrices that read the
+    channel if they are re-fitted (`autolite.techniques.reconstruct.channel_errors`).
     """
     if kind == "magnitude":
         return _magnitude(student.model)
-    kind = "fisher" if kind == "second-order" else kind
     key = f"{scored_on(student, context)}-{kind}-channels"
     if key not in context.memory:
-        score = _by_gradient if kind in ("taylor", "fisher") else _by_energy
-        context.memory[key] = score(student.model, kind, context)
+        if kind == "second-order":
+            context.memory[key] = channel_errors(student.model, context)
+        else:
+            score = _by_gradient if kind in ("taylor", "fisher") else _by_energy
+            context.memory[key] = score(student.model, kind, context)
     scores: torch.Tensor = context.memory[key]
     return scores
 

@@ -1,8 +1,10 @@
-"""Which layers stay: by place, by how much they change the hidden state, or by what their absence does to the loss."""
+"""Which layers stay: by place, by how much they change the hidden state, or by what their absence does to the loss,
+with what is left as it is or fitted."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,12 +15,13 @@ from autolite.surgery import clone, keep_layers
 from autolite.techniques.base import Context, Student
 from autolite.techniques.importance import scored_on
 from autolite.techniques.observe import BATCH, hidden_input, hidden_output, real, sample
+from autolite.techniques.reconstruct import bridge_gaps
 from autolite.techniques.teacher import forward, to_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Choice = Literal["spaced", "similarity", "damage"]
+Choice = Literal["spaced", "similarity", "damage", "second-order"]
 
 
 def nearest(value: float) -> int:
@@ -37,7 +40,9 @@ def chosen_layers(student: Student, choice: Choice, count: int, context: Context
     """Return the `count` layers that stay, ascending, from `context.memory` if these weights were looked at before.
 
     "similarity": those of the largest block influence. "damage": layers are skipped one after the other, each time the
-    one without which the loss on the calibration examples is least.
+    one without which the loss on the calibration examples is least. "second-order": the same with every gap bridged by
+    the output projection before it (`autolite.techniques.reconstruct.bridge_gaps`), and the loss on other examples than
+    those that it is fitted to, which it flatters, unless the training split has no others.
     """
     layers = len(student.shape.stacks[-1].layers)
     key = f"{scored_on(student, context)}-layers-{choice}"
@@ -49,7 +54,8 @@ def chosen_layers(student: Student, choice: Choice, count: int, context: Context
     gone: list[int] = context.memory.setdefault(key, [])
     while len(gone) < layers - count:
         left = [index for index in range(layers) if index not in gone]
-        losses = {index: _loss(student.model, [i for i in left if i != index], context) for index in left}
+        tried = {index: [i for i in left if i != index] for index in left}
+        losses = {index: _loss(student.model, kept, choice == "second-order", context) for index, kept in tried.items()}
         gone.append(min(left, key=lambda index: losses[index]))
     return tuple(index for index in range(layers) if index not in gone[: layers - count])
 
@@ -84,11 +90,15 @@ def block_influence(model: PreTrainedModel, context: Context) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _loss(model: PreTrainedModel, kept: list[int], context: Context) -> float:
-    """The task's loss on the calibration examples with only these layers."""
+def _loss(model: PreTrainedModel, kept: list[int], bridged: bool, context: Context) -> float:
+    """The task's loss on the calibration examples with only these layers; if they are bridged, on a second sample."""
     twin: Any = clone(model)
     keep_layers(twin, kept)
     twin.to(context.device).train(False)
+    if bridged:
+        original: Any = clone(model)
+        bridge_gaps(twin, original.to(context.device).train(False), context)
+        context = replace(context, seed=context.seed + 1)
     total, split = 0.0, sample(context)
     for batch in context.task.batches(split, BATCH, context.pad_id):
         inputs, labels = to_tensors(batch, context.device)

@@ -56,13 +56,15 @@ class PruneConfig(plan.Config):
             that stay.
         layers: which layers stay. "spaced": evenly spaced, the first and the last among them; if one is kept, it is
             the first. "similarity": those whose output differs most from their input. "damage": those without which
-            the loss is highest (`autolite.techniques.depth`).
+            the loss is highest. "second-order": the same once what is left is fitted, as `reconstruct` then does
+            (`autolite.techniques.depth`).
         importance: what decides which heads, neurons and channels go (`autolite.techniques.importance`).
         allocation: "uniform": each layer keeps the same fraction. "global" and "isomorphic": heads and neurons are
             ranked over all layers, together or apart, and the same number of weights stays
             (`autolite.techniques.allocate`).
-        reconstruct: fit what is left of each block to what the whole block did, by least squares on a few examples
-            (`autolite.techniques.reconstruct`); "second-order" always does.
+        reconstruct: fit what is left of each block to what the whole model did there, by least squares on a few
+            examples (`autolite.techniques.reconstruct`): the output projections and, where hidden channels go, all
+            that reads them; where layers go, to the stream after them. "second-order" always does.
         sparsity: zeros in the matrices of the layers: "none", "2:4" (of four inputs in a row two are not zero) or
             "50%" (the part of zeros). For targets that gain from them; files stay as large.
         mask: what zeros are chosen by: "wanda" or "magnitude" (`autolite.techniques.sparsity`).
@@ -73,7 +75,7 @@ class PruneConfig(plan.Config):
     hidden: float = Field(1.0, gt=0, le=1)
     round_to: int = Field(32, ge=1)
     depth: float | tuple[int, ...] = 1.0
-    layers: Literal["spaced", "similarity", "damage"] = "spaced"
+    layers: Literal["spaced", "similarity", "damage", "second-order"] = "spaced"
     importance: Literal["taylor", "magnitude", "activation", "wanda", "fisher", "second-order"] = "taylor"
     allocation: Literal["uniform", "global", "isomorphic"] = "uniform"
     reconstruct: bool = False
@@ -147,6 +149,8 @@ class Prune:
         changes: dict[str, Any] = {}
         if _chooses_layers(config):
             changes["depth"] = _chosen(shape, config, context)
+        if config.layers == "second-order":
+            changes["reconstruct"] = _fits(config)
         if _allocates(config):
             depth = changes.get("depth", config.depth)
             shallow = _shallow(shape, PruneConfig(depth=depth))
@@ -156,7 +160,7 @@ class Prune:
             changes["heads"], changes["ffn"] = found
         idle = {"layers", "allocation"}
         if (config.heads, config.ffn, config.hidden) == (1, 1, 1):
-            idle |= {"importance", "reconstruct", "round_to"}
+            idle |= {"importance", "round_to"} | ({"reconstruct"} if config.depth == 1 else set())
         elif config.importance == "second-order":
             idle.add("reconstruct")
         if config.sparsity == "none":
@@ -183,7 +187,7 @@ class Prune:
                 "break; give the sparsity in the last prune step"
             )
         relaxed = any(x.attention_rank or x.ffn_rank for stack in shape.stacks for x in stack.layers)
-        if relaxed and (config.reconstruct or config.importance == "second-order"):
+        if relaxed and _fits(config):
             raise PlanError(
                 "prune: what layers share cannot be fitted anew beside their low-rank differences; set share.rank to "
                 "0, or reconstruct to false with another importance than second-order"
@@ -218,30 +222,32 @@ class Prune:
         before, after = _shallow(student.shape, config), shape.stacks[0]
         if before != student.shape:
             keep_layers(model, _kept_layers(config, len(student.shape.stacks[0].layers)))
-        whole = Student(model, before)
-        if shape.with_sparsity("none") != before:
-            model = _narrow(whole, after, config, context)
+        if shape.with_sparsity("none") != student.shape:
+            model = _narrow(student, Student(model, before), after, config, context)
         if config.sparsity != "none":
             zero(model, config.sparsity, config.mask, context)
         return replace(student, model=model, shape=shape)
 
 
-def _narrow(whole: Student, after: Stack, config: PruneConfig, context: Context) -> Any:
-    """Return a copy of the model with the widths of `after`; what goes is chosen by scores in the whole model."""
+def _narrow(original: Student, whole: Student, after: Stack, config: PruneConfig, context: Context) -> Any:
+    """Return a copy of `whole`, which has the layers of `original` that stay, with the widths of `after`; what goes is
+    chosen by scores in `whole`, and what is left imitates `original` if it is to be fitted."""
     before = whole.shape.stacks[0]
     model: Any = clone(whole.model)
     second_order = config.importance == "second-order"
     narrower = [(x.kv_heads, x.ffn) for x in before.layers] != [(x.kv_heads, x.ffn) for x in after.layers]
     scores = importance(whole, config.importance, context) if narrower and not second_order else None
     channels: list[int] | None = None
+    outputs: list[int] | None = None
     if after.hidden < before.hidden:
         channels = best(channel_importance(whole, config.importance, context), after.hidden)
-        keep_hidden(model, channels, head_outputs(model, after.hidden))
-    if config.reconstruct or second_order:
+        outputs = head_outputs(model, after.hidden)
+        keep_hidden(model, channels, outputs)
+    if _fits(config):
         model.to(context.device)
-        original: Any = clone(whole.model)
-        original.to(context.device)
-        cut_blocks(model, original, channels, after.layers, scores, context)
+        imitated: Any = clone(original.model)
+        imitated.to(context.device)
+        cut_blocks(model, imitated, channels, after.layers, scores, context, outputs)
         return model.cpu()
     for index, (old, new) in enumerate(zip(before.layers, after.layers, strict=True)):
         # Layers with another layer's number share its block, which is cut once, there.
@@ -250,6 +256,14 @@ def _narrow(whole: Student, after: Stack, config: PruneConfig, context: Context)
         if scores is not None and new.ffn < old.ffn and new.feed_forward == index:
             keep_neurons(model, index, best(scores.neurons[index], new.ffn))
     return model
+
+
+def _fits(config: PruneConfig) -> bool:
+    """Whether what is left is fitted to what the whole model did."""
+    narrower = (config.heads, config.ffn, config.hidden) != (1, 1, 1)
+    shallower = config.depth != 1
+    second_order = (narrower and config.importance == "second-order") or (shallower and config.layers == "second-order")
+    return ((narrower or shallower) and config.reconstruct) or second_order
 
 
 def _changes(config: PruneConfig) -> bool:

@@ -1,4 +1,4 @@
-"""Runs a model block by block and tells what the output projections read and write, and the residual stream."""
+"""Runs a model block by block and tells what its projections read and write, and the residual stream."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Kind = Literal["attention", "ffn"]
+Side = Literal["input", "output"]
 
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """One call of a block's output projection: its input and output, and the residual stream that it is added to."""
+    """One call of a block's output projection: its input and output, and the residual stream that it is added to. Or
+    of its first input projection (the query, `ffn_in`), whose input all of the block's input projections read."""
 
     kind: Kind
     layer: int
@@ -47,8 +49,9 @@ class Walk:
         self.batches = [to_tensors(batch, str(model.device))[0] for batch in batches]
         self.reached: list[tuple[int, Tensor | None]] = [(0, None)] * len(self.batches)
 
-    def observe(self, batch: int, wanted: Collection[tuple[Kind, int]]) -> list[Use]:
-        """Run one batch and return the uses of the wanted blocks (kind, layer); later calls want no earlier layer."""
+    def observe(self, batch: int, wanted: Collection[tuple[Kind, int]], side: Side = "output") -> list[Use]:
+        """Run one batch and return the uses of the projections at one side of the wanted blocks (kind, layer); later
+        calls want no earlier layer."""
         family, layers = self.family, layer_modules(self.model)
         first = min(layer for _, layer in wanted)
         start, state = self.reached[batch]
@@ -70,13 +73,13 @@ class Walk:
             nonlocal stream
             stream = arguments[0]
 
-        def use(kind: Kind, arguments: tuple[Any, ...], output: Tensor) -> None:
+        def use(of: Side, kind: Kind, arguments: tuple[Any, ...], output: Tensor) -> None:
             nonlocal stream
-            if (kind, index) in wanted:
+            if of == side and (kind, index) in wanted:
                 uses.append(Use(kind, index, arguments[0], output, stream))
                 if len(uses) == len(wanted):
                     raise _Enough
-            if kind == "attention" and family.pre_norm:
+            if (of, kind) == ("output", "attention") and family.pre_norm:
                 stream = stream + output
 
         with ExitStack() as undo:
@@ -89,8 +92,11 @@ class Walk:
                 layer.forward = lambda hidden, *_, **__: hidden
                 undo.callback(layer.__dict__.pop, "forward")
             hook("", lambda m: m.register_forward_pre_hook(enter, with_kwargs=True))
-            hook(family.out, lambda m: m.register_forward_hook(lambda _, a, y: use("attention", a, y)))
-            hook(family.ffn_out, lambda m: m.register_forward_hook(lambda _, a, y: use("ffn", a, y)))
+            query = family.query or family.fused_qkv
+            hook(query, lambda m: m.register_forward_hook(lambda _, a, y: use("input", "attention", a, y)))
+            hook(family.out, lambda m: m.register_forward_hook(lambda _, a, y: use("output", "attention", a, y)))
+            hook(family.ffn_in, lambda m: m.register_forward_hook(lambda _, a, y: use("input", "ffn", a, y)))
+            hook(family.ffn_out, lambda m: m.register_forward_hook(lambda _, a, y: use("output", "ffn", a, y)))
             if not family.pre_norm:
                 hook(family.ffn_in, lambda m: m.register_forward_pre_hook(between))
             with suppress(_Enough):

@@ -12,8 +12,13 @@ import torch
 from torch.nn import functional as F
 
 from autolite.parts import layer_modules
+from autolite.surgery import keep_layers
+from autolite.techniques import depth, walk
 from autolite.techniques.base import Context
 from autolite.techniques.depth import block_influence, chosen_layers
+from autolite.techniques.observe import sample
+from autolite.techniques.prune import Prune, PruneConfig
+from autolite.techniques.reconstruct import bridge_gaps
 
 MakeContext = Callable[..., Context]
 
@@ -62,3 +67,37 @@ def test_layers_go_whose_absence_hurts_least(make_tiny: MakeContext) -> None:
     assert chosen_layers(context.teacher, "damage", 3, context) == tuple(sorted(set(range(4)) - {first}))
     assert chosen_layers(context.teacher, "damage", 2, context) == tuple(sorted(set(range(4)) - {first, second}))
     assert chosen_layers(context.teacher, "damage", 3, context) == tuple(sorted(set(range(4)) - {first}))
+
+
+def test_layers_go_that_the_rest_makes_up_for(make_tiny: MakeContext) -> None:
+    """The resolved plan names those that stay, and says that they are fitted."""
+    context = make_tiny("llama", layers=4)
+    asked = PruneConfig(depth=0.75, layers="second-order")
+
+    def loss(index: int) -> float:
+        model: Any = copy.deepcopy(context.teacher.model)
+        keep_layers(model, [i for i in range(4) if i != index])
+        bridge_gaps(model, context.teacher.model, context)
+        losses = []
+        for batch in context.task.batches(context.train, 32, context.pad_id):
+            inputs = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
+            with torch.no_grad():
+                losses.append(context.task.loss(model(**inputs).logits, torch.from_numpy(batch.labels)))
+        return float(torch.stack(losses).mean())
+
+    gone = min(range(4), key=loss)
+    found = Prune().resolve(context.teacher.shape, asked, context)
+    assert found == PruneConfig(depth=tuple(i for i in range(4) if i != gone), reconstruct=True)
+    whole = Prune().resolve(context.teacher.shape, PruneConfig(layers="second-order"), context)
+    assert whole == PruneConfig()
+
+
+def test_what_is_fitted_is_not_scored_on_what_it_was_fitted_to(
+    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = make_context("bert", examples=600)
+    drawn: list[int] = []
+    for module in (depth, walk):
+        monkeypatch.setattr(module, "sample", lambda c: drawn.append(c.seed) or sample(c))
+    chosen_layers(context.teacher, "second-order", 2, context)
+    assert drawn == [0, 0, 1] * 3, "the cut model and the original, then the loss"

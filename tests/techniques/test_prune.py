@@ -254,7 +254,7 @@ def test_a_channel_that_nothing_uses_goes_first(make_tiny: MakeContext) -> None:
                 parameter.select(axis[last], 5).zero_()
             if "c_proj" in name or ".ln_" in name:
                 parameter.select(-1, 5).zero_()
-    for kind in ("taylor", "magnitude", "activation", "wanda", "fisher"):
+    for kind in ("taylor", "magnitude", "activation", "wanda", "fisher", "second-order"):
         scores = channel_importance(context.teacher, kind, replace(context, memory={}))  # type: ignore[arg-type]
         assert int(scores.argmin()) == 5, kind
 
