@@ -385,8 +385,8 @@ def _in_turns(groups: Tensor, weights: Tensor, start: Tensor) -> Tensor:
 
 def _even(bits: int) -> Tensor:
     """Return the levels of a linear format, as fractions of its lowest code."""
-    middle = 2 ** (bits - 1)
-    return (torch.arange(2**bits) - (middle - 1)) / middle
+    middle: int = 2 ** (bits - 1)
+    return (torch.arange(2 * middle) - (middle - 1)) / middle
 
 
 def _middles(levels: Tensor) -> Tensor:

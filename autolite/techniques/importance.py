@@ -55,10 +55,10 @@ def scored_on(student: Student, context: Context) -> str:
         return f"scores-{weights_digest(student.model)}-{fingerprint([context.train])[:12]}-{context.seed}"
     # Every trial asks for the teacher's, whose bytes take half a second to read.
     name = f"teacher-scores-{context.seed}"
-    if name not in context.memory:
-        digests = weights_digest(student.model), fingerprint([context.train])[:12]
-        context.memory[name] = f"scores-{digests[0]}-{digests[1]}-{context.seed}"
-    return str(context.memory[name])
+    if name not in context.memory or context.memory[name][0] is not context.train:
+        digests = f"{weights_digest(student.model)}-{fingerprint([context.train])[:12]}"
+        context.memory[name] = context.train, f"scores-{digests}-{context.seed}"
+    return str(context.memory[name][1])
 
 
 def _score(model: PreTrainedModel, kind: Kind, context: Context) -> Importance:
