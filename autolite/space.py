@@ -319,6 +319,14 @@ def _check(space: Space, source: _Source) -> None:
         for key, setting in settings.items():
             if key == effort:
                 raise source.error(f"steps.{name}.{key}", "is set by 'stages.<stage>.effort', not searched")
+            able = sorted(getattr(registry.get("technique", name), "layered", ()))
+            if isinstance(setting, Setting) and setting.by_layer and key not in able:
+                known = ", ".join(able) or "none"
+                raise source.error(
+                    f"steps.{name}.{key}", f"cannot differ between layers; of {name}'s these can: {known}"
+                )
+            if isinstance(setting, Setting) and setting.by_layer and not setting.levels:
+                raise source.error(f"steps.{name}.{key}", "has no level beside 'by-layer'")
             values = (setting.levels or setting.extremes()) if isinstance(setting, Setting) else (setting,)
             if isinstance(setting, Setting) and setting.default is not None:
                 values = (*values, setting.default)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
 
-from autolite.compress import canonical, resolve, student_plan
+from autolite.compress import canonical, student_plan
 from autolite.errors import PlanError
 from autolite.files import sha256
 from autolite.front import Candidate
@@ -114,9 +114,9 @@ class Engine:
         """Evaluate one trial and tell it; returns False for a plan that was seen before or cannot be evaluated."""
         problem, study = self.problem, self.studies[stage].study
         params = problem.space.suggest(trial, stage)
-        plan = problem.space.plan(params, decision.effort, problem.settings.seed)
+        plan = Plan(seed=problem.settings.seed)  # of what cannot be made a plan of
         try:
-            plan = resolve(plan, problem.context)
+            plan = problem.plan(params, decision.effort)
             shape = problem.shape(plan)
         except PlanError as error:
             self._tell_infeasible(stage, trial, plan, price(problem, problem.teacher.shape), {"plan": 1.0}, str(error))

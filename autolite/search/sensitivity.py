@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autolite import registry
-from autolite.errors import SpaceError
 from autolite.files import write_atomically
 from autolite.hardware.local import cache_dir
 from autolite.space import Space
@@ -25,20 +24,10 @@ def damages(space: Space, context: Context) -> Damages:
 
     A file in the user's cache folder, named by the weights, the training data, the seed and the levels, serves other
     runs, targets and budgets.
-
-    Raises:
-        SpaceError: if a setting cannot have a level for each layer.
     """
     found: Damages = {}
     for name, setting in space.layered.items():
-        technique_name, _, key = name.partition(".")
-        technique = registry.get("technique", technique_name)
-        if not isinstance(technique, Layered) or key not in technique.layered:
-            known = ", ".join(sorted(technique.layered)) if isinstance(technique, Layered) else "none"
-            raise SpaceError(
-                f"search space {space.name}: {name} cannot differ between layers (of {technique_name}'s settings these "
-                f"can: {known}); leave out its choice 'by-layer'"
-            )
+        technique: Layered = registry.get("technique", name.partition(".")[0])
         memory = f"damage-{name}-{setting.levels}"
         if memory not in context.memory:
             context.memory[memory] = _kept(technique, name, setting.levels, context)
