@@ -85,6 +85,7 @@ def quantize() -> Rows:
         "int4-g64",
     )
     forms += ("int4-g128", "int4-asym", "kmeans4", "nf4", "int3-g64", "int3-g128")
+    forms += ("kmeans4-g64", "kmeans3-g64", "kmeans2-g64")
     forms += ("pot4", "int3", "int3-asym", "kmeans3", "pot3", "int2", "int2-asym", "kmeans2")
     rows: Rows = [(form, [everywhere(form)], 1) for form in forms]
     for form in ("int4", "int3", "kmeans3", "int2-asym", "kmeans2"):
@@ -201,7 +202,6 @@ RECIPES: dict[str, tuple[float, float, float, str, str]] = {
     "1024 neurons, int3-g64": (0.5, 0.667, 96.0, "int3-g64", "int3"),
     "1024 neurons, kmeans3-g64": (0.5, 0.667, 96.0, "kmeans3-g64", "int3"),
     "672 neurons, int4-g64": (0.5, 0.4375, 96.0, "int4-g64", "int3"),
-    "864 neurons, rank 128, kmeans3-g64": (0.5, 0.5625, 128.0, "kmeans3-g64", "int3"),
 }
 
 
@@ -216,7 +216,7 @@ def smallest() -> Rows:
     return [(name, steps, SEEDS) for name, steps in zip(names, thirds(*RECIPES[CHOSEN]), strict=True)]
 
 
-CHOSEN = "1024 neurons, kmeans3-g64"
+CHOSEN = "672 neurons, int4-g64"
 
 
 def texts() -> Rows:

@@ -20,7 +20,7 @@ from autolite.architecture import LayerShape, ModelShape
 from autolite.compress import resolve, shape_after
 from autolite.errors import PlanError
 from autolite.pareto import nondominated, spread_subset
-from autolite.plan import Plan, Step, make_step
+from autolite.plan import Plan, make_step
 from autolite.search.sensitivity import damages
 from autolite.space import BY_LAYER, FRONTIER, PRICES, THIRDS, Params, Scalar, Space
 from autolite.techniques.base import Context, Part
@@ -116,7 +116,8 @@ class Frontier:
         damage = damages(self.space, self.context)
         levels = {name: self.space.layered[name].levels for name in active}
         mildest = {name: levels[name][int(damage[name].sum(1).argmin())] for name in active}
-        plan = resolve(self.space.plan({**values, **mildest}, 1, self.context.seed), self.context)
+        given = self.space.plan({**values, **mildest}, 1, self.context.seed)
+        plan = resolve(given, self.context)
         teacher = self.context.teacher.shape
         base = shape_after(plan, teacher)
         if len(base.stacks) != 1:
@@ -139,8 +140,9 @@ class Frontier:
             )
             alike = (block.part, count - 1 in block.layers, *(_sizes(base.stacks[0].layers[i]) for i in block.layers))
             if alike not in known:
-                shapes = (_with(plan, names, each, mildest, block, count) for each in combinations)
-                known[alike] = np.array([self.price(shape_after(each, teacher)) for each in shapes]) - now
+                plans = (_with(given, plan, names, each, mildest, block, count) for each in combinations)
+                shapes = (shape_after(resolve(each, self.context), teacher) for each in plans)
+                known[alike] = np.array([self.price(shape) for shape in shapes]) - now
             third = THIRDS[min(3 * block.layers[0] // count, 2)]
             made.append(Options(block.layers, third, names, combinations, errors, known[alike] / total))
         return made
@@ -170,28 +172,26 @@ def _sizes(layer: LayerShape) -> LayerShape:
 
 
 def _with(
-    plan: Plan,
+    given: Plan,
+    resolved: Plan,
     names: Sequence[str],
     levels: Sequence[Scalar],
     others: Mapping[str, Scalar],
     block: Block,
     count: int,
 ) -> Plan:
-    """Return a resolved plan in which the layers of a block have these levels, and the others theirs."""
+    """Return a plan in which the layers of a block have these levels, and the others theirs. Only the steps that have
+    levels are still to be resolved: what has no effect at one level may have at another."""
     wanted = dict(zip(names, levels, strict=True))
     steps = []
-    for step in plan.steps:
+    for before, after in zip(given.steps, resolved.steps, strict=True):
         changes = {
             name.partition(".")[2]: tuple(level if i in block.layers else others[name] for i in range(count))
             for name, level in wanted.items()
-            if name.partition(".")[0] == step.technique
+            if name.partition(".")[0] == before.technique
         }
-        steps.append(_changed(step, changes) if changes else step)
-    return replace(plan, steps=tuple(steps))
-
-
-def _changed(step: Step, changes: Mapping[str, tuple[Scalar, ...]]) -> Step:
-    return make_step(step.technique, {**step.config.model_dump(), **changes})
+        steps.append(make_step(before.technique, {**before.config.model_dump(), **changes}) if changes else after)
+    return replace(given, steps=tuple(steps))
 
 
 def _choose(
