@@ -149,16 +149,19 @@ class Frontier:
 
 
 def seeds(frontier: Frontier, count: int) -> list[Params]:
-    """Return up to `count` parameters to begin a search with: each start plan of the space, and what a sweep finds in
-    those that have levels by layer, in turns."""
-    starts = [dict(start) for start in frontier.space.start[:count]]
-    layered = [p for p in ({}, *starts) if BY_LAYER in frontier.space.complete(p).values()]
-    if not layered:
-        return starts
-    each = max(1, (count - len(starts)) // len(layered))
-    swept = [frontier.sweep(params, each) for params in layered]
+    """Return up to `count` parameters to begin a search with: the start plans of the space; and in turns, what a sweep
+    finds in those that have levels by layer, and in the space's defaults."""
+    starts = [dict(start) for start in frontier.space.start]
+    layered = [BY_LAYER in frontier.space.complete(start).values() for start in starts]
+    fixed = [start for start, by_layer in zip(starts, layered, strict=True) if not by_layer]
+    open_ = [start for start, by_layer in zip(starts, layered, strict=True) if by_layer]
+    if not frontier.space.layered:
+        return fixed[:count]
+    structures = [*open_, {}]
+    each = max(1, -(-(count - len(fixed)) // len(structures)))
+    swept = [frontier.sweep(params, each) for params in structures]
     in_turn = [found[i] for i in range(each) for found in swept if i < len(found)]
-    return [*starts, *in_turn][:count]
+    return [*fixed, *in_turn][:count]
 
 
 def _part(name: str) -> Part:

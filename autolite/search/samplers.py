@@ -1,0 +1,44 @@
+"""What proposes the next plan: Optuna samplers, made anew for each trial and seeded by its number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+
+from autolite.errors import InputError, unknown
+
+# Makes a sampler from a seed. A study that is resumed, or has several workers, then asks what an undisturbed one would.
+MakeSampler = Callable[[int], BaseSampler]
+
+
+def _tpe(seed: int) -> BaseSampler:
+    return TPESampler(seed=seed, multivariate=True, group=True)
+
+
+def _gp(seed: int) -> BaseSampler:
+    return GPSampler(seed=seed, deterministic_objective=True)
+
+
+def _nsga2(seed: int) -> BaseSampler:
+    return NSGAIISampler(seed=seed, population_size=16)  # of the few dozen trials of a screen
+
+
+def _random(seed: int) -> BaseSampler:
+    return RandomSampler(seed=seed)
+
+
+SAMPLERS: dict[str, MakeSampler] = {"tpe": _tpe, "gp": _gp, "nsga2": _nsga2, "random": _random}
+
+
+def sampler_of(choice: str | MakeSampler) -> MakeSampler:
+    """Return what makes the samplers of a search: one of `SAMPLERS` by name, or the user's own function of a seed.
+
+    Raises:
+        InputError: if there is no such name.
+    """
+    if callable(choice):
+        return choice
+    if choice not in SAMPLERS:
+        raise InputError(unknown("sampler", choice, SAMPLERS))
+    return SAMPLERS[choice]
