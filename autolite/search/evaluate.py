@@ -7,26 +7,33 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autolite.architecture import ModelShape
 from autolite.compress import compress
 from autolite.hardware.predict import predict
 from autolite.measure import Measurement
 from autolite.plan import Plan
 from autolite.search.problem import Problem
-from autolite.search.scoring import Score, score, scoring_threads
+from autolite.search.racing import Behind, raced
+from autolite.search.scoring import Score, scoring_threads
 from autolite.techniques.base import Student
 from autolite.vocabulary import trimmed
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one plan came to at one fidelity. `train_seconds` is the part spent in compression."""
+    """What one plan came to at one fidelity. `train_seconds` is the part spent in compression; `seen` are the places of
+    the split's examples that were scored, fewer than all if the plan was given up."""
 
     student: Student
     score: Score
     predicted: dict[str, Measurement]
     files: tuple[Path, ...]
     train_seconds: float
+    seen: NDArray[np.int64]
+    given_up: bool
 
 
 def price(problem: Problem, shape: ModelShape) -> dict[str, Measurement]:
@@ -35,9 +42,15 @@ def price(problem: Problem, shape: ModelShape) -> dict[str, Measurement]:
 
 
 def evaluate(
-    problem: Problem, plan: Plan, split: str, folder: Path, progress: Callable[[int, int], None]
+    problem: Problem,
+    plan: Plan,
+    split: str,
+    folder: Path,
+    progress: Callable[[int, int], None],
+    behind: Behind = lambda part, seen: False,
 ) -> Evaluation:
-    """Compress by `plan`, emit the artifact into `folder` and score that artifact on a split.
+    """Compress by `plan`, emit the artifact into `folder` and score that artifact on a split, in growing parts until it
+    is `behind`.
 
     Raises:
         PlanError: if the plan cannot be applied.
@@ -54,8 +67,8 @@ def evaluate(
     else:  # in the tokens that the exported tokenizer makes
         tokenizer = trimmed(problem.tokenizer, student.vocabulary)
         examples, pad_id = problem.split(split, problem.data_of(tokenizer)), tokenizer.pad_token_id or 0
-    scored = score(runner, problem.task, examples, pad_id)
+    scored, seen = raced(runner, problem.task, examples, pad_id, problem.settings.seed, behind)
     predicted = price(problem, student.shape)
     size = float(sum(f.stat().st_size for f in files))
     predicted["size_bytes"] = replace(predicted["size_bytes"], value=size, low=size, high=size, source="measured")
-    return Evaluation(student, scored, predicted, tuple(files), trained - begun)
+    return Evaluation(student, scored, predicted, tuple(files), trained - begun, seen, len(seen) < len(examples))

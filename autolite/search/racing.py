@@ -8,16 +8,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autolite.measure import Runner
-from autolite.search.scoring import Score, score
+from autolite.search.scoring import Score, kept, score
 from autolite.tasks.base import Split, Task
 
 FIRST, GROWTH = 64, 4  # examples of the first part, and how many times as many are scored at the next
 
+# Whether the score of the examples at these places is enough to give up.
+Behind = Callable[[Score, NDArray[np.int64]], bool]
+
+
+def surely_behind(teacher: Score, rival: float, task: Task, seed: int) -> Behind:
+    """Return whether the upper end of the 95 % interval of what a plan keeps of the teacher's quality is below `rival`,
+    the lower end of the interval of one that is as fast and as small."""
+    return lambda part, seen: kept(part, Score(teacher.examples[seen]), task, seed).high < rival
+
 
 def raced(
-    runner: Runner, task: Task, split: Split, pad_id: int, seed: int, behind: Callable[[Score, NDArray[np.int64]], bool]
-) -> tuple[Score, int]:
-    """Score an artifact on a split, and return the score with how many of its examples were looked at.
+    runner: Runner, task: Task, split: Split, pad_id: int, seed: int, behind: Behind
+) -> tuple[Score, NDArray[np.int64]]:
+    """Score an artifact on a split, and return the score with the places of the examples that were looked at.
 
     Args:
         runner: of the artifact.
@@ -25,7 +34,7 @@ def raced(
         split: to score on.
         pad_id: of the tokenizer.
         seed: of the order, the same for all plans that are compared.
-        behind: whether the score of the examples at these places, the first in that order, is enough to give up.
+        behind: asked after each part but the last.
     """
     order = np.random.default_rng(seed).permutation(len(split))
     examples = np.zeros((len(split), 2))
@@ -36,8 +45,8 @@ def raced(
         done = end
         seen = np.sort(order[:done])
         if done < len(split) and behind(Score(examples[seen]), seen):
-            return Score(examples[seen]), done
-    return Score(examples), done
+            return Score(examples[seen]), seen
+    return Score(examples), np.arange(len(split))
 
 
 def parts(count: int) -> Iterator[int]:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from autolite import registry
 from autolite.errors import InputError
-from autolite.search.racing import parts, raced
+from autolite.search.racing import parts, raced, surely_behind
 from autolite.search.samplers import SAMPLERS, sampler_of
-from autolite.search.scoring import score
+from autolite.search.scoring import Score, score
 from autolite.tasks.base import Split
 
 
@@ -50,7 +50,7 @@ def test_the_whole_split_scores_as_without_racing(count: int) -> None:
     task, split = registry.get("task", "text-classification"), split_of(count)
     whole = score(Echo(), task, split, 0)
     found, seen = raced(Echo(), task, split, 0, seed=3, behind=lambda *_: False)
-    assert seen == count
+    assert len(seen) == count
     assert np.array_equal(found.examples, whole.examples)
 
 
@@ -64,8 +64,20 @@ def test_what_is_behind_is_not_scored_on_the_rest() -> None:
         return len(seen) > 64
 
     found, seen = raced(runner, task, split, 0, seed=3, behind=behind)
-    assert (seen, runner.texts, looks) == (256, 256, [64, 256])
-    assert len(found.examples) == 256
+    assert (len(seen), runner.texts, looks) == (256, 256, [64, 256])
+    assert np.array_equal(found.examples, score(Echo(), task, split, 0).examples[seen])
+
+
+def test_a_plan_is_behind_only_beyond_the_noise_of_both() -> None:
+    task, rng = registry.get("task", "text-classification"), np.random.default_rng(0)
+
+    def accuracy(value: float) -> Score:
+        return Score(np.stack([(rng.random(400) < value).astype(float), np.ones(400)], axis=1))
+
+    teacher, seen = accuracy(0.95), np.arange(400)
+    assert not surely_behind(teacher, 0.97, task, 0)(accuracy(0.93), seen), "a few points can be chance"
+    assert surely_behind(teacher, 0.97, task, 0)(accuracy(0.7), seen)
+    assert not surely_behind(teacher, 0.5, task, 0)(accuracy(0.7), seen), "it is ahead of that one"
 
 
 def test_samplers_are_known_by_name_or_given_as_a_function() -> None:
