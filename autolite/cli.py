@@ -94,6 +94,13 @@ def main() -> None:
 @click.option("--storage", help="Any SQLAlchemy URL for the study.  [default: SQLite in the run's folder]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="Where training runs: cpu, cuda.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Further processes on this machine; all share its cores.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON event a line on standard output.")
 @click.option("--quiet", is_flag=True, help="Only the path of the run.")
 @_reported
@@ -144,6 +151,41 @@ def search(as_json: bool, quiet: bool, **options: Any) -> None:
 
 def _front_event(run: Path) -> str:
     return json.dumps({"event": "front", "path": str(run), **json.loads((run / "front.json").read_text("utf-8"))})
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=str))
+@click.option(
+    "--storage", envvar="AUTOLITE_STORAGE", help="The URL that the search was given.  [default: SQLite in RUN]"
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Cores for training and scoring.  [default: all]")
+@click.option("--quiet", is_flag=True, help="Only errors.")
+@_reported
+def worker(run: str, storage: str | None, threads: int | None, quiet: bool) -> None:
+    r"""Evaluate trials of a search that runs, here or on another machine that sees RUN and the database.
+
+    It may be stopped and killed at any time: its trial is taken up by another process. It ends with the search.
+
+    \b
+    Examples:
+      autolite worker runs/my-bert-pixel8
+      autolite worker runs/my-bert-pixel8 --storage postgresql+psycopg://me@server/searches --threads 4
+    """
+    import signal
+
+    from autolite.report.live import watch
+    from autolite.search.worker import work
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end it in the same way: what it holds is given up
+    try:
+        with watch(_console(), quiet=quiet) as observer:
+            done = work(run, storage, threads, observer)
+    except KeyboardInterrupt:
+        if not quiet:
+            click.echo("interrupted: another process takes up its trial", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    if not quiet:
+        click.echo(f"{run}: the search is finished; this worker evaluated {done} trials")
 
 
 @main.command()

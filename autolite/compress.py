@@ -109,7 +109,7 @@ def compress(plan: Plan, context: Context, students: Path | None = None) -> Stud
     for end in _ends_of_training(plan):
         part = replace(plan, steps=plan.steps[:end])
         if students is not None and training(part):
-            kept.append((end, part, students / f"{part.digest}-{_provenance(context)}.safetensors"))
+            kept.append((end, part, _kept(part, context, students)))
     done, student = 0, context.teacher
     for end, part, file in reversed(kept):
         found = read_weights(file, part, context.teacher)
@@ -122,6 +122,17 @@ def compress(plan: Plan, context: Context, students: Path | None = None) -> Stud
             write_weights(student, file, context.teacher)
             done = end
     return _apply(plan.steps[done:], student, context)
+
+
+def is_trained(plan: Plan, context: Context, students: Path) -> bool:
+    """Whether `compress` finds nothing to train: the student of a resolved, canonical plan is kept there, or none is
+    trained."""
+    part = student_plan(plan)
+    return not training(part) or _kept(part, context, students).is_file()
+
+
+def _kept(part: Plan, context: Context, students: Path) -> Path:
+    return students / f"{part.digest}-{_provenance(context)}.safetensors"
 
 
 def _apply(steps: tuple[Step, ...], student: Student, context: Context) -> Student:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     Raises:
         StorageError: if the disk is full, or the file cannot be written for another reason.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")  # processes of several machines may write
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as stream:

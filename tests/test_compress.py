@@ -15,7 +15,16 @@ import torch
 from autolite import compress as compress_module
 from autolite import registry
 from autolite.architecture import ModelShape, shape_of
-from autolite.compress import canonical, compress, read_weights, resolve, shape_after, student_plan, write_weights
+from autolite.compress import (
+    canonical,
+    compress,
+    is_trained,
+    read_weights,
+    resolve,
+    shape_after,
+    student_plan,
+    write_weights,
+)
 from autolite.errors import PlanError, StorageError
 from autolite.plan import Plan, make_step
 from autolite.tasks.base import Split
@@ -98,6 +107,17 @@ def test_equal_students_are_trained_once(trainings: list[int], tmp_path: Path) -
     assert trainings == [2]
     assert same(first, again)
     assert same(first, compress(PLAN, context_of()))
+
+
+def test_another_process_can_tell_whether_a_student_is_trained(tmp_path: Path) -> None:
+    context = context_of()
+    formats = make_step("quantize", {"ffn": "int8"})
+    assert is_trained(Plan((formats,)), context, tmp_path), "there is nothing to train"
+    assert not is_trained(PLAN, context, tmp_path)
+    compress(PLAN, context, tmp_path)
+    assert is_trained(PLAN, context_of(), tmp_path)
+    assert is_trained(Plan((*PLAN.steps, formats)), context_of(), tmp_path), "formats share the student"
+    assert not is_trained(replace(PLAN, seed=5), context, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "distilbert", "gpt2", "qwen3"])

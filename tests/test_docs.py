@@ -28,7 +28,7 @@ def commands() -> list[str]:
     blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", text, flags=re.S))
     helps = "\n".join(c.help or "" for c in [main, *main.commands.values()])
     lines = re.findall(
-        r"^\s*\$?\s*(autolite (?:search|front|export|profile|targets).*)$", f"{blocks}\n{helps}", flags=re.M
+        r"^\s*\$?\s*(autolite (?:search|worker|front|export|profile|targets).*)$", f"{blocks}\n{helps}", flags=re.M
     )
     return sorted({line.split("#")[0].strip() for line in lines})
 

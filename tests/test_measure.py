@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import select
 import subprocess
 import sys
 import threading
@@ -15,7 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autolite.errors import InputError
-from autolite.measure import Timing, Workload, faster, host_lock, time_interleaved, timing_to_measurements
+from autolite.measure import (
+    Timing,
+    Workload,
+    faster,
+    give_way,
+    host_lock,
+    time_interleaved,
+    timing_to_measurements,
+    working,
+)
 
 
 class Clock:
@@ -233,6 +243,59 @@ class TestHostLock:
             assert other.stdout.readline().startswith("waiting: another process is timing a model on this machine")
             assert other.poll() is None
         assert other.communicate(timeout=20)[0] == "mine\n"
+
+    def test_a_timing_waits_until_the_work_of_another_process_gives_way(self, tmp_path: Path) -> None:
+        code = (
+            "import sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
+            "from autolite.measure import give_way, working\n"
+            "with working():\n"
+            "    print('working', flush=True)\n"
+            "    while sys.stdin.readline():\n"
+            "        give_way()\n"
+            "        print('worked on', flush=True)\n"
+        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], text=True, **pipes)  # type: ignore[call-overload]
+        assert other.stdout.readline() == "working\n"
+        said: list[str] = []
+
+        def ask_to_give_way(message: str) -> None:
+            said.append(message)
+            other.stdin.write("\n")
+            other.stdin.flush()
+
+        with host_lock(ask_to_give_way):
+            assert len(said) == 1
+            assert str(other.pid) in said[0]
+            threading.Event().wait(0.5)
+            assert not select.select([other.stdout], [], [], 0)[0]  # it still gives way
+        assert other.stdout.readline() == "worked on\n"
+        other.stdin.close()
+        assert other.wait(timeout=20) == 0
+        assert not list(tmp_path.glob("autolite-working-*"))
+
+    def test_two_that_work_and_time_do_not_wait_for_each_other(self, tmp_path: Path) -> None:
+        code = (
+            "import sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
+            "from autolite.measure import host_lock, working\n"
+            "with working():\n"
+            "    print('working', flush=True)\n"
+            "    with host_lock(): pass\n"
+        )
+        with working():
+            other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+            assert other.stdout is not None
+            assert other.stdout.readline() == "working\n"
+            with host_lock():
+                pass
+            while other.poll() is None:
+                give_way()
+        assert other.returncode == 0
+
+    def test_work_of_a_process_that_died_keeps_nobody_waiting(self, tmp_path: Path) -> None:
+        (tmp_path / "autolite-working-2147483647-abc.lock").touch()
+        with host_lock(pytest.fail):
+            assert not list(tmp_path.glob("autolite-working-*"))
 
 
 def test_nothing_heavier_than_numpy_is_imported() -> None:

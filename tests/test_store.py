@@ -80,6 +80,17 @@ def test_a_file_that_is_no_database_is_named_with_the_remedy(tmp_path: Path) -> 
         Store(url(tmp_path), "run")
 
 
+def test_a_driver_that_is_not_installed_is_named_with_the_remedy() -> None:
+    with pytest.raises(StorageError, match=r"autolite\[postgresql\]"), storage_errors("postgresql+psycopg://x/y"):
+        raise ModuleNotFoundError("No module named 'psycopg'", name="psycopg")
+
+
+def test_errors_do_not_show_passwords() -> None:
+    with pytest.raises(StorageError, match=r"me:\*\*\*@server/x") as raised:
+        Store("mongodb://me:secret@server/x", "run")
+    assert "secret" not in str(raised.value)
+
+
 @pytest.mark.parametrize("bad", ["nonsense", "mongodb://x/y", "sqlite:////no/such/folder/study.db"])
 def test_a_storage_url_that_cannot_be_used_is_refused(bad: str) -> None:
     with pytest.raises(StorageError, match=r"storage URL|cannot be used"):

@@ -24,6 +24,7 @@ STAGES = {
     "screen": "screen: many plans, little training",
     "recover": "recover: the promising ones, more training",
     "confirm": "confirm: the finalists, full training, whole folders",
+    "waiting": "waiting",
     "finish": "finish: the test split",
     "stopping": "stopping",
 }

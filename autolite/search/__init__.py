@@ -43,6 +43,7 @@ def search(
     runtime: str = "onnxruntime",
     seed: int = 0,
     device: str = "cpu",
+    workers: int = 0,
     observer: Observer | None = None,
 ) -> Result:
     """Search for the best compressed versions of a model on a target; the same call again goes on where it stopped.
@@ -81,6 +82,7 @@ def search(
         runtime: what the candidates run on: "onnxruntime", "openvino", or "auto", the faster of both on this machine.
         seed: of everything random.
         device: where training runs ("cpu", "cuda").
+        workers: further processes on this machine that evaluate trials beside this one; all share its cores.
         observer: called with a Snapshot whenever something changes.
 
     Raises:
@@ -132,6 +134,7 @@ def search(
         loss=loss,
         metric=metric,
         augment=augment,
+        workers=workers,
         cache_bytes=None if cache_size is None else int(parse_bytes(cache_size, "--cache-size")),
     )
     return run(settings, observer or silent)

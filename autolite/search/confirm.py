@@ -22,16 +22,22 @@ TIMING_SECONDS = 4.0
 
 
 def confirm(
-    problem: Problem, plan: Plan, progress: Callable[[int, int], None], stage: str = "confirm"
+    problem: Problem,
+    plan: Plan,
+    progress: Callable[[int, int], None],
+    stage: str = "confirm",
+    mark: str = "",
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Candidate, Evaluation]:
     """Make a candidate of a plan: its whole folder under `candidates/`, and its entry for the front.
 
-    The folder appears under its name only when it is complete. On a target that is this machine, latency is measured,
+    The folder appears under its name only when it is complete and `check` raises nothing; until then `mark` keeps it
+    apart from that of another process. On a target that is this machine, latency is measured,
     interleaved with the baseline; elsewhere it is predicted.
     """
     settings = problem.settings
     name = plan.digest[:8]
-    part = settings.out / "candidates" / f".{name}"
+    part = settings.out / "candidates" / f".{name}{mark}"
     shutil.rmtree(part, ignore_errors=True)
     found = evaluate(problem, plan, "selection", part, progress)
     teacher = problem.teacher_score("selection")
@@ -65,6 +71,7 @@ def confirm(
     )
     with storage_errors(str(part)):
         export.write_candidate(part, found.student, candidate, provenance(problem))
+    check()
     final = settings.out / candidate.path
     shutil.rmtree(final, ignore_errors=True)
     part.replace(final)

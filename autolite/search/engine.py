@@ -5,20 +5,26 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from autolite.compress import canonical, student_plan
+from autolite.compress import canonical, is_trained, student_plan
 from autolite.errors import PlanError
 from autolite.files import sha256
 from autolite.front import Candidate
-from autolite.measure import Measurement
+from autolite.hardware.local import cpu_name
+from autolite.measure import Measurement, give_way, working
 from autolite.pareto import nondominated
 from autolite.plan import Plan
 from autolite.search.confirm import confirm
 from autolite.search.evaluate import Evaluation, evaluate, price
+from autolite.search.leases import Lease, LeaseLostError, Leases, Pauses
 from autolite.search.problem import Problem
 from autolite.search.progress import Clock, FrontRow, Observer, Snapshot
 from autolite.search.scoring import kept
@@ -33,15 +39,23 @@ if TYPE_CHECKING:
 SPLITS: dict[Stage, str] = {"screen": "screen", "recover": "search", "confirm": "selection"}
 EXPLORE_AFTER = 5  # fruitless trials in a row before the sampler is replaced by a random one
 MAX_FRUITLESS = 200
+OPEN = "open stage"  # the fact with the stage that all processes work on now, and its decision
+WORKER = "worker "  # before the owner, in the keys of the leases by which workers say that they are there
 
 
 class Engine:
     """One run of the stages. Holds no result itself: everything is in the studies and the store."""
 
     def __init__(
-        self, problem: Problem, studies: dict[Stage, StageStudy], store: Store, clock: Clock, observer: Observer
+        self,
+        problem: Problem,
+        studies: dict[Stage, StageStudy],
+        store: Store,
+        clock: Clock,
+        leases: Leases,
+        observer: Observer,
     ) -> None:
-        self.problem, self.studies, self.store, self.clock = problem, studies, store, clock
+        self.problem, self.studies, self.store, self.clock, self.leases = problem, studies, store, clock, leases
         self._observer = observer
         self._snapshot = Snapshot("profile", "scoring the teacher")
         self._planned: dict[str, int] = {}
@@ -52,9 +66,9 @@ class Engine:
             self.show(stage=stage, doing="scoring the teacher", step=0, steps=0)
             self._teacher(stage)
             decision = self._decision(stage)
-            self._planned[stage] = decision.trials
             self.studies[stage].enqueue(decision.queue, str(self.clock.budget))
-            self._run_stage(stage, decision)
+            self.store.put(OPEN, _opened(stage, decision))
+            self.work(stage, decision)
 
     def show(self, **changes: Any) -> None:
         """Tell the observer what changed."""
@@ -78,25 +92,73 @@ class Engine:
         known = self.store.get(key)
         if known is not None:
             return Decision.from_json(known)
-        decision = decide(stage, self.problem, self.studies, self.clock)
+        processes = 1 + len(self.store.leases(WORKER))
+        decision = decide(stage, self.problem, self.studies, self.clock, processes)
         self.store.put(key, decision.to_json())
         return decision
 
-    def _run_stage(self, stage: Stage, decision: Decision) -> None:
-        study = self.studies[stage]
-        for trial in study.unfinished():
-            if self._in_time(stage, decision):
-                self._run_trial(stage, trial, decision)
+    def work(self, stage: Stage, decision: Decision, goes_on: Callable[[], bool] | None = None) -> int:
+        """Run trials of a stage, new ones and those of processes that died, until it is closed; returns how many.
+
+        The process that decides closes it, when there is none left; any other also ends when `goes_on` is false.
+        """
+        self._planned[stage] = decision.trials
+        done = fruitless = 0  # trials in a row that were seen before or cannot be: with many, the space is exhausted
+        pauses = Pauses()
+        while goes_on is None or goes_on():
+            if goes_on is None:
+                self.leases.check_lead()
+            taken = self._take(stage, decision, fruitless, closing=goes_on is None)
+            if taken is not None:
+                done, fruitless = (done + 1, 0) if self._run_trial(stage, *taken, decision) else (done, fruitless + 1)
+                pauses = Pauses()
+            elif self.store.get(OPEN) != _opened(stage, decision):
+                break
             else:
-                study.study.tell(trial, state=TrialState.FAIL)
-        fruitless = 0  # trials in a row that were seen before or cannot be: the space is exhausted when they are many
-        while fruitless < MAX_FRUITLESS and self._time_for_another(stage, decision):
+                self.show(stage=stage, doing="waiting for other processes", step=0, steps=0, trials=self._counts())
+                pauses.wait()
+        return done
+
+    def _take(self, stage: Stage, decision: Decision, fruitless: int, *, closing: bool) -> tuple[Trial, Lease] | None:
+        """Take up a trial that nobody runs, or ask for a new one; if there is neither, and nobody runs one, close the
+        stage, if that is for this process. Only one process at a time is here, so that no two take the last trial of
+        the budget, and none begins one in a stage that is closed."""
+        study = self.studies[stage]
+        with suppress(LeaseLostError), self.leases.holding(f"asking {stage}") as asking:
+            assert asking is not None
+            if self.store.get(OPEN) != _opened(stage, decision):
+                return None
+            held = self.store.leases(f"trial {stage} ")
+            running = study.running()
+            for frozen in running:
+                key = f"trial {stage} {frozen.number}"
+                lease = None if key in held else self.leases.take(key)
+                if lease is None:
+                    continue
+                trial = study.take_up(frozen)
+                if self._in_time(stage, decision):
+                    return trial, lease
+                self._finish(stage, trial, lease, state=TrialState.FAIL)
+            if fruitless >= MAX_FRUITLESS or not self._time_for_another(stage, decision):
+                if closing and not running:  # as of before the count: whoever ends in between may make room
+                    self.leases.check(asking, asking=True)
+                    self.store.put(OPEN, None)
+                return None
             trial = study.ask(explore=fruitless >= EXPLORE_AFTER)
-            fruitless = 0 if self._run_trial(stage, trial, decision) else fruitless + 1
+            lease = self.leases.take(f"trial {stage} {trial.number}")
+            if lease is None:
+                return None
+            try:
+                self.leases.check(asking, asking=True)
+            except LeaseLostError:  # this process slept so long that another one may have asked for the same
+                self._finish(stage, trial, lease, state=TrialState.FAIL)
+                return None
+            return trial, lease
+        return None
 
     def _time_for_another(self, stage: Stage, decision: Decision) -> bool:
         study = self.studies[stage]
-        if len(study.trials()) >= decision.trials:
+        if len(study.begun()) >= decision.trials:
             return False
         # Under a time budget the later stages only run what was promoted; there is no time to explore any more.
         open_end = decision.deadline is None or stage == "screen" or study.waiting() > 0
@@ -110,48 +172,92 @@ class Engine:
         expected = expected_seconds(self.problem, self.studies[stage], decision, str(self.clock.budget))
         return self.clock.spent + expected <= decision.deadline
 
-    def _run_trial(self, stage: Stage, trial: Trial, decision: Decision) -> bool:
+    def _run_trial(self, stage: Stage, trial: Trial, lease: Lease, decision: Decision) -> bool:
         """Evaluate one trial and tell it; returns False for a plan that was seen before or cannot be evaluated."""
-        problem, study = self.problem, self.studies[stage].study
+        try:
+            return self._evaluate(stage, trial, lease, decision)
+        except (LeaseLostError, UpdateFinishedTrialError):  # this process slept, and another has taken the trial
+            return True
+        finally:
+            self.leases.end(lease)
+            shutil.rmtree(self._scratch(stage, lease), ignore_errors=True)
+            for part in (self.problem.settings.out / "candidates").glob(f".*{_mark(lease)}"):
+                shutil.rmtree(part, ignore_errors=True)
+
+    def _evaluate(self, stage: Stage, trial: Trial, lease: Lease, decision: Decision) -> bool:
+        problem, study = self.problem, self.studies[stage]
         params = problem.space.suggest(trial, stage)
         plan = Plan(seed=problem.settings.seed)  # of what cannot be made a plan of
         try:
             plan = problem.plan(params, decision.effort)
             shape = problem.shape(plan)
         except PlanError as error:
-            self._tell_infeasible(stage, trial, plan, price(problem, problem.teacher.shape), {"plan": 1.0}, str(error))
+            prices = price(problem, problem.teacher.shape)
+            self._tell_infeasible(stage, trial, lease, plan, prices, {"plan": 1.0}, str(error))
             return False
         plan = canonical(plan, problem.teacher.shape)
-        twin = next((t for t in self.studies[stage].trials() if t.user_attrs["plan_digest"] == plan.digest), None)
+        with self.leases.holding(f"asking {stage}"):  # or two processes might begin the same plan at once
+            twin = study.twin(trial.number, plan.digest)
+            if twin is None:
+                trial.set_user_attr("plan_digest", plan.digest)
         if twin is not None:
             trial.set_user_attr("duplicate_of", twin.number)
-            study.tell(trial, state=TrialState.PRUNED)
+            self._finish(stage, trial, lease, state=TrialState.PRUNED)
             return False
         predicted = price(problem, shape)
         violated = self._certain_violations(predicted)
         if violated:
-            self._tell_infeasible(stage, trial, plan, predicted, violated, "the predicted price is above the limit")
+            reason = "the predicted price is above the limit"
+            self._tell_infeasible(stage, trial, lease, plan, predicted, violated, reason)
             return False
         self.show(stage=stage, doing=f"trial {trial.number}", step=0, steps=decision.effort, trials=self._counts())
         candidate: Candidate | None = None
-        begun = time.monotonic()
+        students = problem.settings.out / "students"
+
+        def progress(done: int, total: int) -> None:
+            give_way()
+            self.leases.check(lease)
+            self._progress(done, total)
+
+        def trained() -> bool:
+            return is_trained(plan, problem.context, students)
+
         try:
-            if stage == "confirm":
-                candidate, evaluation = confirm(problem, plan, self._progress)
-            else:
-                folder = problem.settings.out / "scratch"
-                evaluation = evaluate(problem, plan, SPLITS[stage], folder, self._progress)
-                shutil.rmtree(folder)
+            # A student that another process trains just now is waited for, and then read from the disk.
+            with self.leases.holding(f"student {student_plan(plan).digest}", unless=trained), working():
+                begun = time.monotonic()
+                if stage == "confirm":
+                    candidate, evaluation = confirm(
+                        problem, plan, progress, mark=_mark(lease), check=lambda: self.leases.check(lease, asking=True)
+                    )
+                else:
+                    evaluation = evaluate(problem, plan, SPLITS[stage], self._scratch(stage, lease), progress)
+                seconds = time.monotonic() - begun
         except PlanError as error:  # what only training shows, such as a loss that diverges
-            self._tell_infeasible(stage, trial, plan, predicted, {"plan": 1.0}, str(error))
+            self._tell_infeasible(stage, trial, lease, plan, predicted, {"plan": 1.0}, str(error))
             return False
-        self._tell(stage, trial, plan, decision, evaluation, candidate, time.monotonic() - begun)
+        self._tell(stage, trial, lease, plan, decision, evaluation, candidate, seconds)
         return True
+
+    def _scratch(self, stage: Stage, lease: Lease) -> Path:
+        return self.problem.settings.out / "scratch" / f"{stage}{_mark(lease)}"
+
+    def _finish(
+        self,
+        stage: Stage,
+        trial: Trial,
+        lease: Lease,
+        values: list[float] | None = None,
+        state: TrialState | None = None,
+    ) -> None:
+        self.leases.drop(lease)
+        self.studies[stage].tell(trial, lease, values, state)
 
     def _tell(
         self,
         stage: Stage,
         trial: Trial,
+        lease: Lease,
         plan: Plan,
         decision: Decision,
         found: Evaluation,
@@ -159,6 +265,7 @@ class Engine:
         seconds: float,
     ) -> None:
         problem, study = self.problem, self.studies[stage]
+        self.leases.check(lease, asking=True)
         if candidate is None:
             latency, measurements = found.predicted["latency_ms"], list(found.predicted.values())
             fraction = kept(found.score, problem.teacher_score(SPLITS[stage]), problem.task, plan.seed)
@@ -176,6 +283,8 @@ class Engine:
             "plan_digest": plan.digest,
             "student": student,
             "effort": decision.effort,
+            "worker": self.leases.owner,
+            "scored_on": cpu_name(),
             "kept": fraction.value,
             "latency_ms": latency.value,
             "seconds": seconds,
@@ -190,7 +299,7 @@ class Engine:
             for name, excess in problem.settings.constraints.excesses(candidate).items():
                 trial.set_constraint(name, excess)
         value = problem.task.summary(found.score.ratio)
-        study.study.tell(trial, [value, latency.value, found.predicted["size_bytes"].value])
+        self._finish(stage, trial, lease, [value, latency.value, found.predicted["size_bytes"].value])
         self.clock.save(force=True)
         self.show(front=self._front(stage), front_stage=stage, trials=self._counts())
 
@@ -198,6 +307,7 @@ class Engine:
         self,
         stage: Stage,
         trial: Trial,
+        lease: Lease,
         plan: Plan,
         predicted: dict[str, Measurement],
         violated: dict[str, float],
@@ -205,13 +315,15 @@ class Engine:
     ) -> None:
         """Tell a plan that is refused before anything is trained: predicted prices, and the stage's worst quality."""
         study = self.studies[stage].study
+        self.leases.check(lease, asking=True)
         done = [t.values[0] for t in study.get_trials(deepcopy=False) if t.values]
         worst = min(done) if self.problem.task.direction == "maximize" else max(done)
         for key, value in {"stage": stage, "plan": plan.to_json(), "infeasible": reason}.items():
             trial.set_user_attr(key, value)
         for key, excess in violated.items():
             trial.set_constraint(key, excess)
-        study.tell(trial, [worst, predicted["latency_ms"].value, predicted["size_bytes"].value])
+        values = [worst, predicted["latency_ms"].value, predicted["size_bytes"].value]
+        self._finish(stage, trial, lease, values)
 
     def _certain_violations(self, predicted: dict[str, Measurement]) -> dict[str, float]:
         """Limits that even the low end of the prediction's interval is above, by their relative excess."""
@@ -243,3 +355,12 @@ class Engine:
                     FrontRow(Plan.from_json(t.user_attrs["plan"]).describe(), 1 - p[0], faster, math.exp(-p[2]))
                 )
         return tuple(sorted(rows, key=lambda r: -r.faster)[:10])
+
+
+def _mark(lease: Lease) -> str:
+    """Return what keeps the files of a trial's holder apart from those of the holder before."""
+    return f"-{lease.key.rpartition(' ')[2]}-{lease.token}"
+
+
+def _opened(stage: Stage, decision: Decision) -> dict[str, Any]:
+    return {"stage": stage, "decision": decision.to_json()}

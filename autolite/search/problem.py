@@ -201,8 +201,14 @@ def check_same_run(store: Store, current: dict[str, str], out: Path) -> None:
         )
 
 
-def load_problem(settings: Settings, space: Space, store: Store, note: Callable[[str], None]) -> Problem:
-    """Load the model, the data and the target, emit the baseline, and score the teacher.
+def load_problem(
+    settings: Settings,
+    space: Space,
+    store: Store,
+    note: Callable[[str], None],
+    baseline: list[Path] | None = None,
+) -> Problem:
+    """Load the model, the data and the target, and emit the baseline, unless another process did: `baseline`.
 
     Raises:
         ModelError, DataError, TargetError, InputError: before anything expensive.
@@ -257,8 +263,9 @@ def load_problem(settings: Settings, space: Space, store: Store, note: Callable[
         tokenizer=tokenizer,
         cache_limit=CACHE_LIMIT if settings.cache_bytes is None else settings.cache_bytes,
     )
-    note("emitting the baseline")
-    baseline = runtime.emit(teacher, folder, workload, tuned=profile.name == "local")
+    if baseline is None:
+        note("emitting the baseline")
+        baseline = runtime.emit(teacher, folder, workload, tuned=profile.name == "local")
     return Problem(settings, space, task, data, teacher, tokenizer, runtime, profile, workload, context, baseline, {})
 
 

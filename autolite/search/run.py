@@ -23,8 +23,9 @@ from autolite.hardware.local import cpu_name
 from autolite.plan import Plan
 from autolite.search.choose import blocked, choose
 from autolite.search.confirm import confirm, score_on_test
-from autolite.search.engine import Engine
+from autolite.search.engine import OPEN, WORKER, Engine
 from autolite.search.evaluate import price
+from autolite.search.leases import Leases
 from autolite.search.narrow import narrow
 from autolite.search.problem import (
     Problem,
@@ -39,6 +40,7 @@ from autolite.search.progress import Clock, Observer, Snapshot, silent
 from autolite.search.settings import Budget, Settings
 from autolite.search.stages import promote
 from autolite.search.studies import StageStudy, open_studies
+from autolite.search.worker import invite, local_workers, share_of_cores
 from autolite.space import STAGES, Space, Stage, load_space
 from autolite.store import TEACHER_SHAPE, Store, storage_errors
 
@@ -48,6 +50,11 @@ def run(settings: Settings, observer: Observer = silent) -> Result:
     started = time.monotonic()
     registry.get("task", settings.task)
     registry.get("runtime", settings.runtime)
+    if settings.workers and settings.own_functions:
+        raise InputError(
+            f"workers={settings.workers} with a {settings.own_functions[0]} of your own: another process cannot be "
+            "given a Python function; leave workers out"
+        )
     space = load_space(settings.space)
     if settings.target != "local":  # a wrong name or file is told at once; "local" may have to be measured first
         load_target(settings.target)
@@ -76,9 +83,24 @@ def _name(settings: Settings) -> str:
 def _search(
     settings: Settings, space: Space, identity: dict[str, str], store: Store, observer: Observer, started: float
 ) -> None:
-    clean_leftovers(settings.out)
     clock = Clock(store, settings.budget, started)
+    with Leases(store, clock.save) as leases, share_of_cores(1 + settings.workers):
+        leases.lead()
+        store.put(OPEN, None)
+        if not store.leases(WORKER):  # what is half-written may be theirs
+            clean_leftovers(settings.out)
+        _search_as_leader(settings, space, identity, store, observer, clock, leases)
 
+
+def _search_as_leader(
+    settings: Settings,
+    space: Space,
+    identity: dict[str, str],
+    store: Store,
+    observer: Observer,
+    clock: Clock,
+    leases: Leases,
+) -> None:
     def note(text: str) -> None:
         observer(Snapshot("profile", text, spent=clock.spent, left=clock.left))
 
@@ -88,12 +110,15 @@ def _search(
     store.put("identity", identity)
     store.put(TEACHER_SHAPE, problem.teacher.shape.to_json())
     with open_studies(settings, store.run, problem.task) as studies:
-        engine = Engine(problem, studies, store, clock, observer)
+        invite(problem, space, store)
+        engine = Engine(problem, studies, store, clock, leases, observer)
         try:
-            engine.run()
+            with local_workers(settings, observer):
+                engine.run()
             engine.show(stage="finish", doing="scoring the finalists on the test split", step=0, steps=0)
             _write_front(problem, studies, store, clock, complete=True)
             shutil.rmtree(settings.out / "cache" / "checkpoints", ignore_errors=True)  # of runs that were given up
+            shutil.rmtree(settings.out / "scratch", ignore_errors=True)
             store.put("finished", asdict(settings.budget))
         except KeyboardInterrupt:
             engine.show(stage="stopping", doing="writing the best front so far", step=0, steps=0)
@@ -214,7 +239,7 @@ def _write_front(
         confidence={
             "level": 0.95,
             "quality": "paired bootstrap over examples",
-            "scored_on": cpu_name(),
+            "scored_on": ", ".join(sorted({cpu_name(), *_processors(studies)})),
             "latency": "bootstrap over rounds if measured, the profile's uncertainties if predicted",
         },
         constraints=limits,
@@ -233,6 +258,12 @@ def _write_front(
         wanted = {c.id for c in [*front, *misses]}
         for dominated in (c for c in candidates if c.id not in wanted):
             shutil.rmtree(out / dominated.path, ignore_errors=True)
+
+
+def _processors(studies: dict[Stage, StageStudy]) -> set[str]:
+    """The processors that trials were scored on, for there may have been several workers."""
+    named = {t.user_attrs.get("scored_on") for study in studies.values() for t in study.trials()}
+    return {name for name in named if name}
 
 
 def _make_folder(problem: Problem, candidate: Candidate) -> None:

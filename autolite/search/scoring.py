@@ -30,7 +30,15 @@ class Score:
 
 
 def scoring_threads() -> int:
-    """All physical cores: the workload's threads are for timing, and do not change what is computed."""
+    """All physical cores, or this process's share of them, which torch was given: the workload's threads are for
+    timing, and do not change what is computed."""
+    import torch
+
+    return min(cores(), torch.get_num_threads())
+
+
+def cores() -> int:
+    """Physical cores of this machine."""
     import psutil
 
     return psutil.cpu_count(logical=False) or 1

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from autolite.errors import InputError
 from autolite.front import Constraints
@@ -117,8 +118,68 @@ class Settings:
     loss: Loss | None = None
     metric: Metric | None = None
     augment: Augment | None = None
+    workers: int = 0  # further processes that this one starts
 
     @property
     def storage_url(self) -> str:
         """The database's URL; a SQLite file in the run's folder unless the user gave one."""
         return self.storage or f"sqlite:///{(self.out / 'study.db').resolve()}"
+
+    @property
+    def own_functions(self) -> list[str]:
+        """The names of the user's functions, which no other process can be given."""
+        return [name for name in ("loss", "metric", "augment") if getattr(self, name) is not None]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what another process needs to work on the same run, as plain JSON types: all but where the run's
+        folder is and what the database is called there. Paths are absolute."""
+        return {
+            "target": _absolute(self.target) if self.target.endswith((".yaml", ".yml")) else self.target,
+            "model": _absolute(self.model),
+            "data": asdict(self.data)
+            | {name: _absolute(getattr(self.data, name)) for name in ("source", "unlabelled")},
+            "task": self.task,
+            "space": self.space,
+            "budget": asdict(self.budget),
+            "constraints": asdict(self.constraints),
+            "workload": self.workload,
+            "runtime": self.runtime,
+            "seed": self.seed,
+            "device": self.device,
+            "cache_bytes": self.cache_bytes,
+            "own_functions": self.own_functions,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], out: Path, storage: str | None) -> Settings:
+        """Rebuild from `to_json`'s form, for the run's folder and database as they are called here.
+
+        Raises:
+            InputError: if a function of the user's own belongs to it, or a path of it does not exist here.
+        """
+        given = dict(data)
+        if own := given.pop("own_functions"):
+            raise InputError(
+                f"the run in {out} uses a Python function for its {own[0]}, which another process cannot be given: "
+                "only the process that began it can work on it"
+            )
+        spec = DataSpec(**given["data"])
+        for name, value in (("model", given["model"]), ("data", spec.source), ("unlabelled data", spec.unlabelled)):
+            if value is not None and Path(value).is_absolute() and not Path(value).exists():
+                raise InputError(f"the {name} of the run in {out}, {value}, does not exist here: make it available")
+        return cls(
+            **{
+                **given,
+                "data": spec,
+                "budget": Budget(**given["budget"]),
+                "constraints": Constraints(**given["constraints"]),
+                "out": out,
+                "storage": storage,
+            }
+        )
+
+
+def _absolute(source: str | None) -> str | None:
+    """Return the absolute path of a file or folder that exists; anything else (a hub name) as it is."""
+    path = None if source is None else Path(source).expanduser()
+    return str(path.resolve()) if path is not None and path.exists() else source

@@ -60,8 +60,10 @@ def trials_for(stage: Stage, total: int, trains: bool) -> int:
     return {"screen": total - confirm - recover, "recover": recover, "confirm": confirm}[stage]
 
 
-def decide(stage: Stage, problem: Problem, studies: dict[Stage, StageStudy], clock: Clock) -> Decision:
-    """Plan a stage from what the stages before it found and what they cost.
+def decide(
+    stage: Stage, problem: Problem, studies: dict[Stage, StageStudy], clock: Clock, processes: int = 1
+) -> Decision:
+    """Plan a stage from what the stages before it found and what they cost; `processes` work on it at once.
 
     Under a time budget the number of trials is what is done already and as many more as the space allows: a finished
     run that gets more time tries more, and trains it longer.
@@ -82,8 +84,9 @@ def decide(stage: Stage, problem: Problem, studies: dict[Stage, StageStudy], clo
         seconds = deadline - clock.spent
         if stage == "confirm":  # every candidate has its folder, and the further formats are scored
             scoring = sorted(map(_scoring_seconds, source))[len(source) // 2]
-            seconds -= count * _folder_seconds(problem) + (count - len(chosen)) * scoring
-        chosen, effort = _fit(chosen, seconds, floor, limits.max_effort)
+            others = count * _folder_seconds(problem, processes) + (count - len(chosen)) * scoring
+            seconds -= others / processes
+        chosen, effort = _fit(chosen, seconds, floor, limits.max_effort, processes)
     queue: list[Params] = [dict(t.params) for t in chosen] or seeds(problem.frontier, count)
     if stage == "confirm":
         queue = [space.complete(params) for params in queue]
@@ -117,9 +120,10 @@ def _deadline(stage: Stage, problem: Problem, source: Sequence[FrozenTrial], clo
     return clock.spent + max(left, 0.0) * share
 
 
-def _folder_seconds(problem: Problem) -> float:
-    """What a confirmed candidate costs beside training and scoring: its folder, and on this machine its timing."""
-    return 3.0 + (TIMING_SECONDS if problem.profile.name == "local" else 0.0)
+def _folder_seconds(problem: Problem, processes: int) -> float:
+    """What a confirmed candidate costs beside training and scoring: its folder, and on this machine its timing, for
+    which all processes stop."""
+    return 3.0 + (TIMING_SECONDS * processes if problem.profile.name == "local" else 0.0)
 
 
 def expected_seconds(problem: Problem, study: StageStudy, decision: Decision, key: str) -> float:
@@ -180,13 +184,16 @@ def objectives(problem: Problem, trials: Sequence[FrozenTrial]) -> np.ndarray:
     )
 
 
-def _fit(chosen: list[FrozenTrial], seconds: float, floor: int, ceiling: int) -> tuple[list[FrozenTrial], int]:
+def _fit(
+    chosen: list[FrozenTrial], seconds: float, floor: int, ceiling: int, processes: int = 1
+) -> tuple[list[FrozenTrial], int]:
     """Drop the last plans until the others can be trained for twice `floor` steps in the time there is, but keep two:
-    what looks best now may not stay so."""
+    what looks best now may not stay so. Each of several processes trains whole plans, one after the other."""
     while True:
         overhead = sum(map(_scoring_seconds, chosen))
         second_a_step = sum(t.user_attrs["train_seconds"] / max(t.user_attrs["effort"], 1) for t in chosen)
-        effort = int((seconds - overhead) / max(second_a_step, 1e-6))
+        rounds = math.ceil(len(chosen) / processes)
+        effort = int((seconds * len(chosen) / rounds - overhead) / max(second_a_step, 1e-6))
         if effort >= 2 * floor or len(chosen) <= FEWEST:
             return chosen, max(min(effort, ceiling), 1)
         chosen = chosen[:-1]

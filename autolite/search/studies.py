@@ -4,32 +4,65 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
 from optuna import Study, Trial
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import RandomSampler, TPESampler
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from autolite.errors import RunError
+from autolite.search.leases import Lease, LeaseLostError
 from autolite.search.settings import Settings
 from autolite.space import STAGES, Params, Stage
-from autolite.store import engine_kwargs, storage_errors
+from autolite.store import change_lease, changed_rows, engine_kwargs, storage_errors
 from autolite.tasks.base import Task
 
 OBJECTIVES = ("quality", "latency_ms", "size_bytes")
 
 
+class FencedStorage(RDBStorage):
+    """Optuna's tables, in which a trial that was begun under a lease is finished by the holder of that lease alone."""
+
+    def __init__(self, url: str, run: str = "") -> None:
+        super().__init__(url, engine_kwargs=engine_kwargs(url))
+        self._run = run
+        self._fences: dict[int, Lease] = {}
+
+    def fence(self, trial_id: int, lease: Lease) -> None:
+        """Finish the trial only while `lease` is held, and give the lease up with it."""
+        self._fences[trial_id] = lease
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """Do what Optuna does; raises `LeaseLostError` instead, if the lease was lost."""
+        lease = self._fences.get(trial_id)
+        if lease is None or not state.is_finished():
+            return bool(super().set_trial_state_values(trial_id, state, values))
+        # Optuna takes this thread's session too and commits it: both writes are one transaction, and the first one
+        # makes whoever wants to take the lease wait for the second.
+        session = self.scoped_session()
+        try:
+            if not changed_rows(session, change_lease(self._run, lease.key, lease.token, 0.0)):
+                raise LeaseLostError(lease.key)
+            return bool(super().set_trial_state_values(trial_id, state, values))
+        finally:
+            session.rollback()  # of nothing, after a commit
+            session.close()
+
+
 @dataclass(frozen=True)
 class StageStudy:
-    """One stage's study. Trial 0 is the teacher; a trial that runs when the process dies is taken up again."""
+    """One stage's study. Trial 0 is the teacher; a trial that runs when its process dies is taken up again."""
 
     stage: Stage
     study: Study
     seed: int
+    storage: FencedStorage
 
     def trials(self) -> list[FrozenTrial]:
         """Return the finished trials that were really evaluated, the teacher's left out."""
@@ -64,12 +97,42 @@ class StageStudy:
             if name not in known:
                 self.study.enqueue_trial(params, user_attrs={"queued": name})
 
-    def unfinished(self) -> Iterator[Trial]:
-        """Yield the trials that an earlier process left running; the rest of it is drawn as it would have been."""
-        for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if frozen.number > 0:
-                self._seed(frozen.number, explore=False)
-                yield self._live(frozen)
+    def running(self) -> list[FrozenTrial]:
+        """Return the trials that were begun and not told yet, the teacher's left out."""
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [t for t in running if t.number > 0]
+
+    def begun(self) -> list[FrozenTrial]:
+        """Return the trials that were evaluated or run now, as of one moment: in two looks, one that is told in between
+        would be in neither."""
+        states = (TrialState.COMPLETE, TrialState.RUNNING)
+        return _counting(self.study.get_trials(deepcopy=False, states=states))
+
+    def take_up(self, frozen: FrozenTrial) -> Trial:
+        """Return a running trial that its process left; the rest of it is drawn as it would have been."""
+        self._seed(frozen.number, explore=False)
+        return self._live(frozen)
+
+    def twin(self, number: int, plan_digest: str) -> FrozenTrial | None:
+        """Return another trial that was evaluated, or is just now, with this plan."""
+        same = (t for t in self.begun() if t.user_attrs.get("plan_digest") == plan_digest)
+        return next((t for t in same if t.number != number), None)
+
+    def tell(
+        self, trial: Trial, lease: Lease, values: list[float] | None = None, state: TrialState | None = None
+    ) -> None:
+        """Finish a trial.
+
+        Raises:
+            LeaseLostError: if another process has taken it since; nothing is written then.
+        """
+        self.storage.fence(trial._trial_id, lease)
+        try:
+            self.study.tell(trial, values, state)
+        except (ValueError, UpdateFinishedTrialError) as error:
+            if self.storage.get_trial(trial._trial_id).state.is_finished():
+                raise LeaseLostError(lease.key) from error
+            raise
 
     def ask(self, explore: bool) -> Trial:
         """Return a new trial, or the next one in the queue."""
@@ -99,7 +162,7 @@ def open_studies(settings: Settings, run: str, task: Task) -> Iterator[dict[Stag
     """
     url = settings.storage_url
     directions = [task.direction, "minimize", "minimize"]
-    with _storage(url) as storage:
+    with _storage(url, run) as storage:
         studies: dict[Stage, StageStudy] = {}
         for stage in STAGES:
             study = optuna.create_study(
@@ -108,7 +171,7 @@ def open_studies(settings: Settings, run: str, task: Task) -> Iterator[dict[Stag
             if [d.name.lower() for d in study.directions] != directions:
                 raise RunError(f"{url} holds a study '{study.study_name}' with other objectives; use another --out")
             study.set_metric_names([task.metric, *OBJECTIVES[1:]])
-            studies[stage] = StageStudy(stage, study, settings.seed)
+            studies[stage] = StageStudy(stage, study, settings.seed, storage)
         yield studies
 
 
@@ -130,17 +193,21 @@ def read_trials(url: str, run: str) -> dict[Stage, list[FrozenTrial]]:
 
 
 def _evaluated(study: Study) -> list[FrozenTrial]:
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return [t for t in done if t.number > 0 and not t.user_attrs.get("infeasible")]
+    return _counting(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+
+
+def _counting(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Leave out the teacher's and those that were refused."""
+    return [t for t in trials if t.number > 0 and not t.user_attrs.get("infeasible")]
 
 
 @contextmanager
-def _storage(url: str) -> Iterator[optuna.storages.RDBStorage]:
+def _storage(url: str, run: str = "") -> Iterator[FencedStorage]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Multivariate TPE and metric names are "experimental" by name only; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     with storage_errors(url):
-        storage = optuna.storages.RDBStorage(url, engine_kwargs=engine_kwargs(url))
+        storage = FencedStorage(url, run)
         try:
             yield storage
         finally:

@@ -23,11 +23,11 @@ TRIALS = 10
 class Session:
     """`autolite search` as a process of its own, watched through its JSON events."""
 
-    def __init__(self, teacher: Path, data: Path, space: Path, out: Path) -> None:
+    def __init__(self, teacher: Path, data: Path, space: Path, out: Path, *more: str) -> None:
         command = [sys.executable, "-m", "autolite", "search", "--model", str(teacher), "--data", str(data)]
         command += ["--space", str(space), "--target", "pixel8", "--budget", f"{TRIALS}trials", "--out", str(out)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen([*command, *more, "--json"], stdout=subprocess.PIPE, text=True, env=environment)
 
     def wait_for_trials(self, count: int) -> None:
         assert self.process.stdout is not None

@@ -50,6 +50,15 @@ def test_one_student_is_promoted_once_while_there_are_others(problem: Any) -> No
     assert {t.user_attrs["student"] for t in chosen} == {"a", "b"}
 
 
+@pytest.mark.parametrize(("processes", "steps"), [(1, 100), (2, 150), (3, 300), (9, 300)])
+def test_several_processes_train_longer_as_far_as_whole_plans_can_be_shared_out(processes: int, steps: int) -> None:
+    """Three plans at an eighth of a second a step in 37.5 s: one after the other, in two rounds, or all at once."""
+    costs = {"train_seconds": 1.0, "effort": 8, "seconds": 1.0, "own_train_seconds": 1.0}
+    plans: Any = [SimpleNamespace(user_attrs=costs) for _ in range(3)]
+    chosen, effort = stages._fit(plans, 37.5, 20, 1000, processes)
+    assert (len(chosen), effort) == (3, steps)
+
+
 def test_objectives_are_relative_to_the_baseline(problem: Any) -> None:
     found = stages.objectives(problem, [trial(0.9, 50, 250, "a")])
     assert np.allclose(found, [[0.1, np.log(0.5), np.log(0.25)]])
