@@ -95,6 +95,13 @@ def main() -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="Where training runs: cpu, cuda.")
 @click.option(
+    "--sampler",
+    type=click.Choice(["tpe", "gp", "nsga2", "random"]),
+    default="tpe",
+    show_default=True,
+    help="What proposes plans.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(min=0),
     default=0,

@@ -51,10 +51,15 @@ def test_nothing_is_left_to_be_filled_in(document: Path) -> None:
     assert "@@" not in document.read_text(encoding="utf-8")
 
 
-def test_the_search_space_of_the_guide_loads(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "spaces.md").read_text(encoding="utf-8"), flags=re.S)
-    (tmp_path / "mine.yaml").write_text(example, encoding="utf-8")
-    assert load_space(str(tmp_path / "mine.yaml")).name == "mine"
+def test_the_search_spaces_of_the_guide_load(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "spaces.md").read_text(encoding="utf-8")
+    example, by_layer = re.findall(r"```yaml\n(.*?)```", text, flags=re.S)  # a space, and steps that it may have
+    for steps in (None, by_layer):
+        space = example if steps is None else re.sub(r"(?<=\nsteps:).*?(?=stages:)", "\n" + steps, example, flags=re.S)
+        (tmp_path / "mine.yaml").write_text(space, encoding="utf-8")
+        found = load_space(str(tmp_path / "mine.yaml"))
+        assert found.name == "mine"
+        assert bool(found.layered) == (steps is not None)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from autolite.front import Result
     from autolite.search.progress import Observer
+    from autolite.search.samplers import MakeSampler
     from autolite.tasks.base import Augment
     from autolite.tasks.custom import Loss, Metric
 
@@ -43,6 +44,7 @@ def search(
     runtime: str = "onnxruntime",
     seed: int = 0,
     device: str = "cpu",
+    sampler: str | MakeSampler = "tpe",
     workers: int = 0,
     observer: Observer | None = None,
 ) -> Result:
@@ -82,6 +84,8 @@ def search(
         runtime: what the candidates run on: "onnxruntime", "openvino", or "auto", the faster of both on this machine.
         seed: of everything random.
         device: where training runs ("cpu", "cuda").
+        sampler: what proposes plans that are not queued: "tpe", "gp", "nsga2", "random", or a function that makes an
+            Optuna sampler from a seed; it is called for each trial, so that a resumed search asks the same.
         workers: further processes on this machine that evaluate trials beside this one; all share its cores.
         observer: called with a Snapshot whenever something changes.
 
@@ -134,6 +138,7 @@ def search(
         loss=loss,
         metric=metric,
         augment=augment,
+        sampler=sampler,
         workers=workers,
         cache_bytes=None if cache_size is None else int(parse_bytes(cache_size, "--cache-size")),
     )

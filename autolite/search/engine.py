@@ -27,7 +27,8 @@ from autolite.search.evaluate import Evaluation, evaluate, price
 from autolite.search.leases import Lease, LeaseLostError, Leases, Pauses
 from autolite.search.problem import Problem
 from autolite.search.progress import Clock, FrontRow, Observer, Snapshot
-from autolite.search.scoring import kept
+from autolite.search.racing import Behind, never, surely_behind
+from autolite.search.scoring import Score, kept
 from autolite.search.stages import Decision, decide, expected_seconds, objectives
 from autolite.search.studies import StageStudy
 from autolite.space import STAGES, Stage
@@ -231,13 +232,28 @@ class Engine:
                         problem, plan, progress, mark=_mark(lease), check=lambda: self.leases.check(lease, asking=True)
                     )
                 else:
-                    evaluation = evaluate(problem, plan, SPLITS[stage], self._scratch(stage, lease), progress)
+                    folder, behind = self._scratch(stage, lease), self._behind(stage, predicted)
+                    evaluation = evaluate(problem, plan, SPLITS[stage], folder, progress, behind)
                 seconds = time.monotonic() - begun
         except PlanError as error:  # what only training shows, such as a loss that diverges
             self._tell_infeasible(stage, trial, lease, plan, predicted, {"plan": 1.0}, str(error))
             return False
         self._tell(stage, trial, lease, plan, decision, evaluation, candidate, seconds)
         return True
+
+    def _behind(self, stage: Stage, predicted: dict[str, Measurement]) -> Behind:
+        """What a plan of these prices is given up by: in the screen, one that is as fast and as small, and surely keeps
+        more of the quality. Later stages score whole splits, for what went so far is worth knowing well."""
+        latency, size = predicted["latency_ms"].value, predicted["size_bytes"].value
+        rivals = [
+            t.user_attrs["kept_low"]
+            for t in self.studies[stage].trials()
+            if stage == "screen" and t.user_attrs["latency_ms"] <= latency and t.values[2] <= size
+        ]
+        if not rivals:
+            return never
+        problem = self.problem
+        return surely_behind(problem.teacher_score(SPLITS[stage]), max(rivals), problem.task, problem.settings.seed)
 
     def _scratch(self, stage: Stage, lease: Lease) -> Path:
         return self.problem.settings.out / "scratch" / f"{stage}{_mark(lease)}"
@@ -268,7 +284,8 @@ class Engine:
         self.leases.check(lease, asking=True)
         if candidate is None:
             latency, measurements = found.predicted["latency_ms"], list(found.predicted.values())
-            fraction = kept(found.score, problem.teacher_score(SPLITS[stage]), problem.task, plan.seed)
+            teacher = Score(problem.teacher_score(SPLITS[stage]).examples[found.seen])
+            fraction = kept(found.score, teacher, problem.task, plan.seed)
         else:
             latency, measurements, fraction = candidate.latency_ms, candidate.measurements(), candidate.kept
             trial.set_user_attr("candidate", candidate.to_json())
@@ -286,6 +303,8 @@ class Engine:
             "worker": self.leases.owner,
             "scored_on": cpu_name(),
             "kept": fraction.value,
+            "kept_low": fraction.low,
+            "examples": len(found.seen),
             "latency_ms": latency.value,
             "seconds": seconds,
             "own_train_seconds": found.train_seconds,

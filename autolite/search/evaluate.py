@@ -16,7 +16,7 @@ from autolite.hardware.predict import predict
 from autolite.measure import Measurement
 from autolite.plan import Plan
 from autolite.search.problem import Problem
-from autolite.search.racing import Behind, raced
+from autolite.search.racing import Behind, never, raced
 from autolite.search.scoring import Score, scoring_threads
 from autolite.techniques.base import Student
 from autolite.vocabulary import trimmed
@@ -33,7 +33,6 @@ class Evaluation:
     files: tuple[Path, ...]
     train_seconds: float
     seen: NDArray[np.int64]
-    given_up: bool
 
 
 def price(problem: Problem, shape: ModelShape) -> dict[str, Measurement]:
@@ -47,7 +46,7 @@ def evaluate(
     split: str,
     folder: Path,
     progress: Callable[[int, int], None],
-    behind: Behind = lambda part, seen: False,
+    behind: Behind = never,
 ) -> Evaluation:
     """Compress by `plan`, emit the artifact into `folder` and score that artifact on a split, in growing parts until it
     is `behind`.
@@ -71,4 +70,4 @@ def evaluate(
     predicted = price(problem, student.shape)
     size = float(sum(f.stat().st_size for f in files))
     predicted["size_bytes"] = replace(predicted["size_bytes"], value=size, low=size, high=size, source="measured")
-    return Evaluation(student, scored, predicted, tuple(files), trained - begun, seen, len(seen) < len(examples))
+    return Evaluation(student, scored, predicted, tuple(files), trained - begun, seen)

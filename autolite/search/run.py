@@ -37,6 +37,7 @@ from autolite.search.problem import (
     versions,
 )
 from autolite.search.progress import Clock, Observer, Snapshot, silent
+from autolite.search.samplers import sampler_of
 from autolite.search.settings import Budget, Settings
 from autolite.search.stages import promote
 from autolite.search.studies import StageStudy, open_studies
@@ -50,6 +51,7 @@ def run(settings: Settings, observer: Observer = silent) -> Result:
     started = time.monotonic()
     registry.get("task", settings.task)
     registry.get("runtime", settings.runtime)
+    sampler_of(settings.sampler)
     if settings.workers and settings.own_functions:
         raise InputError(
             f"workers={settings.workers} with a {settings.own_functions[0]} of your own: another process cannot be "

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autolite.errors import InputError
 from autolite.front import Constraints
 from autolite.tasks.base import Augment, DataSpec
 from autolite.tasks.custom import Loss, Metric
+
+if TYPE_CHECKING:
+    from autolite.search.samplers import MakeSampler
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _BYTES = {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -118,6 +121,7 @@ class Settings:
     loss: Loss | None = None
     metric: Metric | None = None
     augment: Augment | None = None
+    sampler: str | MakeSampler = "tpe"
     workers: int = 0  # further processes that this one starts
 
     @property
@@ -128,7 +132,7 @@ class Settings:
     @property
     def own_functions(self) -> list[str]:
         """The names of the user's functions, which no other process can be given."""
-        return [name for name in ("loss", "metric", "augment") if getattr(self, name) is not None]
+        return [name for name in ("loss", "metric", "augment", "sampler") if callable(getattr(self, name))]
 
     def to_json(self) -> dict[str, Any]:
         """Return what another process needs to work on the same run, as plain JSON types: all but where the run's
@@ -147,6 +151,7 @@ class Settings:
             "seed": self.seed,
             "device": self.device,
             "cache_bytes": self.cache_bytes,
+            "sampler": self.sampler if isinstance(self.sampler, str) else "tpe",
             "own_functions": self.own_functions,
         }
 

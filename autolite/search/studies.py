@@ -12,12 +12,12 @@ from typing import Any
 import optuna
 from optuna import Study, Trial
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from autolite.errors import RunError
 from autolite.search.leases import Lease, LeaseLostError
+from autolite.search.samplers import SAMPLERS, MakeSampler, sampler_of
 from autolite.search.settings import Settings
 from autolite.space import STAGES, Params, Stage
 from autolite.store import change_lease, changed_rows, engine_kwargs, storage_errors
@@ -63,6 +63,7 @@ class StageStudy:
     study: Study
     seed: int
     storage: FencedStorage
+    sampler: MakeSampler
 
     def trials(self) -> list[FrozenTrial]:
         """Return the finished trials that were really evaluated, the teacher's left out."""
@@ -144,9 +145,7 @@ class StageStudy:
     def _seed(self, number: int, explore: bool) -> None:
         """Take a sampler seeded by the trial's number, so that a resumed study asks what an undisturbed one would."""
         seed = zlib.crc32(f"{self.seed} {self.stage} {number}".encode())
-        self.study.sampler = (
-            RandomSampler(seed=seed) if explore else TPESampler(seed=seed, multivariate=True, group=True)
-        )
+        self.study.sampler = SAMPLERS["random"](seed) if explore else self.sampler(seed)
 
     def _live(self, frozen: FrozenTrial) -> Trial:
         return Trial(self.study, frozen._trial_id)
@@ -171,7 +170,7 @@ def open_studies(settings: Settings, run: str, task: Task) -> Iterator[dict[Stag
             if [d.name.lower() for d in study.directions] != directions:
                 raise RunError(f"{url} holds a study '{study.study_name}' with other objectives; use another --out")
             study.set_metric_names([task.metric, *OBJECTIVES[1:]])
-            studies[stage] = StageStudy(stage, study, settings.seed, storage)
+            studies[stage] = StageStudy(stage, study, settings.seed, storage, sampler_of(settings.sampler))
         yield studies
 
 

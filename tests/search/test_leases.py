@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 
 from autolite.search import leases
 from autolite.search.leases import SEARCH, LeaseLostError, Leases
+from autolite.search.samplers import SAMPLERS
 from autolite.search.studies import FencedStorage, StageStudy
 from autolite.store import Store
 
@@ -127,7 +128,7 @@ def test_whoever_decides_after_one_that_died_ends_its_leases_alone(store: Store,
 def study(store: Store) -> StageStudy:
     database = FencedStorage(store.url, store.run)
     found = optuna.create_study(study_name=f"{store.run}/screen", storage=database)
-    return StageStudy("screen", found, 0, database)
+    return StageStudy("screen", found, 0, database, SAMPLERS["tpe"])
 
 
 def test_only_the_holder_of_its_lease_finishes_a_trial(store: Store, study: StageStudy) -> None:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.samplers import TPESampler
 
 from autolite import registry
 from autolite.errors import InputError
+from autolite.search import engine, racing
 from autolite.search.racing import parts, raced, surely_behind
 from autolite.search.samplers import SAMPLERS, sampler_of
 from autolite.search.scoring import Score, score
+from autolite.search.studies import read_trials
 from autolite.tasks.base import Split
+from tests.conftest import RunSearch
 
 
 @dataclass
@@ -88,3 +94,32 @@ def test_samplers_are_known_by_name_or_given_as_a_function() -> None:
     assert sampler_of(own) is own
     with pytest.raises(InputError, match="unknown sampler 'tep': did you mean 'tpe'"):
         sampler_of("tep")
+
+
+@pytest.mark.parametrize(
+    "sampler", ["nsga2", "gp", lambda seed: TPESampler(seed=seed, n_startup_trials=2)], ids=["nsga2", "gp", "own"]
+)
+def test_a_search_runs_with_any_sampler(sampler: Any, run_search: RunSearch, tmp_path: Path) -> None:
+    result = run_search(sampler=sampler, budget="10trials", out=tmp_path / "run")
+    assert len(result.front)
+
+
+def test_only_the_screen_gives_up_and_only_what_a_rival_is_as_fast_and_as_small_as(
+    run_search: RunSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(racing, "FIRST", 8)
+    monkeypatch.setattr(engine, "surely_behind", lambda *_: lambda part, seen: True)
+    result = run_search(budget="30trials", out=tmp_path / "run")
+    trials = read_trials(f"sqlite:///{result.path / 'study.db'}", "run")
+    seen = {stage: {t.user_attrs["examples"] for t in found} for stage, found in trials.items()}
+    assert len(seen["recover"]) == len(seen["confirm"]) == 1, "later stages score whole splits"
+    assert seen["screen"] == {8, max(seen["screen"])}
+    for t in trials["screen"]:
+        rivals = [
+            r
+            for r in trials["screen"]
+            if r.number < t.number
+            and r.user_attrs["latency_ms"] <= t.user_attrs["latency_ms"]
+            and r.values[2] <= t.values[2]
+        ]
+        assert bool(rivals) == (t.user_attrs["examples"] == 8)
