@@ -76,6 +76,7 @@ def main() -> None:
 @click.option("--max-size", help="6MB.")
 @click.option("--max-memory", help="100MB.")
 @click.option("--strict", is_flag=True, help="Hold --max-drop against the lower end of the 95 % interval.")
+@click.option("--objectives", default="quality,latency,size", show_default=True, help="What the front is of.")
 @click.option("--space", help="A search space of search_spaces/, or a path.  [default: default; decoder; demo: quick]")
 @click.option("--workload", help="The call that is priced: batch=1,tokens=64,threads=1.  [default: from the data]")
 @click.option(

@@ -152,6 +152,7 @@ class Front:
     teacher: dict[str, Any]
     confidence: dict[str, Any]
     constraints: Constraints
+    objectives: tuple[str, ...]
     candidates: tuple[Candidate, ...]
     nearest_misses: tuple[dict[str, Any], ...]
     budget: dict[str, Any]
@@ -167,6 +168,7 @@ class Front:
     def to_json(self) -> dict[str, Any]:
         """Return the front in the form of `front.json` (docs/front.schema.json)."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["objectives"] = list(self.objectives)
         data["constraints"] = asdict(self.constraints)
         data["candidates"] = [c.to_json() for c in self.candidates]
         data["nearest_misses"] = list(self.nearest_misses)
@@ -179,6 +181,7 @@ class Front:
             raise RunError(f"front.json has schema {data.get('schema')!r}, but this version reads {SCHEMA}")
         plain = {f.name: data[f.name] for f in fields(cls)}
         plain["constraints"] = Constraints(**data["constraints"])
+        plain["objectives"] = tuple(data["objectives"])
         plain["candidates"] = tuple(Candidate.from_json(c) for c in data["candidates"])
         plain["nearest_misses"] = tuple(data["nearest_misses"])
         return cls(**plain)

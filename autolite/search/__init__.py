@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ def search(
     max_size: str | float | None = None,
     max_memory: str | float | None = None,
     strict: bool = False,
+    objectives: str | Sequence[str] = ("quality", "latency", "size"),
     workload: str | None = None,
     text: str | None = None,
     text_pair: str | None = None,
@@ -63,6 +65,7 @@ def search(
         max_size: bytes, or text with a unit.
         max_memory: bytes, or text with a unit.
         strict: hold `max_drop` against the lower end of the interval.
+        objectives: what the front is of: "quality", and "latency" or "size" or both.
         workload: "batch=1,tokens=64,threads=1"; by default from the data and the target.
         text: column of the text; found by convention if None (also `text_pair`, `label`).
         text_pair: column of the second text of a pair.
@@ -99,7 +102,14 @@ def search(
     from autolite.front import Constraints
     from autolite.search.progress import silent
     from autolite.search.run import run
-    from autolite.search.settings import Settings, parse_budget, parse_bytes, parse_fraction, parse_milliseconds
+    from autolite.search.settings import (
+        Settings,
+        parse_budget,
+        parse_bytes,
+        parse_fraction,
+        parse_milliseconds,
+        parse_objectives,
+    )
     from autolite.tasks.base import DataSpec
 
     name = "demo" if model is None else Path(str(model)).name
@@ -139,6 +149,7 @@ def search(
         metric=metric,
         augment=augment,
         sampler=sampler,
+        objectives=parse_objectives(objectives),
         workers=workers,
         cache_bytes=None if cache_size is None else int(parse_bytes(cache_size, "--cache-size")),
     )

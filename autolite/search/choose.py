@@ -12,24 +12,31 @@ from autolite.pareto import nondominated
 NEAREST_MISSES = 3
 
 
-def choose(candidates: Sequence[Candidate], limits: Constraints) -> tuple[list[Candidate], list[Candidate]]:
+def choose(
+    candidates: Sequence[Candidate], limits: Constraints, objectives: Sequence[str]
+) -> tuple[list[Candidate], list[Candidate]]:
     """Return the front, fastest first and with its ties, and the nearest misses, the nearest first.
 
-    The front is what meets the limits and no other such candidate beats in quality, latency and size, by point
-    estimates. There are misses only if there is no front.
+    The front is what meets the limits and no other such candidate beats in the objectives, by point estimates. There
+    are misses only if there is no front.
     """
     good = [c for c in candidates if not limits.violations(c)]
     if not good:
         return [], sorted(candidates, key=lambda c: sum(limits.violations(c).values()))[:NEAREST_MISSES]
-    best = nondominated([point(c) for c in good])
+    best = nondominated([point(c, objectives) for c in good])
     front = sorted((c for c, on_it in zip(good, best, strict=True) if on_it), key=lambda c: c.latency_ms.value)
     return [replace(c, ties=_ties(c, front)) for c in front], []
 
 
-def point(candidate: Candidate) -> tuple[float, float, float]:
+def point(candidate: Candidate, objectives: Sequence[str]) -> tuple[float, ...]:
     """Return what a candidate is compared by, each to be minimised."""
     # What was timed beside the baseline is compared by that ratio: a drift between two candidates' timings cancels.
-    return -candidate.kept.value, 1 / candidate.faster.value, candidate.size_bytes.value
+    values = {
+        "quality": -candidate.kept.value,
+        "latency": 1 / candidate.faster.value,
+        "size": candidate.size_bytes.value,
+    }
+    return tuple(values[name] for name in objectives)
 
 
 def blocked(misses: Sequence[Candidate], limits: Constraints) -> tuple[dict[str, Any], ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -364,15 +363,14 @@ class Engine:
         trials = self.studies[stage].trials()
         if not trials:
             return ()
-        points = objectives(self.problem, trials)
+        base = price(self.problem, self.problem.teacher.shape)
+        latency, size = base["latency_ms"].value, base["size_bytes"].value
         rows = []
-        for t, p, best in zip(trials, points, nondominated(points), strict=True):
+        for t, best in zip(trials, nondominated(objectives(self.problem, trials)), strict=True):
             if best:
-                candidate = t.user_attrs.get("candidate")
-                faster = candidate["faster"]["value"] if candidate else math.exp(-p[1])
-                rows.append(
-                    FrontRow(Plan.from_json(t.user_attrs["plan"]).describe(), 1 - p[0], faster, math.exp(-p[2]))
-                )
+                candidate, plan = t.user_attrs.get("candidate"), Plan.from_json(t.user_attrs["plan"])
+                faster = candidate["faster"]["value"] if candidate else latency / t.user_attrs["latency_ms"]
+                rows.append(FrontRow(plan.describe(), t.user_attrs["kept"], faster, size / t.values[2]))
         return tuple(sorted(rows, key=lambda r: -r.faster)[:10])
 
 

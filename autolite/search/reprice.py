@@ -7,7 +7,7 @@ from each plan's shape, and that from the teacher's, which the run remembers.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -149,7 +149,7 @@ def _repriced(folder: Path, before: Front, record: _Record, prices: Prices, limi
             f"none of the {len(refused)} candidates of {folder} can run on {prices.profile.name}: {reason}. "
             "Search for that target in a folder of its own (--out)"
         )
-    chosen, misses = choose(priced, limits)
+    chosen, misses = choose(priced, limits, before.objectives)
     profile = prices.profile
     front = replace(
         before,
@@ -168,7 +168,8 @@ def _repriced(folder: Path, before: Front, record: _Record, prices: Prices, limi
     promising = tuple(
         one
         for one in _early(record.trials, before, prices, confirmed)
-        if not limits.violations(one) and (not chosen or any(_dominates(one, other) for other in chosen))
+        if not limits.violations(one)
+        and (not chosen or any(_dominates(one, other, before.objectives) for other in chosen))
     )
     return Repriced(front, before, refused, removed, promising)
 
@@ -206,8 +207,8 @@ def _untrained(plan: Plan) -> str:
     return plan.only(lambda name: not registry.get("technique", name).effort).digest
 
 
-def _dominates(one: Candidate, other: Candidate) -> bool:
-    ours, theirs = point(one), point(other)
+def _dominates(one: Candidate, other: Candidate, objectives: Sequence[str]) -> bool:
+    ours, theirs = point(one, objectives), point(other, objectives)
     return ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
 
 

@@ -151,7 +151,11 @@ def _finished(settings: Settings, store: Store) -> bool:
         return False
     folders = [c.path for c in front] + [miss["path"] for miss in front.nearest_misses]
     there = all((settings.out / path / "autolite.json").is_file() for path in folders)
-    return front.complete and front.constraints == settings.constraints and there
+    return (
+        front.complete
+        and (front.constraints, front.objectives) == (settings.constraints, settings.objectives)
+        and there
+    )
 
 
 def _checked(result: Result) -> Result:
@@ -222,7 +226,7 @@ def _write_front(
     candidates = [Candidate.from_json(t.user_attrs["candidate"]) for t in studies["confirm"].trials()]
     if not candidates and not complete:
         candidates = list(_early(problem, studies))
-    front, misses = choose(candidates, limits)
+    front, misses = choose(candidates, limits, problem.settings.objectives)
     for chosen in [*front, *misses]:
         _make_folder(problem, chosen)
     if complete:
@@ -245,6 +249,7 @@ def _write_front(
             "latency": "bootstrap over rounds if measured, the profile's uncertainties if predicted",
         },
         constraints=limits,
+        objectives=problem.settings.objectives,
         candidates=tuple(front),
         nearest_misses=blocked(misses, limits),
         budget={

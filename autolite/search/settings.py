@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autolite.errors import InputError
+from autolite.errors import InputError, unknown
 from autolite.front import Constraints
 from autolite.tasks.base import Augment, DataSpec
 from autolite.tasks.custom import Loss, Metric
@@ -75,6 +76,23 @@ def parse_fraction(text: str | float, name: str) -> float:
     return value
 
 
+OBJECTIVES = ("quality", "latency", "size")
+
+
+def parse_objectives(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Read "quality,size" or a list of names, in the order of `OBJECTIVES`.
+
+    Raises:
+        InputError: naming what is unknown, or that quality or what it is traded for is missing.
+    """
+    given = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+    if strange := [name for name in given if name not in OBJECTIVES]:
+        raise InputError(unknown("objective", strange[0], OBJECTIVES))
+    if "quality" not in given or len(set(given)) < 2:
+        raise InputError(f"--objectives '{','.join(given)}': name quality, and latency or size or both")
+    return tuple(name for name in OBJECTIVES if name in given)
+
+
 def parse_quantity(text: str | float, name: str, units: dict[str, float]) -> float:
     """Read a positive number with one of `units` behind it.
 
@@ -122,6 +140,7 @@ class Settings:
     metric: Metric | None = None
     augment: Augment | None = None
     sampler: str | MakeSampler = "tpe"
+    objectives: tuple[str, ...] = OBJECTIVES
     workers: int = 0  # further processes that this one starts
 
     @property
@@ -151,6 +170,7 @@ class Settings:
             "seed": self.seed,
             "device": self.device,
             "cache_bytes": self.cache_bytes,
+            "objectives": self.objectives,
             "sampler": self.sampler if isinstance(self.sampler, str) else "tpe",
             "own_functions": self.own_functions,
         }
@@ -178,6 +198,7 @@ class Settings:
                 "data": spec,
                 "budget": Budget(**given["budget"]),
                 "constraints": Constraints(**given["constraints"]),
+                "objectives": tuple(given["objectives"]),
                 "out": out,
                 "storage": storage,
             }

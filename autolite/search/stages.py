@@ -173,15 +173,16 @@ def promote(problem: Problem, trials: list[FrozenTrial], count: int, *, keep_flo
 
 
 def objectives(problem: Problem, trials: Sequence[FrozenTrial]) -> np.ndarray:
-    """Return [n, 3] to be minimised: quality lost (1 - kept), log latency and log size relative to the baseline's."""
+    """Return [n, objectives] to be minimised: quality lost (1 - kept), log latency and log size relative to the
+    baseline's, those of them that are objectives."""
     base = price(problem, problem.teacher.shape)
     latency, size = base["latency_ms"].value, base["size_bytes"].value
-    return np.array(
-        [
-            [1 - t.user_attrs["kept"], math.log(t.user_attrs["latency_ms"] / latency), math.log(t.values[2] / size)]
-            for t in trials
-        ]
-    )
+    columns = {
+        "quality": [1 - t.user_attrs["kept"] for t in trials],
+        "latency": [math.log(t.user_attrs["latency_ms"] / latency) for t in trials],
+        "size": [math.log(t.values[2] / size) for t in trials],
+    }
+    return np.array([columns[name] for name in problem.settings.objectives]).T
 
 
 def _fit(

@@ -74,7 +74,7 @@ def make_run(
     prices = Prices(SHAPE, load_profile("pixel8"), WORKLOAD)
     candidates = [replace(candidate(plan, kept, prices), stage=stage) for plan, kept in confirmed.items()]
     limits = limits or Constraints()
-    front, misses = choose(candidates, limits)
+    front, misses = choose(candidates, limits, ("quality", "latency", "size"))
     out.mkdir()
     (out / ".name").write_text("mine", encoding="utf-8")
     base = predict(SHAPE, prices.profile, WORKLOAD)
@@ -93,6 +93,7 @@ def make_run(
         teacher={"quality": quality, "test": None},
         confidence={"level": 0.95, "scored_on": "a processor"},
         constraints=limits,
+        objectives=("quality", "latency", "size"),
         candidates=tuple(front),
         nearest_misses=blocked(misses, limits),
         budget={"asked": "1h", "spent_seconds": 3600.0, "trials": {}},

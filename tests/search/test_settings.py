@@ -11,6 +11,7 @@ from autolite.search.settings import (
     parse_bytes,
     parse_fraction,
     parse_milliseconds,
+    parse_objectives,
 )
 
 
@@ -61,3 +62,15 @@ def test_an_impossible_drop_names_the_option_and_the_range(text: str) -> None:
 def test_an_impossible_size_names_the_option_and_the_units(text: str) -> None:
     with pytest.raises(InputError, match=r"--max-size.*MB"):
         parse_bytes(text, "--max-size")
+
+
+def test_objectives_are_quality_and_what_it_is_traded_for() -> None:
+    assert parse_objectives("size, quality") == ("quality", "size")
+    assert parse_objectives(("quality", "latency", "size")) == ("quality", "latency", "size")
+    for bad, why in (
+        ("quality", "name quality, and latency or size"),
+        ("latency,size", "name quality"),
+        ("speed", "unknown objective"),
+    ):
+        with pytest.raises(InputError, match=why):
+            parse_objectives(bad)

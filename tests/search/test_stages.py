@@ -32,7 +32,7 @@ def trial(kept: float, latency: float, size: float, student: str) -> Any:
 def problem(monkeypatch: pytest.MonkeyPatch) -> Any:
     base = {"latency_ms": SimpleNamespace(value=100.0), "size_bytes": SimpleNamespace(value=1000.0)}
     monkeypatch.setattr(stages, "price", lambda problem, shape: base)
-    settings = SimpleNamespace(constraints=Constraints(max_drop=0.02))
+    settings = SimpleNamespace(constraints=Constraints(max_drop=0.02), objectives=("quality", "latency", "size"))
     return SimpleNamespace(settings=settings, teacher=SimpleNamespace(shape=None))
 
 
@@ -62,3 +62,11 @@ def test_several_processes_train_longer_as_far_as_whole_plans_can_be_shared_out(
 def test_objectives_are_relative_to_the_baseline(problem: Any) -> None:
     found = stages.objectives(problem, [trial(0.9, 50, 250, "a")])
     assert np.allclose(found, [[0.1, np.log(0.5), np.log(0.25)]])
+
+
+def test_only_the_objectives_are_compared(problem: Any) -> None:
+    problem.settings.objectives = ("quality", "size")
+    found = stages.objectives(problem, [trial(0.9, 50, 250, "a")])
+    assert np.allclose(found, [[0.1, np.log(0.25)]])
+    slow, fast = trial(0.99, 90, 500, "a"), trial(0.98, 1, 501, "b")
+    assert stages.promote(problem, [fast, slow], 1, keep_floor=False) == [slow]
