@@ -32,7 +32,7 @@ from autolite.runtime.base import Runtime
 from autolite.search.frontier import Frontier
 from autolite.search.scoring import Score, quality, score, scoring_threads
 from autolite.search.settings import Settings
-from autolite.space import Params, Space
+from autolite.space import BY_LAYER, Params, Space
 from autolite.store import Store
 from autolite.tasks.base import Split, Task, TaskData
 from autolite.tasks.custom import CustomTask, identity_of
@@ -270,12 +270,14 @@ def load_problem(
 
 
 def _applicable(space: Space, shape: ModelShape, note: Callable[[str], None]) -> Space:
-    """Leave out what needs the architecture map if that does not have the model; and training, if what is left changes
-    nothing but number formats: an uncut student has nothing to learn from its teacher.
+    """Leave out what needs the architecture map if that does not have the model: techniques, and levels by layer; and
+    training, if what is left changes nothing but number formats: an uncut student has nothing to learn from its teacher.
 
     Raises:
         InputError: if nothing is left.
     """
+    if shape.unmapped is not None:
+        space = space.without({name: {BY_LAYER: setting.levels[0]} for name, setting in space.layered.items()})
     techniques = {name: registry.get("technique", name) for name, _ in space.techniques}
     missing = [name for name, technique in techniques.items() if technique.needs_map]
     if shape.unmapped is None or not missing:

@@ -77,6 +77,16 @@ def test_a_classifier_that_the_map_does_not_have(tiny_space: Path, tmp_path: Pat
     assert autolite.pipeline(str(best.folder))("w1 great")[0]["label"].startswith("LABEL_")
 
 
+def test_levels_by_layer_need_the_map(tiny_space: Path, tmp_path: Path) -> None:
+    model = folder_of("electra", "text-classification", tmp_path / "model", layers=2, embedding_size=16)
+    data = write_jsonl(tmp_path / "data.jsonl", [{**row, "label": i % 3} for i, row in enumerate(sentences(200, 3))])
+    space = tmp_path / "layers.yaml"
+    text = tiny_space.read_text(encoding="utf-8").replace("ffn: [int8, kmeans4", "ffn: [by-layer, int8, kmeans4")
+    space.write_text(text, encoding="utf-8")
+    result = autolite.search(model, data, target="pixel8", space=str(space), budget="5trials", out=tmp_path / "r")
+    assert {step.technique for candidate in result.front for step in candidate.plan.steps} <= {"quantize"}
+
+
 def test_a_space_of_which_nothing_works_without_the_map_is_refused(tmp_path: Path) -> None:
     model = folder_of("electra", "text-classification", tmp_path / "model", layers=2, embedding_size=16)
     data = write_jsonl(tmp_path / "data.jsonl", [{**row, "label": i % 3} for i, row in enumerate(sentences(200, 3))])
