@@ -270,8 +270,8 @@ def load_problem(
 
 
 def _applicable(space: Space, shape: ModelShape, note: Callable[[str], None]) -> Space:
-    """Leave out what needs the architecture map if that does not have the model: techniques, and levels by layer; and
-    training, if what is left changes nothing but number formats: an uncut student has nothing to learn from its teacher.
+    """Leave out what needs the architecture map if that does not have the model (techniques, and levels by layer), and
+    training, if what is left changes only number formats: an uncut student has nothing to learn from its teacher.
 
     Raises:
         InputError: if nothing is left.
