@@ -65,7 +65,12 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--target", required=True, help="A device of `autolite targets`, or the path of a profile.")
+@click.option(
+    "--target",
+    "--targets",
+    required=True,
+    help="A device of `autolite targets`, or the path of a profile; or several, by comma.",
+)
 @click.option("--model", help="A folder or a hub name; the embedded demo model if not given.")
 @click.option("--data", help="A file (JSONL, CSV, TSV, Parquet, text; .gz of each), a folder, or a hub name.")
 @click.option("--task", default="text-classification", show_default=True, help="Or language-modeling.")
@@ -119,6 +124,7 @@ def search(as_json: bool, quiet: bool, **options: Any) -> None:
     Examples:
       autolite search --target pixel8
       autolite search --model ./my-bert --data ./reviews --target raspberry-pi-5 --max-drop 1% --budget 1h
+      autolite search --model ./my-bert --data ./reviews --targets pixel8,raspberry-pi-5
       autolite search --model ./pair-bert --data mrpc.csv --text s1 --pair s2 --label same --target local
       autolite search --model ./my-llama --data notes.txt --task language-modeling --target local
 

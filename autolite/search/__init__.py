@@ -20,7 +20,7 @@ def search(
     model: str | Path | None = None,
     data: str | Path | None = None,
     *,
-    target: str,
+    target: str | Sequence[str],
     task: str = "text-classification",
     space: str | None = None,
     budget: str | None = None,
@@ -55,7 +55,9 @@ def search(
     Args:
         model: a folder or a hub name; None is the embedded demo model.
         data: a file, a folder or a hub name; None is the embedded demo data.
-        target: a name from `autolite targets`, or the path of a profile.
+        target: a name from `autolite targets`, or the path of a profile; or several ("pixel8,raspberry-pi-5", or a
+            list), for all of which plans are searched at once. `front.json` is the first one's, on which candidates are
+            measured if it is "local"; each other has a `front-NAME.json`, predicted.
         task: "text-classification" or "language-modeling".
         space: a name from `search_spaces/` or the path of a YAML file; by default one that suits the task.
         budget: a time ("15m") or a number of trials ("40trials").
@@ -109,6 +111,7 @@ def search(
         parse_fraction,
         parse_milliseconds,
         parse_objectives,
+        parse_targets,
     )
     from autolite.tasks.base import DataSpec
 
@@ -116,9 +119,11 @@ def search(
     if (model is None) != (data is None):
         missing = "data" if data is None else "model"
         raise InputError(f"{missing} is missing: give both a model and data, or neither for the embedded demo")
+    first, *others = parse_targets(target)
     settings = Settings(
-        target=target,
-        out=Path(out) if out else Path("runs") / f"{name}-{Path(target).stem}",
+        target=first,
+        others=tuple(others),
+        out=Path(out) if out else Path("runs") / f"{name}-{'-'.join(Path(each).stem for each in (first, *others))}",
         model=None if model is None else str(model),
         data=DataSpec(
             None if data is None else str(data),

@@ -14,7 +14,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from autolite.compress import canonical, is_trained, student_plan
-from autolite.errors import PlanError
+from autolite.errors import PlanError, TargetError
 from autolite.files import sha256
 from autolite.front import Candidate
 from autolite.hardware.local import cpu_name
@@ -24,6 +24,7 @@ from autolite.plan import Plan
 from autolite.search.confirm import confirm
 from autolite.search.evaluate import Evaluation, evaluate, price
 from autolite.search.leases import Lease, LeaseLostError, Leases, Pauses
+from autolite.search.prices import Prices
 from autolite.search.problem import Problem
 from autolite.search.progress import Clock, FrontRow, Observer, Snapshot
 from autolite.search.racing import Behind, never, surely_behind
@@ -305,6 +306,7 @@ class Engine:
             "kept_low": fraction.low,
             "examples": len(found.seen),
             "latency_ms": latency.value,
+            "latency_elsewhere": [_elsewhere(prices, plan) for prices in problem.others],
             "seconds": seconds,
             "own_train_seconds": found.train_seconds,
             # A student taken from the cache cost nothing here; planning needs what it cost to make.
@@ -381,3 +383,11 @@ def _mark(lease: Lease) -> str:
 
 def _opened(stage: Stage, decision: Decision) -> dict[str, Any]:
     return {"stage": stage, "decision": decision.to_json()}
+
+
+def _elsewhere(prices: Prices, plan: Plan) -> float | None:
+    """The latency in milliseconds on another target, None if the plan cannot run there."""
+    try:
+        return float(prices.of(plan, 0.0)["latency_ms"].value)
+    except TargetError:
+        return None

@@ -48,8 +48,10 @@ def narrow(problem: Problem, note: Callable[[str], None]) -> Space:
     for name, setting in _format_settings(problem.space):
         instead[name] = {}
         runnable, remarks = _runnable(problem, name, setting)
-        # Prices that describe another runtime say nothing of which formats are fast on this one.
-        options = _options(problem, name, runnable) if problem.runtime.name == problem.profile.runtime else []
+        # Prices that describe another runtime say nothing of which formats are fast on this one, and those of one
+        # target nothing of which are on another.
+        comparable = problem.runtime.name == problem.profile.runtime and not problem.others
+        options = _options(problem, name, runnable) if comparable else []
         better = beaten(options)
         remarks += [
             f"{worse} is neither smaller nor faster than {best} here: not tried" for worse, best in better.items()

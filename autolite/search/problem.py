@@ -30,6 +30,7 @@ from autolite.plan import Plan
 from autolite.runtime.auto import AutoRuntime
 from autolite.runtime.base import Runtime
 from autolite.search.frontier import Frontier
+from autolite.search.prices import Prices
 from autolite.search.scoring import Score, quality, score, scoring_threads
 from autolite.search.settings import Settings
 from autolite.space import BY_LAYER, Params, Space
@@ -61,6 +62,7 @@ class Problem:
     context: Context
     baseline: list[Path]
     teacher_scores: dict[str, Score]
+    others: tuple[Prices, ...] = ()
 
     def split(self, name: str, data: TaskData | None = None) -> Split:
         """Return the split of `data` (the teacher's) called "screen", "search", "selection" or "test"."""
@@ -169,6 +171,7 @@ def run_identity(settings: Settings, space: Space) -> dict[str, str]:
         "workload": settings.workload or "default",
         "runtime": settings.runtime,
         "seed": str(settings.seed),
+        **({"other targets": ",".join(settings.others)} if settings.others else {}),
         **unlabelled,
         **{what: name for what, name in own.items() if name},
     }
@@ -266,7 +269,15 @@ def load_problem(
     if baseline is None:
         note("emitting the baseline")
         baseline = runtime.emit(teacher, folder, workload, tuned=profile.name == "local")
-    return Problem(settings, space, task, data, teacher, tokenizer, runtime, profile, workload, context, baseline, {})
+    others = tuple(_prices(name, teacher.shape, asked, store, note) for name in settings.others)
+    return Problem(
+        settings, space, task, data, teacher, tokenizer, runtime, profile, workload, context, baseline, {}, others
+    )
+
+
+def _prices(target: str, teacher: ModelShape, asked: Workload, store: Store, note: Callable[[str], None]) -> Prices:
+    profile = _profile(target, asked.threads or None, store, note)
+    return Prices(teacher, profile, replace(asked, threads=asked.threads or profile.threads))
 
 
 def _applicable(space: Space, shape: ModelShape, note: Callable[[str], None]) -> Space:

@@ -9,21 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autolite import registry
 from autolite.architecture import ModelShape
-from autolite.compress import shape_after
 from autolite.errors import InputError, RunError, TargetError
 from autolite.front import Candidate, Constraints, Front, Interval, Quality, Result, read_front
 from autolite.hardware import load_target
-from autolite.hardware.predict import predict, predict_faster
-from autolite.hardware.profile import Profile
 from autolite.measure import Workload
 from autolite.plan import Plan
-from autolite.search.choose import blocked, choose, point
+from autolite.search.choose import point
+from autolite.search.prices import Prices, front_on
 from autolite.search.settings import parse_bytes, parse_fraction, parse_milliseconds
 from autolite.search.studies import read_trials
 from autolite.space import Stage
@@ -51,33 +49,6 @@ class Repriced:
     refused: dict[str, str]
     removed: tuple[str, ...]
     promising: tuple[Candidate, ...]
-
-
-@dataclass(frozen=True)
-class Prices:
-    """What shapes cost on a target, beside the teacher they come from."""
-
-    teacher: ModelShape
-    profile: Profile
-    workload: Workload
-
-    def of(self, plan: Plan, size: float) -> dict[str, Any]:
-        """Return a candidate's Measurements by the name of their field; `size` is the bytes of its artifact.
-
-        Raises:
-            TargetError: if the target lacks one of its number formats, or the memory.
-        """
-        profile, shape = self.profile, shape_after(plan, self.teacher)
-        if missing := sorted(shape.formats - set(profile.formats)):
-            raise TargetError(
-                f"{profile.name} cannot run {', '.join(missing)}; it runs {', '.join(sorted(profile.formats))}"
-            )
-        found = predict(shape, profile, self.workload)
-        need, there = found["memory_bytes"].low, profile.memory.size.value * 1e9
-        if need > there:
-            raise TargetError(f"it needs at least {need / 1e9:.3g} GB of the {there / 1e9:g} GB of {profile.name}")
-        found["size_bytes"] = replace(found["size_bytes"], value=size, low=size, high=size, source="measured")
-        return found | {"faster": predict_faster(self.teacher, shape, profile, self.workload)}
 
 
 def reprice(
@@ -136,33 +107,14 @@ def reprice(
 
 
 def _repriced(folder: Path, before: Front, record: _Record, prices: Prices, limits: Constraints) -> Repriced:
-    priced: list[Candidate] = []
-    refused: dict[str, str] = {}
-    for candidate in record.candidates:
-        try:
-            priced.append(replace(candidate, p90_ms=None, **prices.of(candidate.plan, candidate.size_bytes.value)))
-        except TargetError as error:
-            refused[candidate.id] = str(error)
-    if not priced:
+    front, refused = front_on(before, record.candidates, prices, limits)
+    if len(refused) == len(record.candidates):
         (reason, *_) = sorted(set(refused.values()))
         raise TargetError(
             f"none of the {len(refused)} candidates of {folder} can run on {prices.profile.name}: {reason}. "
             "Search for that target in a folder of its own (--out)"
         )
-    chosen, misses = choose(priced, limits, before.objectives)
-    profile = prices.profile
-    front = replace(
-        before,
-        target={"name": profile.name, "runtime": profile.runtime, "unit": profile.default_unit},
-        workload=asdict(prices.workload),
-        baseline={
-            **before.baseline,
-            "latency_ms": predict(prices.teacher, profile, prices.workload)["latency_ms"].to_json(),
-        },
-        constraints=limits,
-        candidates=tuple(chosen),
-        nearest_misses=blocked(misses, limits),
-    )
+    chosen = front.candidates
     removed = tuple(c.id for c in chosen if not (folder / c.path / "autolite.json").is_file())
     confirmed = {_untrained(candidate.plan) for candidate in record.candidates}
     promising = tuple(

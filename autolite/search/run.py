@@ -27,6 +27,7 @@ from autolite.search.engine import OPEN, WORKER, Engine
 from autolite.search.evaluate import price
 from autolite.search.leases import Leases
 from autolite.search.narrow import narrow
+from autolite.search.prices import front_on
 from autolite.search.problem import (
     Problem,
     check_same_run,
@@ -58,8 +59,9 @@ def run(settings: Settings, observer: Observer = silent) -> Result:
             "given a Python function; leave workers out"
         )
     space = load_space(settings.space)
-    if settings.target != "local":  # a wrong name or file is told at once; "local" may have to be measured first
-        load_target(settings.target)
+    for target in (settings.target, *settings.others):
+        if target != "local":  # a wrong name or file is told at once; "local" may have to be measured first
+            load_target(target)
     with storage_errors(str(settings.out)), _locked(settings.out):
         store = Store(settings.storage_url, _name(settings))
         try:
@@ -150,6 +152,8 @@ def _finished(settings: Settings, store: Store) -> bool:
     except RunError:
         return False
     folders = [c.path for c in front] + [miss["path"] for miss in front.nearest_misses]
+    if not all(front_file(settings.out, name).is_file() for name in settings.others):
+        return False
     there = all((settings.out / path / "autolite.json").is_file() for path in folders)
     return (
         front.complete
@@ -261,10 +265,24 @@ def _write_front(
         complete=complete,
     )
     write_json(out / "front.json", written.to_json())
+    wanted = {c.id for c in [*front, *misses]}
+    for target, prices in zip(problem.settings.others, problem.others, strict=True):
+        there, _ = front_on(written, candidates, prices, limits)
+        for chosen in there:
+            _make_folder(problem, chosen)
+        if complete:
+            tested = (replace(c, test=score_on_test(problem, c, store)) for c in there)
+            there = replace(there, candidates=tuple(tested))
+        write_json(front_file(out, target), there.to_json())
+        wanted |= {c.id for c in there} | {miss["id"] for miss in there.nearest_misses}
     if complete:
-        wanted = {c.id for c in [*front, *misses]}
         for dominated in (c for c in candidates if c.id not in wanted):
             shutil.rmtree(out / dominated.path, ignore_errors=True)
+
+
+def front_file(out: Path, target: str) -> Path:
+    """Return where the front of a further target stands."""
+    return out / f"front-{Path(target).stem}.json"
 
 
 def _processors(studies: dict[Stage, StageStudy]) -> set[str]:

@@ -93,6 +93,18 @@ def parse_objectives(names: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in OBJECTIVES if name in given)
 
 
+def parse_targets(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Read "pixel8,local" or a list of names.
+
+    Raises:
+        InputError: if there is none, or one twice.
+    """
+    given = tuple(name.strip() for name in (names.split(",") if isinstance(names, str) else names))
+    if not given or not all(given) or len(set(given)) < len(given):
+        raise InputError(f"target '{','.join(given)}' is not understood: name one, or several different ones by comma")
+    return given
+
+
 def parse_quantity(text: str | float, name: str, units: dict[str, float]) -> float:
     """Read a positive number with one of `units` behind it.
 
@@ -141,6 +153,7 @@ class Settings:
     augment: Augment | None = None
     sampler: str | MakeSampler = "tpe"
     objectives: tuple[str, ...] = OBJECTIVES
+    others: tuple[str, ...] = ()  # targets beside the first, for which plans are searched too
     workers: int = 0  # further processes that this one starts
 
     @property
@@ -171,6 +184,7 @@ class Settings:
             "device": self.device,
             "cache_bytes": self.cache_bytes,
             "objectives": self.objectives,
+            "others": [_absolute(each) if each.endswith((".yaml", ".yml")) else each for each in self.others],
             "sampler": self.sampler if isinstance(self.sampler, str) else "tpe",
             "own_functions": self.own_functions,
         }
@@ -199,6 +213,7 @@ class Settings:
                 "budget": Budget(**given["budget"]),
                 "constraints": Constraints(**given["constraints"]),
                 "objectives": tuple(given["objectives"]),
+                "others": tuple(given["others"]),
                 "out": out,
                 "storage": storage,
             }

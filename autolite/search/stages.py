@@ -12,6 +12,7 @@ import numpy as np
 
 from autolite.compress import canonical, student_plan
 from autolite.errors import PlanError
+from autolite.hardware.predict import predict
 from autolite.pareto import nondominated, spread_subset
 from autolite.search.confirm import TIMING_SECONDS
 from autolite.search.evaluate import price
@@ -30,6 +31,7 @@ TIME_SHARES: dict[Stage, float] = {"screen": 0.25, "recover": 0.45, "confirm": 1
 UNTRAINED_SCREEN = 0.8  # nothing is trained, so the screen's scores are final and most of the time is its
 TRIAL_SHARES: dict[Stage, float] = {"recover": 0.3, "confirm": 0.2}
 FEWEST = 2
+REFUSED = math.log(10.0)  # the log latency of what a further target cannot run: as if ten times the baseline's
 FINALISTS_SHARE = 0.5  # of the confirm trials; the others are further number formats of the finalists' students
 
 
@@ -174,7 +176,7 @@ def promote(problem: Problem, trials: list[FrozenTrial], count: int, *, keep_flo
 
 def objectives(problem: Problem, trials: Sequence[FrozenTrial]) -> np.ndarray:
     """Return [n, objectives] to be minimised: quality lost (1 - kept), log latency and log size relative to the
-    baseline's, those of them that are objectives."""
+    baseline's, those of them that are objectives; and the log latency on each further target, if latency is one."""
     base = price(problem, problem.teacher.shape)
     latency, size = base["latency_ms"].value, base["size_bytes"].value
     columns = {
@@ -182,7 +184,12 @@ def objectives(problem: Problem, trials: Sequence[FrozenTrial]) -> np.ndarray:
         "latency": [math.log(t.user_attrs["latency_ms"] / latency) for t in trials],
         "size": [math.log(t.values[2] / size) for t in trials],
     }
-    return np.array([columns[name] for name in problem.settings.objectives]).T
+    found = [columns[name] for name in problem.settings.objectives]
+    for i, prices in enumerate(problem.others if "latency" in problem.settings.objectives else ()):
+        whole = predict(prices.teacher, prices.profile, prices.workload)["latency_ms"].value
+        there = [t.user_attrs["latency_elsewhere"][i] for t in trials]
+        found.append([REFUSED if each is None else math.log(each / whole) for each in there])
+    return np.array(found).T
 
 
 def _fit(

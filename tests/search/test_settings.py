@@ -12,6 +12,7 @@ from autolite.search.settings import (
     parse_fraction,
     parse_milliseconds,
     parse_objectives,
+    parse_targets,
 )
 
 
@@ -74,3 +75,11 @@ def test_objectives_are_quality_and_what_it_is_traded_for() -> None:
     ):
         with pytest.raises(InputError, match=why):
             parse_objectives(bad)
+
+
+def test_several_targets_are_named_once_each() -> None:
+    assert parse_targets("pixel8, local") == ("pixel8", "local")
+    assert parse_targets(["a.yaml"]) == ("a.yaml",)
+    for bad in ("", "pixel8,", "pixel8,pixel8"):
+        with pytest.raises(InputError, match="name one, or several different ones by comma"):
+            parse_targets(bad)

@@ -33,7 +33,7 @@ def problem(monkeypatch: pytest.MonkeyPatch) -> Any:
     base = {"latency_ms": SimpleNamespace(value=100.0), "size_bytes": SimpleNamespace(value=1000.0)}
     monkeypatch.setattr(stages, "price", lambda problem, shape: base)
     settings = SimpleNamespace(constraints=Constraints(max_drop=0.02), objectives=("quality", "latency", "size"))
-    return SimpleNamespace(settings=settings, teacher=SimpleNamespace(shape=None))
+    return SimpleNamespace(settings=settings, teacher=SimpleNamespace(shape=None), others=())
 
 
 def test_dominated_and_ruined_plans_are_not_promoted_before_good_ones(problem: Any) -> None:
