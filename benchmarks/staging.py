@@ -1,6 +1,6 @@
 """Whether the cheap stages of finished searches rank plans as the dear ones do.
 
-    python benchmarks/staging.py runs/search/default-0 runs/search/by-layer-0
+    python benchmarks/staging.py runs/search/default-0 runs/search/uniform-0
 
 For each pair of stages: Spearman's rank correlation, over the plans that went from one to the other, between the
 quality kept in the earlier stage (few training steps, fewer examples) and in the later one, with a 95 % bootstrap

@@ -16,7 +16,7 @@ from autolite.testing import tiny_tokenizer
 from tests.shapes import bert_shape, llama_shape
 
 
-@pytest.mark.parametrize("name", [n for n in space_names() if n not in ("thorough", "by-layer")])
+@pytest.mark.parametrize("name", [n for n in space_names() if n not in ("thorough", "default")])
 def test_every_plan_of_a_shipped_space_can_be_applied(name: str) -> None:
     space = load_space(name)
     shape = llama_shape() if name == "decoder" else bert_shape()
@@ -47,7 +47,7 @@ def test_the_thorough_space_has_every_method_and_says_what_does_not_go_together(
 
 
 def test_a_setting_of_a_later_stage_has_its_default_before_it() -> None:
-    space = load_space("default")
+    space = load_space("uniform")
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1)).ask()
     assert "distill.temperature" not in space.suggest(trial, "screen")
     plan = space.plan({}, 7, 0)
@@ -56,7 +56,7 @@ def test_a_setting_of_a_later_stage_has_its_default_before_it() -> None:
 
 
 def test_variants_change_number_formats_only() -> None:
-    space = load_space("default")
+    space = load_space("uniform")
     params = space.complete({"prune.heads": 0.5})
     variants = list(space.variants(params))
     assert len(variants) == 5 * 5 * 3 * 2 - 1
