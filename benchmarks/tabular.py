@@ -311,7 +311,7 @@ METHODS = {
     "TPE, levels": Entry(raw(tpe), 200),
     "lambda sweep": Entry(sweep),
     "lambda sweep, measured": Entry(measured_sweep),
-    "TPE, lambdas": Entry(lambda_tpe, 200, planned=True),
+    "TPE, lambdas": Entry(lambda_tpe, 100, planned=True),
     "autolite": Entry(autolite),
 }
 
