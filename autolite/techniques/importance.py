@@ -53,12 +53,13 @@ def scored_on(student: Student, context: Context) -> str:
     """Name the weights and the examples that scores are taken from, by their content."""
     if student is not context.teacher:
         return f"scores-{weights_digest(student.model)}-{fingerprint([context.train])[:12]}-{context.seed}"
-    # Every trial asks for the teacher's, whose bytes take half a second to read.
-    name = f"teacher-scores-{context.seed}"
-    if name not in context.memory or context.memory[name][0] is not context.train:
+    # Every trial asks for the teacher's, whose bytes take half a second to read; torch counts changes in place.
+    name, state = f"teacher-scores-{context.seed}", [each._version for each in student.model.parameters()]
+    known = context.memory.get(name)
+    if known is None or known[0] is not context.train or known[1] != state:
         digests = f"{weights_digest(student.model)}-{fingerprint([context.train])[:12]}"
-        context.memory[name] = context.train, f"scores-{digests}-{context.seed}"
-    return str(context.memory[name][1])
+        known = context.memory[name] = context.train, state, f"scores-{digests}-{context.seed}"
+    return str(known[2])
 
 
 def _score(model: PreTrainedModel, kind: Kind, context: Context) -> Importance:
