@@ -5,7 +5,7 @@ Levels are either fitted to the weights by k-means and stored with them, or fixe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -90,7 +90,7 @@ class KMeans:
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> CodebookGrid:
         """Return levels of locally least squared error for `weight` [n, k]; `importance`, broadcastable to [n, k],
-        weighs the errors (Kim et al. 2023, SqueezeLLM).
+        weighs the errors (Kim et al. 2023, SqueezeLLM). Levels that are fitted without it are one of the starts then.
 
         A whole matrix's levels end at -1 and 1 where values do, so that a decoded row has the largest magnitude of the
         original. With groups, see `_fit_groups`.
@@ -100,15 +100,17 @@ class KMeans:
         scales = weight.abs().amax(dim=1, keepdim=True)
         scales = torch.where(scales == 0, torch.ones_like(scales), scales)
         rows = weight / scales
+        blind = [] if importance is None else [self.fit(weight).levels]
         if self.whole:
             most = 2 ** (self.bits - 1) - 1
             linear = torch.cat((torch.arange(-most, most + 1), torch.tensor([0.5]))).sort().values / most
             weights = (scales / scales.max()).double().square() * (torch.ones(1) if importance is None else importance)
-            return CodebookGrid(self, kmeans(*_binned(rows, weights.expand(rows.shape)), linear[None], True), scales)
+            binned = _binned(rows, weights.expand(rows.shape))
+            return CodebookGrid(self, kmeans(*binned, [linear[None], *blind], True), scales)
         grid = Linear(self.bits).fit(rows, importance)
         linear = grid.dequantize(torch.arange(self.count).expand(len(rows), -1)).sort(dim=1).values
         mass = None if importance is None else importance.expand(rows.shape)
-        return CodebookGrid(self, kmeans(*_sorted(rows, mass), linear), scales)
+        return CodebookGrid(self, kmeans(*_sorted(rows, mass), [linear, *blind]), scales)
 
     def _fit_groups(self, weight: Tensor, importance: Tensor | None) -> CodebookGrid:
         """Return one codebook and a scale for each group, fitted in turns to a sample of the groups.
@@ -119,6 +121,7 @@ class KMeans:
         groups, weights = _grouped(weight, importance, self.group)
         some, mass = _sample(groups, weights)
         fitted = [_in_turns(some, mass, levels) for levels in self._starts(some, mass)]
+        fitted += [] if importance is None else [self._fit_groups(weight, None).levels[0]]
         levels = min(fitted, key=lambda each: float(_best_scales(some, mass, each)[1].double().sum()))
         scales, errors = _best_scales(groups, weights, levels)
         plain = Linear(self.bits, self.group, scale=torch.bfloat16).fit(weight, importance)
@@ -231,25 +234,25 @@ class CodebookGrid:
         return {**found, "codebook": self.levels.half()} if isinstance(self.format, KMeans) else found
 
 
-def kmeans(ordered: Tensor, mass: Tensor, sums: Tensor, linear: Tensor, pinned: bool = False) -> Tensor:
-    """Find levels by one-dimensional k-means (Lloyd 1982), from the best of three starts.
+def kmeans(ordered: Tensor, mass: Tensor, sums: Tensor, given: Sequence[Tensor], pinned: bool = False) -> Tensor:
+    """Find levels by one-dimensional k-means (Lloyd 1982), from the best of several starts.
 
     On sorted values a cluster is an interval: its borders are found with searchsorted, and its mean and error from
-    cumulative sums, so a round costs O(n * levels * log k). Two starts are even grids, of the row's range and that
-    of a linear format, so the result is never worse than these; the other spaces the levels as the cube root of the
-    density, which is optimal for many levels (Panter & Dite 1951) and needs few rounds.
+    cumulative sums, so a round costs O(n * levels * log k). Starts are an even grid of the row's range and those
+    `given`, so the result is never worse than these; and levels spaced as the cube root of the density, which is
+    optimal for many levels (Panter & Dite 1951) and needs few rounds.
 
     Args:
         ordered: ascending values [n, k].
         mass: cumulative weights of their squared errors, float64 [n, k + 1], from 0 on.
         sums: cumulative sums of the values times their weights, float64 [n, k + 1].
-        linear: levels [n, count] of the linear format.
+        given: levels to start from, each [n, count]; the first are those of the linear format.
         pinned: keep the first level at -1 and the last at 1 where values are there.
 
     Returns:
         Ascending levels [n, count], float32 numbers that float16 holds.
     """
-    count = linear.shape[1]
+    count = given[0].shape[1]
     low, high = ordered[:, :1], ordered[:, -1:]
     even = low + (high - low) * torch.linspace(0, 1, count)
     # A gap between neighbours is about 1 / density: the integral of its cube root is the sum of gap^(2/3).
@@ -263,7 +266,7 @@ def kmeans(ordered: Tensor, mass: Tensor, sums: Tensor, linear: Tensor, pinned: 
         first = torch.searchsorted(new.cumsum(dim=1), torch.arange(1, count + 1).expand(len(new), -1).contiguous())
         dense = torch.where(few, ordered.gather(1, first.clamp_(max=ordered.shape[1] - 1)), dense)
     best, least = even, torch.full_like(low, torch.inf, dtype=torch.float64)
-    for levels in (dense, even, linear):
+    for levels in (dense, even, *given):
         for _ in range(LLOYD_ROUNDS):
             weights, totals = _clusters(ordered, mass, sums, levels)
             means = (totals / torch.where(weights > 0, weights, torch.ones_like(weights))).float()
