@@ -109,7 +109,7 @@ def test_only_the_screen_gives_up_and_only_what_a_rival_is_as_fast_and_as_small_
 ) -> None:
     monkeypatch.setattr(racing, "FIRST", 8)
     monkeypatch.setattr(engine, "surely_behind", lambda *_: lambda part, seen: True)
-    result = run_search(budget="30trials", out=tmp_path / "run")
+    result = run_search(budget="18trials", out=tmp_path / "run")
     trials = read_trials(f"sqlite:///{result.path / 'study.db'}", "run")
     seen = {stage: {t.user_attrs["examples"] for t in found} for stage, found in trials.items()}
     assert len(seen["recover"]) == len(seen["confirm"]) == 1, "later stages score whole splits"
