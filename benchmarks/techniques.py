@@ -32,7 +32,7 @@ from techniques_rows import GROUPS, two_teachers
 from autolite import registry
 from autolite.architecture import shape_of
 from autolite.compress import compress, resolve
-from autolite.measure import Workload
+from autolite.measure import Runner, Workload
 from autolite.plan import Plan, make_step
 from autolite.reload import load_model
 from autolite.search.scoring import Score, kept, score
@@ -67,9 +67,9 @@ class Bench:
         return {row["key"]: row for row in map(json.loads, lines)}
 
 
-def scored(student: Student, bench: Bench) -> tuple[Score, int]:
-    """Emit a student and return the artifact's score, on texts as its own tokenizer makes tokens of them, and its
-    bytes."""
+def scored(student: Student, bench: Bench) -> tuple[Score, int, float | None]:
+    """Emit a student and return the artifact's score, on texts as its own tokenizer makes tokens of them, its bytes,
+    and how far its predictions are from the teacher's, if it reads the same tokens."""
     test, vocabulary, tokenizer = bench.test, student.vocabulary, bench.context.tokenizer
     if vocabulary is not None and tokenizer is not None:
         own = trimmed(tokenizer, vocabulary)
@@ -79,8 +79,22 @@ def scored(student: Student, bench: Bench) -> tuple[Score, int]:
     with tempfile.TemporaryDirectory() as folder:
         files = runtime.emit(student, Path(folder), Workload(tokens=64))
         pad_id = student.model.config.pad_token_id or 0
-        found = score(runtime.load(files[0]), bench.context.task, test, pad_id)
-        return found, sum(file.stat().st_size for file in files)
+        runner = runtime.load(files[0])
+        found = score(runner, bench.context.task, test, pad_id)
+        whole = bench.work / "teacher" / files[0].name
+        apart = divergence(runner, runtime.load(whole), test, bench) if vocabulary is None and whole.exists() else None
+        return found, sum(file.stat().st_size for file in files), apart
+
+
+def divergence(runner: Runner, teacher: Runner, test: Split, bench: Bench) -> float:
+    """Return the mean over predictions of KL(teacher || student), in nats: it sees differences that are lost in the
+    noise of the metric."""
+    task, found = bench.context.task, []
+    for batch in task.batches(test, 8, bench.context.pad_id):
+        logits = (torch.from_numpy(each.run(batch.inputs)["logits"]) for each in (runner, teacher))
+        ours, theirs = (task.soft_targets(each, torch.from_numpy(batch.labels)).log_softmax(-1) for each in logits)
+        found.append((theirs.exp() * (theirs - ours)).sum(-1))
+    return float(torch.cat(found).mean())
 
 
 def run(bench: Bench, group: str, name: str, steps: list[tuple[str, Mapping[str, Any]]], seed: int) -> dict[str, Any]:
@@ -95,7 +109,7 @@ def run(bench: Bench, group: str, name: str, steps: list[tuple[str, Mapping[str,
     plan = resolve(plan, context)
     student = compress(plan, context, students=bench.work / "students")
     seconds = time.perf_counter() - begun
-    found, size = scored(student, bench)
+    found, size, apart = scored(student, bench)
     fraction = kept(found, bench.teacher, context.task, 0)
     row = {
         "key": key,
@@ -103,6 +117,7 @@ def run(bench: Bench, group: str, name: str, steps: list[tuple[str, Mapping[str,
         "kept": [fraction.value, fraction.low, fraction.high],
         "bytes": size,
         "seconds": seconds,
+        **({} if apart is None else {"kl": apart}),
     }
     with bench.results.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row) + "\n")
@@ -113,21 +128,28 @@ def table(bench: Bench, group: str) -> None:
     """Run a group's rows and print them as Markdown."""
     metric = bench.context.task.metric
     console.print(
-        f"\n### {group}\n\n| | {metric} | of the teacher's (95 %) | size | seconds |\n|---|---|---|---|---|",
+        f"\n### {group}\n\n| | {metric} | of the teacher's (95 %) | size | KL (nats) | seconds |\n"
+        "|---|---|---|---|---|---|",
         markup=False,
     )
     whole = bench.context.task.summary(bench.teacher.ratio)
-    console.print(f"| teacher, fp32 | {whole:.4f} | | {bench.teacher_bytes / 1e6:.2f} MB | |", markup=False)
+    console.print(f"| teacher, fp32 | {whole:.4f} | | {bench.teacher_bytes / 1e6:.2f} MB | | |", markup=False)
     for name, steps, seeds in GROUPS[group]:
         rows = [run(bench, group, name, steps, seed) for seed in range(seeds)]
         quality = [row["quality"] for row in rows]
         spread = f" ({min(quality):.4f}-{max(quality):.4f})" if seeds > 1 else ""
         fractions = np.mean([row["kept"] for row in rows], axis=0)
+        seconds = np.mean([row["seconds"] for row in rows])
         console.print(
             f"| {name} | {np.mean(quality):.4f}{spread} | {fractions[0]:.1%} ({fractions[1]:.1%}-{fractions[2]:.1%}) | "
-            f"{rows[0]['bytes'] / 1e6:.2f} MB | {np.mean([row['seconds'] for row in rows]):.0f} |",
+            f"{rows[0]['bytes'] / 1e6:.2f} MB | {_mean(rows, 'kl')} | {seconds:.0f} |",
             markup=False,
         )
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> str:
+    values = [row[name] for row in rows if name in row]
+    return f"{np.mean(values):.3g}" if values else ""
 
 
 @torch.inference_mode()
@@ -156,11 +178,13 @@ def load(teacher: Path, source: Path | None, task_name: str, work: Path, limit: 
     student = Student(model, shape_of(model))
     cache = work / "cache"
     cache.mkdir(parents=True, exist_ok=True)
+    (work / "teacher").mkdir(exist_ok=True)
     context = Context(student, task, data.train, tokenizer.pad_token_id or 0, cache=cache, tokenizer=tokenizer)
     scored_on: Split = getattr(data, split)
     chosen = np.sort(np.random.default_rng(0).permutation(len(scored_on))[:limit])
     bench = Bench(context, spec, split, scored_on.take(chosen), chosen, Score(np.ones((1, 2))), 0, work)
-    found, size = scored(student, bench)
+    found, size, _ = scored(student, bench)
+    registry.get("runtime", "onnxruntime").emit(student, work / "teacher", Workload(tokens=64))
     return replace(bench, teacher=found, teacher_bytes=size)
 
 

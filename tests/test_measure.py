@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -225,6 +226,17 @@ class TestStatistics:
         assert found["p90_ms"].value > latency.value
 
 
+def another_process(code: str, temporary: Path) -> tuple[subprocess.Popen[str], IO[str], IO[str]]:
+    """Run code elsewhere, with its temporary files in that folder; returns the process and its input and output."""
+    setup = f"import tempfile; tempfile.tempdir = {str(temporary)!r}\n"
+    other = subprocess.Popen(
+        [sys.executable, "-c", setup + code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdin is not None
+    assert other.stdout is not None
+    return other, other.stdin, other.stdout
+
+
 class TestHostLock:
     def test_it_is_reentrant_within_a_process(self) -> None:
         with host_lock(pytest.fail), host_lock(pytest.fail):
@@ -232,21 +244,19 @@ class TestHostLock:
 
     def test_another_process_waits_and_says_so(self, tmp_path: Path) -> None:
         code = (
-            "import sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
             "from autolite.measure import host_lock\n"
             "with host_lock(lambda message: print(message, flush=True)):\n"
             "    print('mine', flush=True)\n"
         )
         with host_lock():
-            other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-            assert other.stdout is not None
-            assert other.stdout.readline().startswith("waiting: another process is timing a model on this machine")
+            other, _, said = another_process(code, tmp_path)
+            assert said.readline().startswith("waiting: another process is timing a model on this machine")
             assert other.poll() is None
         assert other.communicate(timeout=20)[0] == "mine\n"
 
     def test_a_timing_waits_until_the_work_of_another_process_gives_way(self, tmp_path: Path) -> None:
         code = (
-            "import sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
+            "import sys\n"
             "from autolite.measure import give_way, working\n"
             "with working():\n"
             "    print('working', flush=True)\n"
@@ -254,38 +264,35 @@ class TestHostLock:
             "        give_way()\n"
             "        print('worked on', flush=True)\n"
         )
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], text=True, **pipes)  # type: ignore[call-overload]
-        assert other.stdout.readline() == "working\n"
+        other, asked, answers = another_process(code, tmp_path)
+        assert answers.readline() == "working\n"
         said: list[str] = []
 
         def ask_to_give_way(message: str) -> None:
             said.append(message)
-            other.stdin.write("\n")
-            other.stdin.flush()
+            asked.write("\n")
+            asked.flush()
 
         with host_lock(ask_to_give_way):
             assert len(said) == 1
             assert str(other.pid) in said[0]
             threading.Event().wait(0.5)
-            assert not select.select([other.stdout], [], [], 0)[0]  # it still gives way
-        assert other.stdout.readline() == "worked on\n"
-        other.stdin.close()
+            assert not select.select([answers], [], [], 0)[0]  # it still gives way
+        assert answers.readline() == "worked on\n"
+        asked.close()
         assert other.wait(timeout=20) == 0
         assert not list(tmp_path.glob("autolite-working-*"))
 
     def test_two_that_work_and_time_do_not_wait_for_each_other(self, tmp_path: Path) -> None:
         code = (
-            "import sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
             "from autolite.measure import host_lock, working\n"
             "with working():\n"
             "    print('working', flush=True)\n"
             "    with host_lock(): pass\n"
         )
         with working():
-            other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-            assert other.stdout is not None
-            assert other.stdout.readline() == "working\n"
+            other, _, said = another_process(code, tmp_path)
+            assert said.readline() == "working\n"
             with host_lock():
                 pass
             while other.poll() is None:

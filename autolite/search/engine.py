@@ -27,7 +27,7 @@ from autolite.search.leases import Lease, LeaseLostError, Leases, Pauses
 from autolite.search.prices import Prices
 from autolite.search.problem import Problem
 from autolite.search.progress import Clock, FrontRow, Observer, Snapshot
-from autolite.search.racing import Behind, never, surely_behind
+from autolite.search.racing import Behind, surely_behind
 from autolite.search.scoring import Score, kept
 from autolite.search.stages import Decision, decide, expected_seconds, objectives
 from autolite.search.studies import StageStudy
@@ -241,7 +241,7 @@ class Engine:
         self._tell(stage, trial, lease, plan, decision, evaluation, candidate, seconds)
         return True
 
-    def _behind(self, stage: Stage, predicted: dict[str, Measurement]) -> Behind:
+    def _behind(self, stage: Stage, predicted: dict[str, Measurement]) -> Behind | None:
         """What a plan of these prices is given up by: in the screen, one that is as fast and as small, and surely keeps
         more of the quality. Later stages score whole splits, for what went so far is worth knowing well."""
         latency, size = predicted["latency_ms"].value, predicted["size_bytes"].value
@@ -251,7 +251,7 @@ class Engine:
             if stage == "screen" and t.user_attrs["latency_ms"] <= latency and t.values[2] <= size
         ]
         if not rivals:
-            return never
+            return None
         problem = self.problem
         return surely_behind(problem.teacher_score(SPLITS[stage]), max(rivals), problem.task, problem.settings.seed)
 

@@ -16,8 +16,8 @@ from autolite.hardware.predict import predict
 from autolite.measure import Measurement
 from autolite.plan import Plan
 from autolite.search.problem import Problem
-from autolite.search.racing import Behind, never, raced
-from autolite.search.scoring import Score, scoring_threads
+from autolite.search.racing import Behind, raced
+from autolite.search.scoring import Score, score, scoring_threads
 from autolite.techniques.base import Student
 from autolite.vocabulary import trimmed
 
@@ -46,10 +46,10 @@ def evaluate(
     split: str,
     folder: Path,
     progress: Callable[[int, int], None],
-    behind: Behind = never,
+    behind: Behind | None = None,
 ) -> Evaluation:
-    """Compress by `plan`, emit the artifact into `folder` and score that artifact on a split, in growing parts until it
-    is `behind`.
+    """Compress by `plan`, emit the artifact into `folder` and score that artifact on a split: in growing parts until
+    it is `behind`, if that is given.
 
     Raises:
         PlanError: if the plan cannot be applied.
@@ -66,7 +66,10 @@ def evaluate(
     else:  # in the tokens that the exported tokenizer makes
         tokenizer = trimmed(problem.tokenizer, student.vocabulary)
         examples, pad_id = problem.split(split, problem.data_of(tokenizer)), tokenizer.pad_token_id or 0
-    scored, seen = raced(runner, problem.task, examples, pad_id, problem.settings.seed, behind)
+    if behind is None:
+        scored, seen = score(runner, problem.task, examples, pad_id), np.arange(len(examples))
+    else:
+        scored, seen = raced(runner, problem.task, examples, pad_id, problem.settings.seed, behind)
     predicted = price(problem, student.shape)
     size = float(sum(f.stat().st_size for f in files))
     predicted["size_bytes"] = replace(predicted["size_bytes"], value=size, low=size, high=size, source="measured")

@@ -17,11 +17,6 @@ FIRST, GROWTH = 64, 4  # examples of the first part, and how many times as many 
 Behind = Callable[[Score, NDArray[np.int64]], bool]
 
 
-def never(part: Score, seen: NDArray[np.int64]) -> bool:
-    """Score the whole split."""
-    return False
-
-
 def surely_behind(teacher: Score, rival: float, task: Task, seed: int) -> Behind:
     """Return whether the upper end of the 95 % interval of what a plan keeps of the teacher's quality is below `rival`,
     the lower end of the interval of one that is as fast and as small."""

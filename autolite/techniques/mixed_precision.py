@@ -58,9 +58,10 @@ def allocate(
     """
     blocks = blocks_of(shape)
     found = sensitivities(context, levels)
+    places = {source: place for place, source in enumerate(context.teacher.shape.source_layers[0])}
     costs = [[block.nbytes(level) for level in levels] for block in blocks]
     errors = [
-        [block.weights * sum(found[block.part, level][source] for source in block.sources) for level in levels]
+        [block.weights * sum(found[block.part, level][places[source]] for source in block.sources) for level in levels]
         for block in blocks
     ]
     weights = sum(block.weights for block in blocks)

@@ -94,10 +94,10 @@ class Quantize:
         part = self.layered[setting]
         found = sensitivities(context, levels)
         weights = {
-            source: block.weights
+            layer: block.weights
             for block in blocks_of(context.teacher.shape)
             if block.part == part
-            for source in block.sources
+            for layer in block.layers
         }
         return [[0.5 * each * weights[i] for i, each in enumerate(found[part, level])] for level in levels]
 

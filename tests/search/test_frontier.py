@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from autolite import contracts
-from autolite.architecture import ModelShape
+from autolite.architecture import ModelShape, shape_of
 from autolite.compress import resolve, shape_after
 from autolite.errors import SpaceError
 from autolite.hardware.predict import predict
@@ -19,8 +20,9 @@ from autolite.hardware.profile import load_profile
 from autolite.measure import Workload
 from autolite.search.frontier import Frontier, seeds
 from autolite.search.sensitivity import damages
-from autolite.space import BY_LAYER, Params, Space, load_space
-from autolite.techniques.base import Context
+from autolite.space import BY_LAYER, Params, Scalar, Space, load_space
+from autolite.surgery import clone, keep_layers
+from autolite.techniques.base import Context, Student
 from autolite.techniques.importance import importance
 from autolite.techniques.prune import Prune
 from tests.conftest import RunSearch
@@ -73,19 +75,18 @@ def test_what_is_chosen_has_the_least_estimated_loss_and_price_of_all_combinatio
     params = space.complete({"frontier.latency": 0.02, "frontier.size": 0.05, "frontier.prune.ffn": 3.0})
     chosen = frontier.levels(params)
     damage, teacher = damages(space, frontier.context), price(frontier.context.teacher.shape)
-    weight = {name: params[f"frontier.{name}"] for name in space.layered}
     # Costs of single levels, found with whole models in which one layer has it, of each pair of settings of a part.
     mildest = {n: s.levels[int(damage[n].sum(1).argmin())] for n, s in space.layered.items()}
 
-    def cost(levels: dict[str, tuple[object, ...]]) -> float:
-        plan = space.plan(params, 1, 0, {**{n: (v,) * 3 for n, v in mildest.items()}, **levels})  # type: ignore[arg-type]
+    def cost(levels: dict[str, tuple[Scalar, ...]]) -> float:
+        everywhere = {n: (v, v, v) for n, v in mildest.items()}
+        plan = space.plan(params, 1, 0, {**everywhere, **levels})
         shape = shape_after(resolve(plan, frontier.context), frontier.context.teacher.shape)
-        loss = sum(
-            weight[n] * damage[n][space.layered[n].levels.index(v), i]  # type: ignore[arg-type]
-            for n, row in levels.items()
-            for i, v in enumerate(row)
-        )
-        latency, size = (now / all_ for now, all_ in zip(price(shape), teacher, strict=True))
+        loss = 0.0
+        for name, row in levels.items():
+            indices = [space.layered[name].levels.index(v) for v in row]
+            loss += params[f"frontier.{name}"] * float(damage[name][indices, range(3)].sum())
+        latency, size = (price(shape)[i] / teacher[i] for i in range(2))
         return float(loss + params["frontier.latency"] * latency + params["frontier.size"] * size)
 
     for names in (("prune.heads", "quantize.attention"), ("prune.ffn", "quantize.ffn")):
@@ -155,6 +156,16 @@ def test_damage_of_pruning_is_half_of_the_fisher_information_of_what_goes() -> N
     assert list(head_damage[0]) == pytest.approx(wanted)
     (none,) = Prune().damage("ffn", [1.0], context)
     assert none == [0.0] * 3
+
+
+def test_a_teacher_that_lost_layers_has_estimates_and_levels_for_those_it_has(space: Space) -> None:
+    whole = context_of()
+    model = clone(whole.teacher.model)
+    keep_layers(model, [0, 2])
+    context = replace(whole, teacher=Student(model, shape_of(model)), memory={})
+    assert context.teacher.shape.source_layers == ((0, 2),)
+    assert all(found.shape[1] == 2 for found in damages(space, context).values())
+    assert {len(row) for row in Frontier(space, context, price).levels({}).values()} == {2}
 
 
 def test_estimates_are_made_once_and_read_by_later_runs(space: Space, monkeypatch: pytest.MonkeyPatch) -> None:

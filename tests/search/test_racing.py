@@ -64,9 +64,9 @@ def test_what_is_behind_is_not_scored_on_the_rest() -> None:
     task, split, runner = registry.get("task", "text-classification"), split_of(300), Echo()
     looks: list[int] = []
 
-    def behind(part: object, seen: np.ndarray) -> bool:
+    def behind(part: Score, seen: np.ndarray) -> bool:
         looks.append(len(seen))
-        assert np.array_equal(part.examples, score(Echo(), task, split.take(seen), 0).examples)  # type: ignore[attr-defined]
+        assert np.array_equal(part.examples, score(Echo(), task, split.take(seen), 0).examples)
         return len(seen) > 64
 
     found, seen = raced(runner, task, split, 0, seed=3, behind=behind)
@@ -86,6 +86,7 @@ def test_a_plan_is_behind_only_beyond_the_noise_of_both() -> None:
     assert not surely_behind(teacher, 0.5, task, 0)(accuracy(0.7), seen), "it is ahead of that one"
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_samplers_are_known_by_name_or_given_as_a_function() -> None:
     for name, make in SAMPLERS.items():
         assert sampler_of(name) is make

@@ -14,7 +14,8 @@ from autolite import contracts, formats
 from autolite.architecture import matmuls, shape_of
 from autolite.errors import PlanError
 from autolite.parts import layers_of
-from autolite.techniques.base import Context
+from autolite.surgery import clone, keep_layers
+from autolite.techniques.base import Context, Student
 from autolite.techniques.mixed_precision import UNITS, allocate, blocks_of, knapsack, sensitivities
 from autolite.techniques.prune import Prune, PruneConfig
 from autolite.techniques.quantize import Quantize, QuantizeConfig
@@ -142,3 +143,12 @@ def test_what_cannot_be_kept_is_refused() -> None:
     shape = shape_of(tiny_model("electra", embedding_size=32, intermediate_size=64))
     with pytest.raises(PlanError, match="average_bits needs the architecture map"):
         Quantize().resolve(shape, QuantizeConfig(average_bits=6), context)
+
+
+def test_a_teacher_that_lost_layers_is_allocated_over_those_it_has() -> None:
+    context = context_of()
+    model = clone(context.teacher.model)
+    keep_layers(model, [0, 2])
+    shorter = replace(context, teacher=Student(model, shape_of(model)), memory={})
+    found = allocate(shorter.teacher.shape, 6.5, LEVELS, shorter)
+    assert {part: len(formats) for part, formats in found.items()} == {"attention": 2, "ffn": 2}
