@@ -75,15 +75,25 @@ class LayerParts:
     window: int | None
 
     @property
+    def attention_readers(self) -> tuple[Matrix, ...]:
+        """What reads the residual stream in the attention block."""
+        return (self.query, self.key, self.value)
+
+    @property
+    def ffn_readers(self) -> tuple[Matrix, ...]:
+        """What reads the residual stream in the feed-forward block."""
+        return tuple(m for m in (self.ffn_in, self.ffn_gate) if m is not None)
+
+    @property
     def attention_matrices(self) -> tuple[Matrix, ...]:
         """The stored matrices of the attention block, the output projection last; factors are in their `delta`."""
-        inputs = (self.qkv,) if self.qkv is not None else (self.query, self.key, self.value)
+        inputs = (self.qkv,) if self.qkv is not None else self.attention_readers
         return (*inputs, self.out)
 
     @property
     def ffn_matrices(self) -> tuple[Matrix, ...]:
         """The stored matrices of the feed-forward block, the output projection last; factors are in their `delta`."""
-        return tuple(m for m in (self.ffn_in, self.ffn_gate, self.ffn_out) if m is not None)
+        return (*self.ffn_readers, self.ffn_out)
 
 
 @dataclass(frozen=True, eq=False)

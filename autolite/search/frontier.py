@@ -24,7 +24,7 @@ from autolite.plan import Plan, make_step
 from autolite.search.sensitivity import damages
 from autolite.space import BY_LAYER, FRONTIER, PRICES, THIRDS, Params, Scalar, Space
 from autolite.techniques.base import Context, Part
-from autolite.techniques.mixed_precision import Block, blocks_of
+from autolite.techniques.mixed_precision import Block, blocks_of, origins
 
 # Latency and size of a model of this shape, as parts of the teacher's.
 Price = Callable[[ModelShape], tuple[float, float]]
@@ -123,7 +123,6 @@ class Frontier:
         if len(base.stacks) != 1:
             raise PlanError(f"levels by layer need a model of one stack of layers; '{base.family}' has several")
         count, (now, total) = len(base.stacks[0].layers), (np.array(self.price(shape)) for shape in (base, teacher))
-        origins = {origin: place for place, origin in enumerate(teacher.source_layers[0])}
         known: dict[object, NDArray[np.float64]] = {}
         made = []
         for block in blocks_of(base):
@@ -131,7 +130,7 @@ class Frontier:
             if not names:
                 continue
             combinations = tuple(product(*(levels[name] for name in names)))
-            sources = [origins[source] for source in block.sources]
+            sources = origins(block, teacher)
             errors = np.array(
                 [
                     [damage[n][levels[n].index(v), sources].sum() for n, v in zip(names, each, strict=True)]

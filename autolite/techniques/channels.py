@@ -52,8 +52,8 @@ def head_outputs(model: PreTrainedModel, count: int) -> list[int] | None:
     return sorted(torch.argsort(score, descending=True, stable=True)[:count].tolist())
 
 
-def _readers(layer: LayerParts) -> list[Matrix]:
-    return [m for m in (layer.query, layer.key, layer.value, layer.ffn_in, layer.ffn_gate) if m is not None]
+def _readers(layer: LayerParts) -> tuple[Matrix, ...]:
+    return (*layer.attention_readers, *layer.ffn_readers)
 
 
 @torch.no_grad()

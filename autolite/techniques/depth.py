@@ -4,7 +4,6 @@ with what is left as it is or fitted."""
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -52,10 +51,13 @@ def chosen_layers(student: Student, choice: Choice, count: int, context: Context
         ranked = torch.argsort(context.memory[key], stable=True).tolist()
         return tuple(sorted(ranked[layers - count :]))
     gone: list[int] = context.memory.setdefault(key, [])
+    original: Any = clone(student.model) if choice == "second-order" else None
+    if original is not None:
+        original.to(context.device).train(False)
     while len(gone) < layers - count:
         left = [index for index in range(layers) if index not in gone]
         tried = {index: [i for i in left if i != index] for index in left}
-        losses = {index: _loss(student.model, kept, choice == "second-order", context) for index, kept in tried.items()}
+        losses = {index: _loss(student.model, kept, original, context) for index, kept in tried.items()}
         gone.append(min(left, key=lambda index: losses[index]))
     return tuple(index for index in range(layers) if index not in gone[: layers - count])
 
@@ -90,16 +92,15 @@ def block_influence(model: PreTrainedModel, context: Context) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _loss(model: PreTrainedModel, kept: list[int], bridged: bool, context: Context) -> float:
-    """The task's loss on the calibration examples with only these layers; if they are bridged, on a second sample."""
+def _loss(model: PreTrainedModel, kept: list[int], original: Any | None, context: Context) -> float:
+    """The task's loss on the calibration examples with only these layers; on others with gaps bridged, if there is an
+    `original` to imitate."""
     twin: Any = clone(model)
     keep_layers(twin, kept)
     twin.to(context.device).train(False)
-    if bridged:
-        original: Any = clone(model)
-        bridge_gaps(twin, original.to(context.device).train(False), context)
-        context = replace(context, seed=context.seed + 1)
-    total, split = 0.0, sample(context)
+    if original is not None:
+        bridge_gaps(twin, original, context)
+    total, split = 0.0, sample(context, others=original is not None)
     for batch in context.task.batches(split, BATCH, context.pad_id):
         inputs, labels = to_tensors(batch, context.device)
         logits, _ = forward(twin, inputs, hidden=False)

@@ -129,7 +129,7 @@ def removal_scores(problems: Sequence[Moments], size: int, units: int) -> Tensor
     """Return a score for each unit [units]: what its removal costs when all go one after the other. The later, the
     higher, and no two are equal, so that ranking by score gives the order back."""
     order, losses = eliminate(problems, size, units, units - 1)
-    order += [unit for unit in range(units) if unit not in set(order)]
+    order += set(range(units)) - set(order)
     rising = torch.tensor([0.0, *losses], dtype=torch.float64).cummax(0).values.roll(-1)
     rising[-1] = 2 * rising[-2] if losses else 1.0
     scores = torch.empty(units, dtype=torch.float64)

@@ -109,14 +109,19 @@ def head_moments(
     original's gives, only `outputs` (None: all) count."""
     own, target = _head_weight(model), _head_weight(original)
     target = target if outputs is None else target[:, list(outputs)]
-    total: Moments | None = None
+    # Of what the head gives only sums are made: a language model's logits of all tokens would not fit.
+    sums: Moments | None = None
+    gram = torch.zeros(len(target), len(target), dtype=torch.float64)
     for inputs in batches:
-        ours = _head_input(model, inputs)
-        theirs = ours if model is original else _head_input(original, inputs)
-        found = Moments.of(_with_ones(ours, own), _times(theirs, target))
-        total = found if total is None else total + found
-    assert total is not None
-    return total.damped(own.cpu())
+        ours = _with_ones(_head_input(model, inputs), own)
+        theirs = ours if model is original else _with_ones(_head_input(original, inputs), target)
+        found = Moments.of(ours, theirs)
+        sums = found if sums is None else sums + found
+        gram += (theirs.T @ theirs).double().cpu()
+    assert sums is not None
+    weight = target.double().cpu()
+    energy = float((weight * (gram @ weight)).sum())
+    return Moments(sums.gram, sums.cross @ weight, energy).damped(own.cpu())
 
 
 def stacked(matrices: Sequence[Matrix]) -> Tensor:
@@ -137,8 +142,7 @@ def write(matrices: Sequence[Matrix], weight: Tensor) -> None:
 
 def _inputs(model: PreTrainedModel, kind: Kind, index: int) -> list[Matrix]:
     layer = layer_of(model, index)
-    found = (layer.query, layer.key, layer.value) if kind == "attention" else (layer.ffn_in, layer.ffn_gate)
-    return [matrix for matrix in found if matrix is not None]
+    return list(layer.attention_readers if kind == "attention" else layer.ffn_readers)
 
 
 def _with_ones(inputs: Tensor, weight: Tensor) -> Tensor:

@@ -81,9 +81,9 @@ def magnitude(model: PreTrainedModel) -> Importance:
     heads, neurons = [], []
     with torch.no_grad():
         for layer in layers_of(model):
-            inputs = (layer.query, layer.key, layer.value)
+            inputs = layer.attention_readers
             heads.append(_norm([m.weight for m in inputs], [m.bias for m in inputs], layer.out.weight, layer.kv_heads))
-            inner = [m for m in (layer.ffn_in, layer.ffn_gate) if m is not None]
+            inner = layer.ffn_readers
             width = layer.ffn_out.weight.shape[1]
             neurons.append(_norm([m.weight for m in inner], [m.bias for m in inner], layer.ffn_out.weight, width))
     return Importance(tuple(heads), tuple(neurons))

@@ -51,17 +51,19 @@ def allocate(
     The sum of the blocks' sensitivities is the least possible while all of their bytes, scales and codebooks included,
     are at most `average_bits` a weight. A block's sensitivity to a format is that of the teacher's layers that it came
     from (`sensitivities`), a weight, times its own number of weights: the student's weights are not known yet. Of
-    layers that share a block the sensitivities are summed, for an error in it does harm in each.
+    layers that share a block the sensitivities are summed, for an error in it does harm in each (`origins`).
 
     Raises:
         PlanError: if even the smallest of `levels` needs more bits.
     """
     blocks = blocks_of(shape)
     found = sensitivities(context, levels)
-    places = {source: place for place, source in enumerate(context.teacher.shape.source_layers[0])}
     costs = [[block.nbytes(level) for level in levels] for block in blocks]
     errors = [
-        [block.weights * sum(found[block.part, level][places[source]] for source in block.sources) for level in levels]
+        [
+            block.weights * sum(found[block.part, level][i] for i in origins(block, context.teacher.shape))
+            for level in levels
+        ]
         for block in blocks
     ]
     weights = sum(block.weights for block in blocks)
@@ -97,6 +99,15 @@ def blocks_of(shape: ModelShape) -> list[Block]:
                 blocks.append(Block(part, layers, sources, tuple(sizes[f"{stack.name}.{part}.{number}"])))
         before += len(stack.layers)
     return blocks
+
+
+def origins(block: Block, teacher: ModelShape) -> list[int]:
+    """Return the places of the teacher's layers that a student's block came from; of those that share a block in the
+    teacher, one: what is known of it is of all its uses already."""
+    layers = teacher.stacks[0].layers
+    places = [teacher.source_layers[0].index(source) for source in block.sources]
+    blocks = {layers[i].attention if block.part == "attention" else layers[i].feed_forward: i for i in reversed(places)}
+    return sorted(blocks.values())
 
 
 def knapsack(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], budget: int) -> list[int]:
@@ -144,7 +155,7 @@ def sensitivities(context: Context, levels: Sequence[str]) -> dict[tuple[Part, s
     for layer in layers_of(context.teacher.model):
         groups: dict[Part, tuple[Matrix, ...]] = {"attention": layer.attention_matrices, "ffn": layer.ffn_matrices}
         for part, matrices in groups.items():
-            for level in levels:
+            for level in dict.fromkeys(levels):
                 for matrix in matrices:
                     if (matrix.key, level) not in known:
                         known[matrix.key, level] = _error(matrix, level, fisher[matrix.key])

@@ -23,10 +23,13 @@ BATCH = 32
 Uses = list[tuple["nn.Module", torch.Tensor]]
 
 
-def sample(context: Context, count: int = EXAMPLES) -> Split:
-    """Return at most `count` examples of `context.train`, drawn by `context.seed`."""
-    total = len(context.train)
-    chosen = np.random.default_rng(context.seed).choice(total, min(count, total), replace=False)
+def sample(context: Context, *, others: bool = False) -> Split:
+    """Return at most 256 examples of `context.train`, drawn by `context.seed`; `others` are none of these, unless these
+    are all."""
+    total, rng = len(context.train), np.random.default_rng(context.seed)
+    chosen = rng.choice(total, min(EXAMPLES, total), replace=False)
+    if others and len(rest := np.setdiff1d(np.arange(total), chosen)):
+        chosen = rng.choice(rest, min(EXAMPLES, len(rest)), replace=False)
     return context.train.take(np.sort(chosen))
 
 

@@ -146,14 +146,16 @@ class Prune:
         assert isinstance(config, PruneConfig)
         if _chooses_layers(config) or _allocates(config):
             require_map(self.name, shape)
+        if config.depth != 1 and shape.unmapped is None:
+            count = len(shape.stacks[0].layers)
+            depth = _chosen(shape, config, context) if _chooses_layers(config) else config.depth
+            whole = len(_kept_layers(PruneConfig(depth=depth), count)) == count
+            config = config.model_copy(update={"depth": 1.0 if whole else depth})
         changes: dict[str, Any] = {}
-        if _chooses_layers(config):
-            changes["depth"] = _chosen(shape, config, context)
         if config.layers == "second-order":
             changes["reconstruct"] = _fits(config)
         if _allocates(config):
-            depth = changes.get("depth", config.depth)
-            shallow = _shallow(shape, PruneConfig(depth=depth))
+            shallow = _shallow(shape, PruneConfig(depth=config.depth))
             layers = shallow.stacks[0].layers
             budget = Budget(*_widths(layers, config), config.round_to)
             found = allocate(shallow, budget, config.allocation, config.importance, context)

@@ -89,7 +89,9 @@ def cut_blocks(
         if channels is not None:
             pair.fit(block, "input")
         (moments,) = pair.moments([block], "output").values()
-        if scores is None:
+        if count == units:
+            kept = list(range(units))
+        elif scores is None:
             gone = set(eliminate([moments], size, units, units - count)[0])
             kept = [unit for unit in range(units) if unit not in gone]
         else:

@@ -66,10 +66,9 @@ def folds(model: PreTrainedModel) -> list[Fold]:
 
     for layer in layers_of(model):
         if family.pre_norm:
-            first = (layer.qkv,) if layer.qkv is not None else (layer.query, layer.key, layer.value)
+            first = (layer.qkv,) if layer.qkv is not None else layer.attention_readers
             add(first, _outputs(layer.attention_norm), torch.arange(len(layer.attention_norm.weight)))
-            second = tuple(m for m in (layer.ffn_in, layer.ffn_gate) if m is not None)
-            add(second, _outputs(layer.ffn_norm), torch.arange(len(layer.ffn_norm.weight)))
+            add(layer.ffn_readers, _outputs(layer.ffn_norm), torch.arange(len(layer.ffn_norm.weight)))
         add((layer.out,), _outputs(layer.value), _readers(layer))
         if layer.ffn_gate is not None or relu:
             add((layer.ffn_out,), _outputs(layer.ffn_in), torch.arange(layer.ffn_out.weight.shape[1]))

@@ -96,8 +96,16 @@ def test_what_is_fitted_is_not_scored_on_what_it_was_fitted_to(
     make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = make_context("bert", examples=600)
-    drawn: list[int] = []
+    drawn: list[bool] = []
     for module in (depth, walk):
-        monkeypatch.setattr(module, "sample", lambda c: drawn.append(c.seed) or sample(c))
+        monkeypatch.setattr(module, "sample", lambda c, others=False: drawn.append(others) or sample(c, others=others))
     chosen_layers(context.teacher, "second-order", 2, context)
-    assert drawn == [0, 0, 1] * 3, "the cut model and the original, then the loss"
+    assert drawn == [False, False, True] * 3, "the cut model and the original, then the loss"
+
+
+@pytest.mark.parametrize(("examples", "others"), [(100, 100), (300, 44), (600, 256)])
+def test_other_examples_are_others(make_context: MakeContext, examples: int, others: int) -> None:
+    context = make_context("bert", examples=examples)
+    first, second = ({id(ids) for ids in sample(context, others=each).input_ids} for each in (False, True))
+    assert (len(first), len(second)) == (min(examples, 256), others)
+    assert first.isdisjoint(second) == (examples > 256)

@@ -16,7 +16,7 @@ from autolite.errors import PlanError
 from autolite.parts import layers_of
 from autolite.surgery import clone, keep_layers
 from autolite.techniques.base import Context, Student
-from autolite.techniques.mixed_precision import UNITS, allocate, blocks_of, knapsack, sensitivities
+from autolite.techniques.mixed_precision import UNITS, allocate, blocks_of, knapsack, origins, sensitivities
 from autolite.techniques.prune import Prune, PruneConfig
 from autolite.techniques.quantize import Quantize, QuantizeConfig
 from autolite.techniques.share import Share, ShareConfig
@@ -152,3 +152,19 @@ def test_a_teacher_that_lost_layers_is_allocated_over_those_it_has() -> None:
     shorter = replace(context, teacher=Student(model, shape_of(model)), memory={})
     found = allocate(shorter.teacher.shape, 6.5, LEVELS, shorter)
     assert {part: len(formats) for part, formats in found.items()} == {"attention": 2, "ffn": 2}
+
+
+def test_a_level_that_is_named_twice_counts_once() -> None:
+    context = context_of()
+    twice = sensitivities(context, ("int4", "int4", "int8"))
+    assert {len(found) for found in twice.values()} == {3}
+    assert Quantize().damage("ffn", ("int4", "int4"), context)[0] == Quantize().damage("ffn", ("int4",), context)[0]
+
+
+def test_what_a_teacher_shares_counts_once() -> None:
+    context = context_of()
+    tied = Share().apply(context.teacher, ShareConfig(part="ffn", groups=2), context)
+    (first, second) = sorted({layer.feed_forward for layer in tied.shape.stacks[0].layers})
+    blocks = [block for block in blocks_of(tied.shape) if block.part == "ffn"]
+    assert [origins(block, tied.shape) for block in blocks] == [[first], [second]]
+    assert [origins(block, context.teacher.shape) for block in blocks] == [list(block.layers) for block in blocks]

@@ -302,3 +302,9 @@ def test_layers_and_allocation_of_a_shared_student_come_from_the_teacher(make_ti
         PRUNE.resolve(student.shape, PruneConfig(depth=0.5, layers="damage"), context)
     with pytest.raises(PlanError, match="units left of the teacher's"):
         PRUNE.resolve(student.shape, PruneConfig(heads=0.5, allocation="global"), context)
+
+
+def test_a_fraction_that_removes_no_layer_is_no_depth_and_fits_nothing(make_context: MakeContext) -> None:
+    context = make_context("bert")
+    asked = PruneConfig(depth=0.99, layers="second-order", heads=0.5)
+    assert Prune().resolve(context.teacher.shape, asked, context) == PruneConfig(heads=0.5)
