@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from autolite import groups
+from autolite.groups import by_column
 from autolite.packing import pack, packed_width, unpack
 
 # Parts of a group's largest magnitude that are tried as the end of its range: the fewer levels, the more clipping pays.
 CLIPPING = {2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5), 3: (1.0, 0.9, 0.8, 0.7), 4: (1.0, 0.9), 6: (1.0,), 8: (1.0,)}
-_CHUNK = 2**18  # values that are searched at a time: a megabyte stays in the cache
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ class Linear:
 
     def groups(self, k: int) -> int:
         """Return how many scales a row has."""
-        return -(-k // self.group) if self.group else 1
+        return groups.count(k, self.group)
 
     def padded(self, k: int) -> int:
         """Return how many codes a row has: whole groups."""
-        return self.groups(k) * self.group if self.group else k
+        return groups.width(k, self.group)
 
     def nbytes(self, n: int, k: int) -> int:
         """Return the bytes of an [n, k] matrix."""
@@ -84,13 +85,13 @@ class Linear:
         scales, zeros = (torch.cat(each).view(1 if self.whole else rows, -1) for each in zip(*found, strict=True))
         return LinearGrid(self, scales, zeros)
 
-    def _search(self, groups: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return a scale and a zero point for each row of `groups` [m, g]."""
+    def _search(self, values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return a scale and a zero point for each row of groups `values` [m, g]."""
         low, high = (0, 2**self.bits - 1) if not self.signed else (-self.largest, self.largest)
         best, least = None, torch.empty(0)
-        for scale, zero in self._candidates(groups):
-            codes = (groups / scale).round_().clamp_(low - zero, high - zero)
-            error = torch.addcmul(groups, codes, scale, value=-1).square_()
+        for scale, zero in self._candidates(values):
+            codes = (values / scale).round_().clamp_(low - zero, high - zero)
+            error = torch.addcmul(values, codes, scale, value=-1).square_()
             error = (error if weights is None else error.mul_(weights)).sum(dim=1, keepdim=True)
             if best is None:
                 best, least = (scale, zero), error
@@ -101,7 +102,7 @@ class Linear:
         assert best is not None
         return best
 
-    def _candidates(self, groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _candidates(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield scales and zero points [m, 1].
 
         With an even number of levels around zero, the value of largest magnitude sits on the lowest code, and the sign
@@ -109,16 +110,16 @@ class Linear:
         when a decoded matrix is encoded.
         """
         if self.signed:
-            scale = self._rounded(groups.abs().amax(dim=1, keepdim=True) / self.largest)
+            scale = self._rounded(values.abs().amax(dim=1, keepdim=True) / self.largest)
             yield scale, torch.zeros_like(scale)
         elif self.symmetric:
-            extreme = groups.gather(1, groups.abs().argmax(dim=1, keepdim=True))
+            extreme = groups.extreme(values)
             first, *others = (-self.middle / part for part in CLIPPING[self.bits])
             for divisor in (first, 1.0 - self.middle, *others):
                 scale = self._rounded(extreme / divisor)
                 yield scale, torch.full_like(scale, self.middle)
         else:
-            low, high = groups.amin(dim=1, keepdim=True).clamp(max=0), groups.amax(dim=1, keepdim=True).clamp(min=0)
+            low, high = values.amin(dim=1, keepdim=True).clamp(max=0), values.amax(dim=1, keepdim=True).clamp(min=0)
             steps = 2**self.bits - 1
             first, *others = (steps / part for part in CLIPPING[self.bits])
             for divisor in (first, steps - 1.0, *others):  # rounding the zero point can leave one code unused
@@ -126,19 +127,17 @@ class Linear:
                 yield scale, (-low * min(1.0, steps / divisor) / scale).round_().clamp_(0, steps)
 
     def _rounded(self, scales: Tensor) -> Tensor:
-        """Round scales to what is stored; of groups that are all zero, whose codes are zero too, to one."""
-        scales = scales.to(self.scale).float()
-        return torch.where(scales == 0, torch.ones_like(scales), scales)
+        return groups.stored(scales, self.scale)
 
     def read(self, tensors: Mapping[str, Tensor], k: int) -> tuple[LinearGrid, Tensor]:
         """Return the grid of stored tensors, and the codes [n, k]."""
-        stored, rows, groups = tensors["codes"], len(tensors["codes"]), self.groups(k)
+        stored, rows, count = tensors["codes"], len(tensors["codes"]), self.groups(k)
         codes = stored if self.signed else unpack(stored, self.bits, self.padded(k))[:, :k]
-        scales = tensors["scales"].float().view(-1, groups)
+        scales = tensors["scales"].float().view(-1, count)
         if self.symmetric:
             zeros = torch.full_like(scales, self.middle)
         else:
-            zeros = unpack(tensors["zeros"].view(rows, -1), self.bits, groups).float()
+            zeros = unpack(tensors["zeros"].view(rows, -1), self.bits, count).float()
         return LinearGrid(self, scales, zeros), codes
 
 
@@ -181,16 +180,10 @@ class LinearGrid:
         return self.scales, self.zeros
 
 
-def by_column(numbers: Tensor, group: int, start: int, count: int) -> Tensor:
-    """Return the number [n, count] of each column from `start` on, of numbers [n, groups] (what is not by group
-    broadcasts)."""
-    return numbers[:, torch.arange(start, start + count) // group] if group else numbers
-
-
 def _grouped(weight: Tensor, format: Linear) -> tuple[Tensor, ...]:
     """Return the values that share a scale as rows, some of them at a time."""
     if format.whole:
         return (weight.reshape(1, -1),)
     if format.group:
-        weight = pad(weight, (0, -weight.shape[1] % format.group)).view(-1, format.group)
-    return torch.split(weight, max(1, _CHUNK // weight.shape[1]))
+        weight = groups.split(weight, format.group)
+    return torch.split(weight, max(1, groups.CHUNK // weight.shape[1]))

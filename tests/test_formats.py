@@ -188,6 +188,15 @@ def test_importance_moves_scales_to_where_errors_count(name: str, weight: torch.
     assert weighted_error(weight, aware, importance) <= weighted_error(weight, blind, importance) * (1 + 1e-4) + slack
 
 
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.activations == "any"])
+def test_values_that_nothing_weighs_are_still_rounded(name: str) -> None:
+    weight, importance = normal(8, 96), torch.zeros(8, 96)
+    plain = squared_error(weight, encode(weight, name))
+    assert squared_error(weight, encode(weight, name, importance)) <= 3 * plain
+    importance[0] = 1
+    assert squared_error(weight[1:], encode(weight[1:], name, importance[1:])) <= 3 * plain
+
+
 def test_sensitive_columns_draw_the_levels_to_their_values() -> None:
     weight = normal(8, 256)
     importance = torch.where(torch.arange(256) < 16, 100.0, 1.0)

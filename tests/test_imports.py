@@ -29,6 +29,8 @@ LAYERS = [
     "residual",
     "reshaping",
     "packing",
+    "groups",
+    "levels",
     "linear_grids",
     "codebooks",
     "formats",

@@ -32,15 +32,12 @@ def values(graph: Graph, layout: Layout, stored: Mapping[str, str], k: int, unsi
     codes = stored["codes"] if signed else unpacked(graph, stored["codes"], layout.bits, layout.padded(k))
     if isinstance(layout, Linear):
         steps = graph.op("Cast", codes, to=TensorProto.FLOAT)
-        zero = _zero(graph, layout, stored, k, unsigned)
-        if layout.group:
-            steps = _grouped(graph, steps, layout.groups(k), layout.group)
-        steps = graph.op("Sub", steps, zero) if zero else steps
     else:
-        index = graph.op("Cast", codes, to=TensorProto.INT32)
-        steps = _levels(graph, layout, stored, index)
-        if layout.group:
-            steps = _grouped(graph, steps, -(-k // layout.group), layout.group)
+        steps = _levels(graph, layout, stored, graph.op("Cast", codes, to=TensorProto.INT32))
+    if layout.group:
+        steps = graph.op("Reshape", steps, graph.constant([-1, layout.groups(k), layout.group]))
+    if isinstance(layout, Linear) and (zero := _zero(graph, layout, stored, k, unsigned)):
+        steps = graph.op("Sub", steps, zero)
     scales = _float(graph, layout, stored["scales"])
     if "scales" not in layout.shared:
         scales = graph.op("Unsqueeze", scales, graph.constant([2 if layout.group else 1]))
@@ -93,10 +90,6 @@ def _levels(graph: Graph, layout: KMeans | Fixed, stored: Mapping[str, str], ind
     if layout.shared:
         return graph.op("Gather", graph.op("Reshape", levels, graph.constant([-1])), index)
     return graph.op("GatherElements", levels, index, axis=1)
-
-
-def _grouped(graph: Graph, values: str, groups: int, group: int) -> str:
-    return graph.op("Reshape", values, graph.constant([-1, groups, group]))
 
 
 def _float(graph: Graph, layout: Linear | KMeans | Fixed, scales: str) -> str:
