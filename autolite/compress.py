@@ -20,9 +20,9 @@ from autolite.plan import Plan, Step
 from autolite.reshaping import reshape
 from autolite.surgery import clone, keep_tokens
 from autolite.techniques.base import Context, Student, weights_digest
-from autolite.techniques.quantize import formats_of
 from autolite.vocabulary import Vocabulary
 
+LAYOUT = 2  # of students that are kept: another is not looked for. Tables of positions have number formats since 2
 ENCODED = "encoded/"  # before the names of what is stored of encoded matrices: encoded/scales/<the parameter's name>
 
 
@@ -132,7 +132,7 @@ def is_trained(plan: Plan, context: Context, students: Path) -> bool:
 
 
 def _kept(part: Plan, context: Context, students: Path) -> Path:
-    return students / f"{part.digest}-{_provenance(context)}.safetensors"
+    return students / f"{part.digest}-{_provenance(context)}-{LAYOUT}.safetensors"
 
 
 def _apply(steps: tuple[Step, ...], student: Student, context: Context) -> Student:
@@ -187,8 +187,7 @@ def write_weights(student: Student, file: Path, teacher: Student) -> None:
 
 
 def read_weights(file: Path, plan: Plan, teacher: Student) -> Student | None:
-    """Return the student that `write_weights` wrote, bit for bit; None if there is none, the file is damaged, or a
-    matrix of it was not in the format that its shape has."""
+    """Return the student that `write_weights` wrote, bit for bit; None if there is none or the file is damaged."""
     shape = shape_after(plan, teacher.shape)
     try:
         tensors = load(file.read_bytes())
@@ -211,8 +210,6 @@ def read_weights(file: Path, plan: Plan, teacher: Student) -> Student | None:
             key: Encoded(form, (rows, columns), _named(tensors, key))
             for key, (form, (rows, columns)) in notes["encoded"].items()
         }
-        if not {key for key, form in formats_of(student, shape).items() if form != "fp32"} <= set(encoded):
-            return None  # written when fewer matrices had number formats, such as none of positions
         ranges = {key: (low, high) for key, (low, high) in notes["ranges"].items()}
     except (OSError, safetensors.SafetensorError, ModelError, AttributeError, KeyError, TypeError, ValueError):
         return None

@@ -168,7 +168,7 @@ class Quantize:
         assert isinstance(config, QuantizeConfig)
         shape = self.shape(student.shape, config)
         matrices = matrices_of(student.model)
-        wanted = {key: form for key, form in formats_of(student, shape).items() if form != "fp32"}
+        wanted = {key: form for key, form in _formats_of(student, shape).items() if form != "fp32"}
         model = student.model
         if student.vocabulary is not None:
             context = context.read_by(student)
@@ -184,7 +184,7 @@ class Quantize:
         return replace(student, model=model, shape=shape, encoded=encoded, ranges=ranges)
 
 
-def formats_of(student: Student, shape: ModelShape) -> dict[str, str]:
+def _formats_of(student: Student, shape: ModelShape) -> dict[str, str]:
     """Return the format that `shape` has for each of the student's matrices."""
     groups = matrices_of(student.model)
     by_group = {"embedding": shape.embedding_format, "head": shape.head_format}
