@@ -60,7 +60,6 @@ class Judge:
     source: DataSpec
     config: object
     whole: Score
-    folder: Path
 
     def kept(self, artifact: Path) -> Interval:
         """Return the fraction of the teacher's accuracy that an artifact keeps."""
@@ -84,7 +83,7 @@ def judge_of(teacher: Path, data: Path, folder: Path) -> Judge:
     source = DataSpec(str(data))
     test = task.load(source, tokenizer, model.config).test
     whole = score(runtime.load(file), task, test, tokenizer.pad_token_id or 0)
-    return Judge(source, model.config, whole, folder)
+    return Judge(source, model.config, whole)
 
 
 def lines(result: Result, judge: Judge) -> Iterator[str]:

@@ -30,7 +30,7 @@ FILE = Path(__file__).parent / "data" / "tabular.npz"
 REFERENCE = 0.5  # nats above the teacher's loss
 BUDGETS = (10, 20, 50, 100, 200, 500, 1000)
 LAMBDAS, GRID = (-5.0, 2.0), 36  # logarithms to base 10, and values of each of the two of a sweep
-START, SPREAD, SWITCHES, SAMPLES = 2, 1.0, 128, 4096  # of the method `autolite`
+START, SPREAD, SWITCHES, SAMPLES = 2, 1.0, 128, 4096  # of the corrected sweep
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +266,7 @@ def switched(table: Table, parents: np.ndarray, rng: np.random.Generator) -> np.
     return np.where(places, others, plans)
 
 
-def autolite(table: Table, rng: np.random.Generator, budget: int) -> list[int]:
+def corrected_sweep(table: Table, rng: np.random.Generator, budget: int) -> list[int]:
     """Evaluate what an additive model of the loss predicts to add most hypervolume: estimates at first, corrected
     by every evaluation. Candidates are the sweep of its errors, and the front with one or two levels switched."""
     prior = table.pruning + table.rounding
@@ -312,7 +312,7 @@ METHODS = {
     "lambda sweep": Entry(sweep),
     "lambda sweep, measured": Entry(measured_sweep),
     "TPE, lambdas": Entry(lambda_tpe, 100, planned=True),
-    "autolite": Entry(autolite),
+    "corrected sweep": Entry(corrected_sweep),
 }
 
 

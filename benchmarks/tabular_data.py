@@ -33,9 +33,9 @@ from autolite.plan import Plan, make_step
 from autolite.reload import load_model
 from autolite.tasks.base import Split
 from autolite.tasks.language_modeling import LanguageModeling
-from autolite.techniques.base import Context, Student
-from autolite.techniques.importance import importance
-from autolite.techniques.mixed_precision import PARTS, blocks_of, sensitivities
+from autolite.techniques.base import PARTS, Context, Student
+from autolite.techniques.prune import Prune
+from autolite.techniques.quantize import Quantize
 
 FILE = Path(__file__).parent / "data" / "tabular.npz"
 TARGET, WORKLOAD = "pixel8", Workload(batch=1, tokens=64)
@@ -127,20 +127,15 @@ def prices(shape: ModelShape, choices: np.ndarray) -> np.ndarray:
     return table
 
 
-def estimates(context: Context, choices: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return how much pruning and rounding raise the loss by Fisher information, nats [blocks, levels] each."""
-    scores = importance(context.teacher, "fisher", context)
-    rounding = sensitivities(context, sorted({form for _, form in LEVELS}))
-    found = np.zeros((2, choices, len(LEVELS)))
-    for block in blocks_of(context.teacher.shape):
-        (layer,) = block.layers
-        index = 2 * layer + PARTS.index(block.part)
-        units = np.sort((scores.heads if block.part == "attention" else scores.neurons)[layer].numpy())
-        for level, (part, form) in enumerate(LEVELS):
-            removed = units[: len(units) - len(units) // part]
-            found[0, index, level] = removed.sum() / 2
-            found[1, index, level] = rounding[block.part, form][layer] * block.weights / part / 2
-    return found[0], found[1]
+def estimates(context: Context) -> tuple[np.ndarray, np.ndarray]:
+    """Return how much pruning and rounding are estimated to raise the loss, nats [blocks, levels] each; rounding counts
+    by the part of a block that is left."""
+    fractions, forms = [1 / part for part, _ in LEVELS], [form for _, form in LEVELS]
+    pruning = [Prune().damage(setting, fractions, context) for setting in ("heads", "ffn")]
+    rounding = [Quantize().damage(part, forms, context) for part in PARTS]
+    # [parts, levels, layers] -> blocks, of which a layer has the two parts in turns
+    found = [np.array(each).transpose(2, 0, 1).reshape(-1, len(LEVELS)) for each in (pruning, rounding)]
+    return found[0], found[1] * fractions
 
 
 @click.command()
@@ -151,7 +146,7 @@ def main() -> None:
     teacher = context.teacher
     blocks = 2 * len(teacher.shape.stacks[0].layers)
     choices = np.array(list(itertools.product(range(len(LEVELS)), repeat=blocks)))
-    table, (pruning, rounding) = prices(teacher.shape, choices), estimates(context, blocks)
+    table, (pruning, rounding) = prices(teacher.shape, choices), estimates(context)
     uniform = [compress(plan_of([level] * blocks, teacher.shape), context) for level in range(len(LEVELS))]
     models = [decoded(student).requires_grad_(False) for student in uniform]
     scores = np.empty((len(choices), 2))

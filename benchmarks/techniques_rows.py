@@ -186,7 +186,7 @@ def embedding() -> Rows:
     return rows
 
 
-def thirds(heads: float, ffn: float, rank: float, form: str, table: str) -> tuple[Steps, Steps, Steps, Steps]:
+def recipe(heads: float, ffn: float, rank: float, form: str, table: str) -> tuple[Steps, Steps, Steps, Steps]:
     """Return the steps of a recipe for about a 25th of the bytes: cut, and distilled, and rounded, and recovered."""
     cut: Steps = [
         ("embedding", {"vocabulary": "used", "min_count": 5, "rank": rank}),
@@ -207,13 +207,13 @@ RECIPES: dict[str, tuple[float, float, float, str, str]] = {
 
 def recipes() -> Rows:
     """Ways to a 25th of the teacher's bytes."""
-    return [(name, thirds(*settings)[2], 1) for name, settings in RECIPES.items()]
+    return [(name, recipe(*settings)[2], 1) for name, settings in RECIPES.items()]
 
 
 def smallest() -> Rows:
     """All techniques together, to a 25th of the teacher's bytes: what was best of `recipes`."""
     names = ("cut, nothing trained, fp32", "and distilled, fp32", "and rounded, GPTQ", "and recovered in these formats")
-    return [(name, steps, SEEDS) for name, steps in zip(names, thirds(*RECIPES[CHOSEN]), strict=True)]
+    return [(name, steps, SEEDS) for name, steps in zip(names, recipe(*RECIPES[CHOSEN]), strict=True)]
 
 
 CHOSEN = "672 neurons, int4-g64"

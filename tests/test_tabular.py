@@ -58,9 +58,9 @@ def test_a_method_evaluates_distinct_plans_within_its_budget_and_by_its_seed(nam
     assert all(0 <= plan < table.loss.size for plan in plans)
 
 
-def test_fifty_evaluations_of_the_search_find_more_than_a_thousand_at_random(table: Any) -> None:
+def test_fifty_evaluations_of_the_corrected_sweep_find_more_than_a_thousand_at_random(table: Any) -> None:
     rng = np.random.default_rng
-    assert table.volume(tabular.autolite(table, rng(0), 50)) > table.volume(tabular.random(table, rng(0), 1000))
+    assert table.volume(tabular.corrected_sweep(table, rng(0), 50)) > table.volume(tabular.random(table, rng(0), 1000))
 
 
 def test_the_front_in_parts_is_the_front() -> None:

@@ -318,8 +318,8 @@ class _Emitter:
         return self.choices(Place("lookup", form, (self.rows, table.weight.shape[1])))
 
     def lookup_positions(self, ids: str, table: Matrix) -> str:
-        """Look up rows of a table that is small enough to be decoded whole when the model is loaded: it is where one or
-        two operators cannot decode the rows of a call, which took 8 % of a call of 1 ms in 3 bits."""
+        """Look up rows of a small table. In formats whose rows take several operators to decode, the whole table is
+        decoded when the model is loaded: in 3 bits these took 8 % of a call of 1 ms."""
         weights = self.weights((table,), table=True)
         if weights.eight or isinstance(weights.layout, Float) or self.lookup_option(table) == "blocks":
             return self.lookup(ids, table)

@@ -157,8 +157,8 @@ class Quantize:
         for name in {form for layer in layers for form in (layer.attention_format, layer.ffn_format)}:
             if shape.sparsity and not FORMATS[name].linear:
                 raise PlanError(
-                    f"quantize: {name} need not have an exact zero, which the zeros of this model "
-                    f"({zeros}) must stay; use a linear format"
+                    f"quantize: {name} may have no exact zero, which the zeros of this model ({zeros}) must stay; use "
+                    "a linear format"
                 )
         return shape
 
