@@ -102,8 +102,8 @@ def main() -> None:
 @click.option("--device", default="cpu", show_default=True, help="Where training runs: cpu, cuda.")
 @click.option(
     "--sampler",
-    type=click.Choice(["tpe", "gp", "nsga2", "random"]),
-    default="tpe",
+    type=click.Choice(["additive", "tpe", "gp", "nsga2", "random"]),
+    default="additive",
     show_default=True,
     help="What proposes plans.",
 )

@@ -85,6 +85,17 @@ def student_plan(plan: Plan) -> Plan:
     return replace(plan, steps=plan.steps[: ends[-1] if ends else 0])
 
 
+def untrained(plan: Plan) -> Plan:
+    """Return the plan with no training in its steps: what plans have in common that only differ in how much they
+    train."""
+    steps = []
+    for step in plan.steps:
+        effort = registry.get("technique", step.technique).effort
+        config = step.config.model_copy(update={effort: 0}) if effort else step.config
+        steps.append(Step(step.technique, config))
+    return replace(plan, steps=tuple(steps))
+
+
 def _ends_of_training(plan: Plan) -> list[int]:
     """Return after which numbers of steps, ascending, number formats follow that are not trained for there: after the
     last of each run of steps that are not numeric."""

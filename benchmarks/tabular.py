@@ -25,12 +25,13 @@ import numpy as np
 import optuna
 
 from autolite.pareto import hypervolume, nondominated, spread_subset
+from autolite.search.additive import LEAST, SWITCHES, corrected, draws, gains
 
 FILE = Path(__file__).parent / "data" / "tabular.npz"
 REFERENCE = 0.5  # nats above the teacher's loss
 BUDGETS = (10, 20, 50, 100, 200, 500, 1000)
 LAMBDAS, GRID = (-5.0, 2.0), 36  # logarithms to base 10, and values of each of the two of a sweep
-START, SPREAD, SWITCHES, SAMPLES = 2, 1.0, 128, 4096  # of the corrected sweep
+START, PRECISE = 2, 0.01  # of the corrected sweep: plans of the estimates' sweep; nats that a rise is known to
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,32 +233,6 @@ def lambda_tpe(table: Table, rng: np.random.Generator, budget: int) -> list[int]
     return list(found)
 
 
-def learned(prior: np.ndarray, table: Table, plans: np.ndarray) -> np.ndarray:
-    """Return the additive rises, nats [blocks, levels], that the evaluated plans make likely.
-
-    Bayesian linear regression on the plans' levels: a priori each rise is its estimate times one scale for all, give or
-    take `SPREAD` of that; a measured rise is the sum, give or take a tenth of it and 0.01 nats, for they do not add up.
-    """
-    chosen = np.eye(table.levels)[table.choices[plans]]  # [plans, blocks, levels]
-    rises = table.objectives[plans, 0]
-    precision = 1 / (0.1 * rises + 0.01)
-    predicted = (chosen * prior).sum((1, 2))
-    scale = (precision**2 * predicted * rises).sum() / (precision**2 * predicted**2).sum()
-    width = (SPREAD * scale * prior + 1e-3).ravel()
-    left = chosen.reshape(len(plans), -1) * width * precision[:, None]
-    right = (rises - scale * predicted) * precision
-    change = np.linalg.solve(left.T @ left + np.eye(len(width)), left.T @ right)
-    return np.maximum(scale * prior + (width * change).reshape(prior.shape), 0)
-
-
-def reached(points: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """Return bool [points, samples]: whether a point is at least as good as a sample in all three objectives."""
-    inside = points[:, None, 0] <= samples[:, 0]
-    for column in (1, 2):
-        inside &= points[:, None, column] <= samples[:, column]
-    return inside
-
-
 def switched(table: Table, parents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return `SWITCHES` plans like some of `parents` [n, blocks], with one or two blocks at other levels."""
     plans = parents[rng.integers(len(parents), size=SWITCHES)]
@@ -267,26 +242,28 @@ def switched(table: Table, parents: np.ndarray, rng: np.random.Generator) -> np.
 
 
 def corrected_sweep(table: Table, rng: np.random.Generator, budget: int) -> list[int]:
-    """Evaluate what an additive model of the loss predicts to add most hypervolume: estimates at first, corrected
-    by every evaluation. Candidates are the sweep of its errors, and the front with one or two levels switched."""
-    prior = table.pruning + table.rounding
+    """Evaluate what an additive model of the loss predicts to add most hypervolume, by `autolite.search.additive`:
+    estimates at first, corrected by every evaluation. Candidates are the sweep of the corrected rises, and the front
+    with one or two levels switched."""
+    prior = (table.pruning + table.rounding).ravel()
     found = dict.fromkeys(sweep(table, rng, min(START, budget)))
     low = np.array([0, *table.objectives[:, 1:].min(0)])
     while len(found) < budget:
         plans = np.array(list(found))
-        model = learned(prior, table, plans)
+        used = np.eye(table.levels)[table.choices[plans]].reshape(len(plans), -1)
+        rises = table.objectives[plans, 0]
+        drawn = rng if draws(len(found)) else None
+        costs = corrected(prior, np.full_like(prior, LEAST), used, rises, np.full(len(plans), PRECISE), drawn)
+        costs = costs.reshape(table.blocks, table.levels)
         best = plans[front(table.objectives[plans])]
-        candidates = np.concatenate([swept(model, table)[0], switched(table, table.choices[best], rng)])
+        candidates = np.concatenate([swept(costs, table)[0], switched(table, table.choices[best], rng)])
         index = np.setdiff1d(np.ravel_multi_index(tuple(candidates.T), table.loss.shape), plans)
         if not len(index):
             index = np.setdiff1d(np.arange(table.loss.size), plans)[:1]
         choices = table.choices[index]
-        rise = model[np.arange(table.blocks), choices].sum(1)
-        predicted = np.column_stack([rise, table.priced(choices)])
-        samples = low + rng.random((SAMPLES, 3)) * (table.reference - low)
-        free = samples[~reached(table.objectives[best], samples).any(0)]
-        gains = reached(predicted, free).sum(1)
-        found[int(index[gains.argmax()])] = None
+        points = np.column_stack([costs[np.arange(table.blocks), choices].sum(1), table.priced(choices)])
+        gain = gains(points, table.objectives[best], low, table.reference, rng)
+        found[int(index[gain.argmax()])] = None
     return list(found)
 
 

@@ -46,7 +46,7 @@ def search(
     runtime: str = "onnxruntime",
     seed: int = 0,
     device: str = "cpu",
-    sampler: str | MakeSampler = "tpe",
+    sampler: str | MakeSampler = "additive",
     workers: int = 0,
     observer: Observer | None = None,
 ) -> Result:
@@ -89,8 +89,9 @@ def search(
         runtime: what the candidates run on: "onnxruntime", "openvino", or "auto", the faster of both on this machine.
         seed: of everything random.
         device: where training runs ("cpu", "cuda").
-        sampler: what proposes plans that are not queued: "tpe", "gp", "nsga2", "random", or a function that makes an
-            Optuna sampler from a seed; it is called for each trial, so that a resumed search asks the same.
+        sampler: what proposes plans that are not queued: "additive" (a model of what levels by layer cost, corrected by
+            each trial; TPE where a space has none), "tpe", "gp", "nsga2", "random", or a function that makes an Optuna
+            sampler from a seed; it is called for each trial, so that a resumed search asks the same.
         workers: further processes on this machine that evaluate trials beside this one; all share its cores.
         observer: called with a Snapshot whenever something changes.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from autolite.compress import canonical, is_trained, student_plan
+from autolite.compress import canonical, is_trained, student_plan, untrained
 from autolite.errors import PlanError, TargetError
 from autolite.files import sha256
 from autolite.front import Candidate
@@ -27,12 +27,14 @@ from autolite.search.leases import Lease, LeaseLostError, Leases, Pauses
 from autolite.search.prices import Prices
 from autolite.search.problem import Problem
 from autolite.search.progress import Clock, FrontRow, Observer, Snapshot
+from autolite.search.proposal import proposal
 from autolite.search.racing import Behind, surely_behind
 from autolite.search.scoring import Score, kept
-from autolite.search.stages import Decision, decide, expected_seconds, objectives
-from autolite.search.studies import StageStudy
+from autolite.search.stages import RUNGS, Decision, decide, expected_seconds, objectives
+from autolite.search.studies import LEVELS, StageStudy
 from autolite.space import STAGES, Stage
 from autolite.store import Store
+from autolite.techniques.schedules import stable_steps
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 SPLITS: dict[Stage, str] = {"screen": "screen", "recover": "search", "confirm": "selection"}
 EXPLORE_AFTER = 5  # fruitless trials in a row before the sampler is replaced by a random one
 MAX_FRUITLESS = 200
+REFUSED = 1e30  # milliseconds on a target that cannot run a plan
 OPEN = "open stage"  # the fact with the stage that all processes work on now, and its decision
 WORKER = "worker "  # before the owner, in the keys of the leases by which workers say that they are there
 
@@ -66,10 +69,11 @@ class Engine:
         for stage in STAGES:
             self.show(stage=stage, doing="scoring the teacher", step=0, steps=0)
             self._teacher(stage)
-            decision = self._decision(stage)
-            self.studies[stage].enqueue(decision.queue, str(self.clock.budget))
-            self.store.put(OPEN, _opened(stage, decision))
-            self.work(stage, decision)
+            for rung in range(RUNGS[stage]):
+                decision = self._decision(stage, rung)
+                self.studies[stage].enqueue(decision.queue, decision.name)
+                self.store.put(OPEN, _opened(stage, decision))
+                self.work(stage, decision)
 
     def show(self, **changes: Any) -> None:
         """Tell the observer what changed."""
@@ -87,14 +91,14 @@ class Engine:
         attributes = {"teacher": True, "plan": Plan(seed=problem.settings.seed).to_json(), "stage": stage}
         self.studies[stage].ensure_teacher([quality.value, predicted["latency_ms"].value, size], attributes)
 
-    def _decision(self, stage: Stage) -> Decision:
-        """Read what this stage decided under this budget, or decide now."""
-        key = f"stage {stage} {self.clock.budget}"
+    def _decision(self, stage: Stage, rung: int) -> Decision:
+        """Read what this rung decided under this budget, or decide now."""
+        key = f"stage {stage} {self.clock.budget} {rung}"
         known = self.store.get(key)
         if known is not None:
             return Decision.from_json(known)
         processes = 1 + len(self.store.leases(WORKER))
-        decision = decide(stage, self.problem, self.studies, self.clock, processes)
+        decision = decide(stage, rung, self.problem, self.studies, self.clock, processes)
         self.store.put(key, decision.to_json())
         return decision
 
@@ -145,7 +149,11 @@ class Engine:
                     self.leases.check(asking, asking=True)
                     self.store.put(OPEN, None)
                 return None
-            trial = study.ask(explore=fruitless >= EXPLORE_AFTER)
+            explore = fruitless >= EXPLORE_AFTER
+            if stage == "screen" and self.problem.additive and not explore and not study.waiting():
+                proposed = proposal(self.problem, study)
+                study.enqueue([] if proposed is None else [proposed], f"additive {len(study.asked())}")
+            trial = study.ask(explore)
             lease = self.leases.take(f"trial {stage} {trial.number}")
             if lease is None:
                 return None
@@ -170,7 +178,7 @@ class Engine:
         still ends with a model."""
         if decision.deadline is None or not self.studies[stage].trials():
             return True
-        expected = expected_seconds(self.problem, self.studies[stage], decision, str(self.clock.budget))
+        expected = expected_seconds(self.problem, self.studies[stage], decision)
         return self.clock.spent + expected <= decision.deadline
 
     def _run_trial(self, stage: Stage, trial: Trial, lease: Lease, decision: Decision) -> bool:
@@ -187,7 +195,7 @@ class Engine:
 
     def _evaluate(self, stage: Stage, trial: Trial, lease: Lease, decision: Decision) -> bool:
         problem, study = self.problem, self.studies[stage]
-        params = problem.space.suggest(trial, stage)
+        params = problem.space.suggest(trial, stage) | trial.user_attrs.get(LEVELS, {})
         plan = Plan(seed=problem.settings.seed)  # of what cannot be made a plan of
         try:
             plan = problem.plan(params, decision.effort)
@@ -211,6 +219,8 @@ class Engine:
             reason = "the predicted price is above the limit"
             self._tell_infeasible(stage, trial, lease, plan, predicted, violated, reason)
             return False
+        elsewhere = [_elsewhere(each, plan) for each in problem.others]
+        own = [predicted["latency_ms"].value, predicted["size_bytes"].value, *elsewhere]
         self.show(stage=stage, doing=f"trial {trial.number}", step=0, steps=decision.effort, trials=self._counts())
         candidate: Candidate | None = None
         students = problem.settings.out / "students"
@@ -232,27 +242,28 @@ class Engine:
                         problem, plan, progress, mark=_mark(lease), check=lambda: self.leases.check(lease, asking=True)
                     )
                 else:
-                    folder, behind = self._scratch(stage, lease), self._behind(stage, predicted)
+                    folder, behind = self._scratch(stage, lease), self._behind(stage, own)
                     evaluation = evaluate(problem, plan, SPLITS[stage], folder, progress, behind)
                 seconds = time.monotonic() - begun
         except PlanError as error:  # what only training shows, such as a loss that diverges
             self._tell_infeasible(stage, trial, lease, plan, predicted, {"plan": 1.0}, str(error))
             return False
-        self._tell(stage, trial, lease, plan, decision, evaluation, candidate, seconds)
+        self._tell(stage, trial, lease, plan, decision, evaluation, candidate, own, seconds)
         return True
 
-    def _behind(self, stage: Stage, predicted: dict[str, Measurement]) -> Behind | None:
-        """What a plan of these prices is given up by: in the screen, one that is as fast and as small, and surely keeps
-        more of the quality. Later stages score whole splits, for what went so far is worth knowing well."""
-        latency, size = predicted["latency_ms"].value, predicted["size_bytes"].value
+    def _behind(self, stage: Stage, prices: list[float]) -> Behind | None:
+        """What a plan of these prices is given up by: in the screen, one that is as fast (on each target) and as small,
+        and surely keeps more of the quality. Later stages score whole splits: what went so far is worth knowing."""
+        problem = self.problem
+        if stage != "screen":
+            return None
         rivals = [
             t.user_attrs["kept_low"]
             for t in self.studies[stage].trials()
-            if stage == "screen" and t.user_attrs["latency_ms"] <= latency and t.values[2] <= size
+            if all(a <= b for a, b in zip(t.user_attrs["prices"], prices, strict=True))
         ]
         if not rivals:
             return None
-        problem = self.problem
         return surely_behind(problem.teacher_score(SPLITS[stage]), max(rivals), problem.task, problem.settings.seed)
 
     def _scratch(self, stage: Stage, lease: Lease) -> Path:
@@ -278,9 +289,10 @@ class Engine:
         decision: Decision,
         found: Evaluation,
         candidate: Candidate | None,
+        prices: list[float],
         seconds: float,
     ) -> None:
-        problem, study = self.problem, self.studies[stage]
+        problem = self.problem
         self.leases.check(lease, asking=True)
         if candidate is None:
             latency, measurements = found.predicted["latency_ms"], list(found.predicted.values())
@@ -292,25 +304,21 @@ class Engine:
             for file in found.files:
                 final = problem.settings.out / candidate.path / file.name
                 self.store.add_artifact(plan.digest, final, sha256(final))
-        student = student_plan(plan).digest
-        siblings = [t for t in study.trials() if t.user_attrs["student"] == student]
         attributes = {
             "stage": stage,
             "plan": plan.to_json(),
             "plan_digest": plan.digest,
-            "student": student,
-            "effort": decision.effort,
+            "recipe": untrained(plan).digest,
+            **self._training(stage, plan, decision.effort, found.train_seconds),
             "worker": self.leases.owner,
             "scored_on": cpu_name(),
             "kept": fraction.value,
             "kept_low": fraction.low,
             "examples": len(found.seen),
             "latency_ms": latency.value,
-            "latency_elsewhere": [_elsewhere(prices, plan) for prices in problem.others],
+            "latency_elsewhere": [None if each == REFUSED else each for each in prices[2:]],
+            "prices": prices,
             "seconds": seconds,
-            "own_train_seconds": found.train_seconds,
-            # A student taken from the cache cost nothing here; planning needs what it cost to make.
-            "train_seconds": max([found.train_seconds, *(t.user_attrs["train_seconds"] for t in siblings)]),
             "measurements": self.store.add_measurements(plan.digest, stage, measurements),
         }
         for key, value in attributes.items():
@@ -318,10 +326,31 @@ class Engine:
         if candidate is not None:
             for name, excess in problem.settings.constraints.excesses(candidate).items():
                 trial.set_constraint(name, excess)
-        value = problem.task.summary(found.score.ratio)
+        # Some examples are harder than others: what was seen of a plan is compared with the teacher on the same ones.
+        whole = problem.teacher_score(SPLITS[stage])
+        value = problem.task.summary(whole.ratio + found.score.ratio - Score(whole.examples[found.seen]).ratio)
         self._finish(stage, trial, lease, [value, latency.value, found.predicted["size_bytes"].value])
         self.clock.save(force=True)
         self.show(front=self._front(stage), front_stage=stage, trials=self._counts())
+
+    def _training(self, stage: Stage, plan: Plan, effort: int, seconds: float) -> dict[str, Any]:
+        """Return what a trial remembers of its training: who else has this student, and what it cost to make. A student
+        that was trained before cost nothing now, and one that was trained for fewer steps less."""
+        student, trunk = student_plan(plan).digest, untrained(student_plan(plan)).digest
+        shorter = [t.user_attrs for t in self.studies["recover"].trials() if t.user_attrs.get("trunk") == trunk]
+        resumed = max((a["resumable_steps"] for a in shorter if a["effort"] < effort), default=0)
+        siblings = [t.user_attrs for t in self.studies[stage].trials() if t.user_attrs["student"] == student]
+        costs = [(seconds, effort - resumed), *((a["train_seconds"], a["trained_steps"]) for a in siblings)]
+        dearest, steps = max(costs)
+        return {
+            "student": student,
+            "trunk": trunk,
+            "effort": effort,
+            "own_train_seconds": seconds,
+            "train_seconds": dearest,
+            "trained_steps": steps,
+            "resumable_steps": 0 if stage == "screen" else stable_steps(effort),
+        }
 
     def _tell_infeasible(
         self,
@@ -385,9 +414,9 @@ def _opened(stage: Stage, decision: Decision) -> dict[str, Any]:
     return {"stage": stage, "decision": decision.to_json()}
 
 
-def _elsewhere(prices: Prices, plan: Plan) -> float | None:
-    """The latency in milliseconds on another target, None if the plan cannot run there."""
+def _elsewhere(prices: Prices, plan: Plan) -> float:
+    """The latency in milliseconds on another target, `REFUSED` if the plan cannot run there."""
     try:
         return float(prices.of(plan, 0.0)["latency_ms"].value)
     except TargetError:
-        return None
+        return REFUSED

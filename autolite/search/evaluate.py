@@ -55,7 +55,9 @@ def evaluate(
         PlanError: if the plan cannot be applied.
     """
     begun = time.monotonic()
-    context = replace(problem.context, seed=plan.seed, progress=progress)
+    # Plans of the screen are many, and trained for a few steps only.
+    trunks = None if split == "screen" else problem.settings.out / "cache" / "trunks"
+    context = replace(problem.context, seed=plan.seed, progress=progress, trunks=trunks)
     student = compress(plan, context, students=problem.settings.out / "students")
     trained = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)

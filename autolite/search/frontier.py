@@ -8,9 +8,11 @@ Multiplier Method"). What the estimates miss, a search makes up for with weights
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +23,12 @@ from autolite.compress import resolve, shape_after
 from autolite.errors import PlanError
 from autolite.pareto import nondominated, spread_subset
 from autolite.plan import Plan, make_step
-from autolite.search.sensitivity import damages
+from autolite.search.sensitivity import Damages, damages
 from autolite.space import BY_LAYER, FRONTIER, PRICES, THIRDS, Params, Scalar, Space
 from autolite.techniques.base import Context, Part
 from autolite.techniques.mixed_precision import Block, blocks_of, origins
 
-# Latency and size of a model of this shape, as parts of the teacher's.
+# Latency and size of a model of this shape.
 Price = Callable[[ModelShape], tuple[float, float]]
 _GRID = {"latency": 57, "size": 29}  # prices that a sweep tries, over the range of the space's
 
@@ -36,20 +38,52 @@ class Options:
     """The combinations of levels that a block can have.
 
     Attributes:
+        part: of the layers.
         layers: of the student, that use the block.
-        third: of the model, in which the first of them is.
+        sources: the teacher's layers that it comes from.
+        third: of the model, in which the first of its layers is.
         names: the settings that have levels.
         levels: one of each, for each option.
-        errors: estimated rise of the loss in nats by each setting [options, settings].
+        places: of these in the settings' lists of levels [options, settings].
         prices: change of latency and size by it, as parts of the teacher's [options, 2].
     """
 
+    part: Part
     layers: tuple[int, ...]
+    sources: tuple[int, ...]
     third: str
     names: tuple[str, ...]
     levels: tuple[tuple[Scalar, ...], ...]
-    errors: NDArray[np.float64]
+    places: NDArray[np.int64]
     prices: NDArray[np.float64]
+
+    def rises(self, damage: Damages) -> NDArray[np.float64]:
+        """Return the rise of the loss by each setting [options, settings], if one layer's rises are `damage`."""
+        each = zip(self.names, self.places.T, strict=True)
+        return np.stack([damage[name][places][:, self.sources].sum(1) for name, places in each], axis=1)
+
+    def where(self, fixed: Mapping[str, Scalar]) -> Options:
+        """Return those in which these settings have these levels."""
+        wanted = [i for i, each in enumerate(self.levels) if all(fixed.get(n, v) == v for n, v in self._named(each))]
+        levels = tuple(self.levels[i] for i in wanted)
+        return replace(self, levels=levels, places=self.places[wanted], prices=self.prices[wanted])
+
+    def _named(self, levels: Sequence[Scalar]) -> Iterator[tuple[str, Scalar]]:
+        return zip(self.names, levels, strict=True)
+
+    def place(self, levels: Mapping[str, Sequence[Scalar]]) -> int:
+        """Return the option that a plan with these levels, one for each layer, has."""
+        return self.levels.index(tuple(levels[name][self.layers[0]] for name in self.names))
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """What a plan is whose levels are still open: the blocks' options; latency and size with the mildest levels, as
+    parts of the teacher's [2]; and the teacher's layers, by number, of which nothing is left."""
+
+    options: tuple[Options, ...]
+    price: NDArray[np.float64]
+    gone: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -60,20 +94,32 @@ class Frontier:
     context: Context
     price: Price
 
-    def levels(self, params: Mapping[str, Scalar]) -> dict[str, tuple[Scalar, ...]]:
+    def levels(self, params: Mapping[str, Any]) -> dict[str, tuple[Scalar, ...]]:
         """Return the levels, one for each layer, of the settings that are "by-layer" in `params`.
 
         Raises:
             PlanError: if the rest of the plan cannot be applied.
         """
         values = self.space.complete(params)
-        options = self._options(values)
-        if not options:
+        active = [name for name in self.space.layered if values[name] == BY_LAYER]
+        if not active:
             return {}
-        chosen = _choose(options, values, *(np.array([values[f"{FRONTIER}.{price}"]]) for price in PRICES))
-        return _by_layer(options, chosen[0])
+        options = self._open(values)
+        prices = (np.array([values[f"{FRONTIER}.{price}"]]) for price in PRICES)
+        chosen = choose(options, self._weighted(options, values), *prices)
+        found = by_layer(options, chosen[0])
+        return {name: found[name] for name in active}
 
-    def sweep(self, params: Mapping[str, Scalar], count: int) -> list[Params]:
+    def settled(self, params: Mapping[str, Any]) -> Params:
+        """Return `params` with the levels themselves in the place of "by-layer": what changes beside them, such as a
+        number format, then leaves them as they are.
+
+        Raises:
+            PlanError: if the rest of the plan cannot be applied.
+        """
+        return {**params, **self.levels(params)}
+
+    def sweep(self, params: Mapping[str, Any], count: int) -> list[Params]:
         """Return up to `count` settings of both prices that together dominate the most of estimated loss, latency and
         size, the best first; everything else is as in `params`.
 
@@ -81,75 +127,110 @@ class Frontier:
             PlanError: if the rest of the plan cannot be applied.
         """
         values = self.space.complete(params)
-        options = self._options(values)
-        if not options:
+        if BY_LAYER not in values.values():
             return [values]
-        grids = []
-        for price in PRICES:
-            setting = self.space.settings[f"{FRONTIER}.{price}"]
-            assert setting.low is not None
-            assert setting.high is not None
-            grids.append(np.geomspace(setting.low, setting.high, _GRID[price]))
-        latency, size = (each.ravel() for each in np.meshgrid(*grids, indexing="ij"))
-        chosen = _choose(options, values, latency, size)
+        options = self._open(values)
+        latency, size = self.grid()
+        chosen = choose(options, self._weighted(options, values), latency, size)
         _, first = np.unique(chosen, axis=0, return_index=True)
-        points = np.array([_estimate(options, chosen[i]) for i in first])
-        front = first[nondominated(points)]
-        points = np.array([_estimate(options, chosen[i]) for i in front])
-        span = np.maximum(np.ptp(points, axis=0), 1e-12)
-        scaled = (points - points.min(0)) / span
-        order = spread_subset(scaled, [1.1] * 3, count)
-        found = [dict(zip(PRICES, (float(latency[front[i]]), float(size[front[i]])), strict=True)) for i in order]
+        rises = [each.rises(self.damage).sum(1) for each in options]
+        points = np.column_stack([total(rises, chosen[first]), total([o.prices for o in options], chosen[first])])
+        front = np.flatnonzero(nondominated(points))
+        span = np.maximum(np.ptp(points[front], axis=0), 1e-12)
+        scaled = (points[front] - points[front].min(0)) / span
+        order = first[front[spread_subset(scaled, [1.1] * 3, count)]]
+        found = [dict(zip(PRICES, (float(latency[i]), float(size[i])), strict=True)) for i in order]
         return [{**values, **{f"{FRONTIER}.{price}": value for price, value in each.items()}} for each in found]
 
-    def _options(self, values: Mapping[str, Scalar]) -> list[Options]:
-        """Return every block's options; the same for all prices and weights, and kept for the next trials."""
-        active = [name for name in self.space.layered if values[name] == BY_LAYER]
-        structure = sorted((name, value) for name, value in values.items() if not name.startswith(f"{FRONTIER}."))
-        key = f"frontier-options-{structure}-{[(name, self.space.layered[name].levels) for name in active]}"
-        if active and key not in self.context.memory:
-            self.context.memory[key] = self._made(values, active)
-        found: list[Options] = self.context.memory[key] if active else []
+    def grid(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the pairs of prices that a sweep tries, [prices] each."""
+        settings = (self.space.settings[f"{FRONTIER}.{price}"] for price in PRICES)
+        axes = [np.geomspace(s.low, s.high, _GRID[price]) for s, price in zip(settings, PRICES, strict=True)]  # type: ignore[arg-type]
+        latency, size = (each.ravel() for each in np.meshgrid(*axes, indexing="ij"))
+        return latency, size
+
+    @property
+    def damage(self) -> Damages:
+        """The estimated rise of the loss, for each setting with levels by layer [levels, teacher's layers]."""
+        return damages(self.space, self.context)
+
+    def structure(self, params: Mapping[str, Any]) -> Structure:
+        """Return what `params` say but for levels by layer; kept for the next trials.
+
+        Raises:
+            PlanError: if it cannot be applied.
+        """
+        values = self.space.complete(params)
+        layered, damage = self.space.layered, self.damage
+        mildest = {name: s.levels[int(damage[name].sum(1).argmin())] for name, s in layered.items()}
+        free = {name for name in values if name in layered or name.startswith(f"{FRONTIER}.")}
+        # What trains changes no shape, and formats of other matrices no price of the blocks.
+        kinds = {name: registry.get("technique", name.partition(".")[0]) for name in values if name not in free}
+        whole = {name: values[name] for name, kind in kinds.items() if not kind.effort}
+        blocks = {name: value for name, value in whole.items() if not kinds[name].numeric}
+        known = self.context.memory.setdefault(f"structures-{[(n, s.levels) for n, s in layered.items()]}", {})
+        key, short = (json.dumps(sorted(each.items())) for each in (whole, blocks))
+        if key not in known:
+            given = self.space.plan({**values, **mildest}, 1, self.context.seed)
+            plan = resolve(given, self.context)
+            base = shape_after(plan, self.context.teacher.shape)
+            if len(base.stacks) != 1:
+                raise PlanError(f"levels by layer need a model of one stack of layers; '{base.family}' has several")
+            if short not in known:
+                known[short] = self._options(given, plan, base, mildest)
+            left = {source for block in blocks_of(base) for source in block.sources}
+            gone = (i for i, source in enumerate(self.context.teacher.shape.source_layers[0]) if source not in left)
+            known[key] = Structure(known[short], self._part(base), tuple(gone))
+        found: Structure = known[key]
         return found
 
-    def _made(self, values: Mapping[str, Scalar], active: Sequence[str]) -> list[Options]:
-        damage = damages(self.space, self.context)
-        levels = {name: self.space.layered[name].levels for name in active}
-        mildest = {name: levels[name][int(damage[name].sum(1).argmin())] for name in active}
-        given = self.space.plan({**values, **mildest}, 1, self.context.seed)
-        plan = resolve(given, self.context)
-        teacher = self.context.teacher.shape
-        base = shape_after(plan, teacher)
-        if len(base.stacks) != 1:
-            raise PlanError(f"levels by layer need a model of one stack of layers; '{base.family}' has several")
-        count, (now, total) = len(base.stacks[0].layers), (np.array(self.price(shape)) for shape in (base, teacher))
+    def _open(self, values: Mapping[str, Any]) -> tuple[Options, ...]:
+        """The blocks' options in which what is not "by-layer" is as in `values`."""
+        fixed = {name: values[name] for name in self.space.layered if values[name] != BY_LAYER}
+        return tuple(
+            each.where({n: v[each.layers[0]] if isinstance(v, list | tuple) else v for n, v in fixed.items()})
+            for each in self.structure(values).options
+        )
+
+    def _weighted(self, options: Sequence[Options], values: Mapping[str, Any]) -> list[NDArray[np.float64]]:
+        found = []
+        for block in options:
+            weights = np.array([values[f"{FRONTIER}.{name}"] for name in block.names], dtype=np.float64)
+            found.append(block.rises(self.damage) @ weights * float(values[f"{FRONTIER}.{block.third}"]))
+        return found
+
+    def _part(self, shape: ModelShape) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = np.array(self.price(shape)) / np.array(self.price(self.context.teacher.shape))
+        return found
+
+    def _options(self, given: Plan, plan: Plan, base: ModelShape, mildest: Mapping[str, Scalar]) -> tuple[Options, ...]:
+        layered, teacher = self.space.layered, self.context.teacher.shape
+        count, now = len(base.stacks[0].layers), self._part(base)
         known: dict[object, NDArray[np.float64]] = {}
         made = []
         for block in blocks_of(base):
-            names = tuple(name for name in active if _part(name) == block.part)
+            names = tuple(name for name in layered if _part(name) == block.part)
             if not names:
                 continue
-            combinations = tuple(product(*(levels[name] for name in names)))
-            sources = origins(block, teacher)
-            errors = np.array(
-                [
-                    [damage[n][levels[n].index(v), sources].sum() for n, v in zip(names, each, strict=True)]
-                    for each in combinations
-                ]
-            )
+            combinations = tuple(product(*(layered[name].levels for name in names)))
+            places = [[layered[n].levels.index(v) for n, v in zip(names, each, strict=True)] for each in combinations]
             alike = (block.part, count - 1 in block.layers, *(_sizes(base.stacks[0].layers[i]) for i in block.layers))
             if alike not in known:
                 plans = (_with(given, plan, names, each, mildest, block, count) for each in combinations)
                 shapes = (shape_after(resolve(each, self.context), teacher) for each in plans)
-                known[alike] = np.array([self.price(shape) for shape in shapes]) - now
+                known[alike] = np.array([self._part(shape) for shape in shapes]) - now
             third = THIRDS[min(3 * block.layers[0] // count, 2)]
-            made.append(Options(block.layers, third, names, combinations, errors, known[alike] / total))
-        return made
+            sources = tuple(origins(block, teacher))
+            made.append(
+                Options(block.part, block.layers, sources, third, names, combinations, np.array(places), known[alike])
+            )
+        return tuple(made)
 
 
 def seeds(frontier: Frontier, count: int) -> list[Params]:
     """Return up to `count` parameters to begin a search with: the start plans of the space; and in turns, what a sweep
-    finds in those that have levels by layer, and in the space's defaults."""
+    finds in those that have levels by layer, and in the space's defaults. What cannot be applied to this model is left
+    as it is: a trial will say why."""
     starts = [dict(start) for start in frontier.space.start]
     layered = [BY_LAYER in frontier.space.complete(start).values() for start in starts]
     fixed = [start for start, by_layer in zip(starts, layered, strict=True) if not by_layer]
@@ -158,7 +239,12 @@ def seeds(frontier: Frontier, count: int) -> list[Params]:
         return fixed[:count]
     structures = [*open_, {}]
     each = max(1, -(-(count - len(fixed)) // len(structures)))
-    swept = [frontier.sweep(params, each) for params in structures]
+    swept = []
+    for params in structures:
+        try:
+            swept.append(frontier.sweep(params, each))
+        except PlanError:
+            swept.append([params])
     in_turn = [found[i] for i in range(each) for found in swept if i < len(found)]
     return [*fixed, *in_turn][:count]
 
@@ -196,28 +282,30 @@ def _with(
     return replace(given, steps=tuple(steps))
 
 
-def _choose(
-    options: Sequence[Options], values: Mapping[str, Scalar], latency: NDArray[np.float64], size: NDArray[np.float64]
+def choose(
+    options: Sequence[Options],
+    rises: Sequence[NDArray[np.float64]],
+    latency: NDArray[np.float64],
+    size: NDArray[np.float64],
 ) -> NDArray[np.int64]:
-    """Return the option [prices, blocks] of least estimated loss plus price, for each pair of prices in nats for the
-    whole of the teacher's latency and size."""
+    """Return the option [prices, blocks] of least rise plus price, for each pair of prices: what the whole of the
+    teacher's latency and size are worth, in the unit of the blocks' `rises` [options]."""
     columns = []
-    for block in options:
-        weights = np.array([values[f"{FRONTIER}.{name}"] for name in block.names], dtype=np.float64)
-        error = (block.errors @ weights) * float(values[f"{FRONTIER}.{block.third}"])
-        costs = error + latency[:, None] * block.prices[:, 0] + size[:, None] * block.prices[:, 1]
+    for block, rise in zip(options, rises, strict=True):
+        costs = rise + latency[:, None] * block.prices[:, 0] + size[:, None] * block.prices[:, 1]
         columns.append(costs.argmin(1))
     return np.stack(columns, axis=1)
 
 
-def _estimate(options: Sequence[Options], chosen: NDArray[np.int64]) -> tuple[float, float, float]:
-    """Return the estimated rise of the loss, and the changes of latency and size, of a choice for each block."""
-    error = sum(float(block.errors[i].sum()) for block, i in zip(options, chosen, strict=True))
-    latency, size = np.sum([block.prices[i] for block, i in zip(options, chosen, strict=True)], axis=0)
-    return error, float(latency), float(size)
+def total(each: Sequence[NDArray[np.float64]], chosen: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the sums [plans, ...] of what the blocks' options have, `each` [options, ...], for plans `chosen` [plans,
+    blocks]."""
+    found: NDArray[np.float64] = np.sum([values[places] for values, places in zip(each, chosen.T, strict=True)], axis=0)
+    return found
 
 
-def _by_layer(options: Sequence[Options], chosen: NDArray[np.int64]) -> dict[str, tuple[Scalar, ...]]:
+def by_layer(options: Sequence[Options], chosen: Sequence[int] | NDArray[np.int64]) -> dict[str, tuple[Scalar, ...]]:
+    """Return the levels, one for each layer, of a choice of an option for each block."""
     found: dict[str, dict[int, Scalar]] = {}
     for block, index in zip(options, chosen, strict=True):
         for name, level in zip(block.names, block.levels[index], strict=True):

@@ -31,6 +31,7 @@ from autolite.runtime.auto import AutoRuntime
 from autolite.runtime.base import Runtime
 from autolite.search.frontier import Frontier
 from autolite.search.prices import Prices
+from autolite.search.samplers import ADDITIVE
 from autolite.search.scoring import Score, quality, score, scoring_threads
 from autolite.search.settings import Settings
 from autolite.space import BY_LAYER, Params, Space
@@ -43,6 +44,7 @@ from autolite.unmapped import positions_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LAYOUT = "2"  # of what trials remember: a run with another is not gone on with. Rungs and what can be resumed since 2
 SCREEN_EXAMPLES = 1000  # enough to rank plans (standard error about one point) at a fraction of the whole split's cost
 
 
@@ -126,6 +128,11 @@ class Problem:
         return resolve(self.space.plan(params, effort, self.settings.seed, levels), self.context)
 
     @property
+    def additive(self) -> bool:
+        """Whether an additive model proposes plans: it needs levels by layer."""
+        return self.settings.sampler == ADDITIVE and bool(self.space.layered)
+
+    @property
     def frontier(self) -> Frontier:
         """What makes levels for each layer, priced on the target."""
         return Frontier(self.space, self.context, self._price)
@@ -171,6 +178,7 @@ def run_identity(settings: Settings, space: Space) -> dict[str, str]:
         "workload": settings.workload or "default",
         "runtime": settings.runtime,
         "seed": str(settings.seed),
+        "layout": LAYOUT,
         **({"other targets": ",".join(settings.others)} if settings.others else {}),
         **unlabelled,
         **{what: name for what, name in own.items() if name},

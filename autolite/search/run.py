@@ -121,7 +121,8 @@ def _search_as_leader(
                 engine.run()
             engine.show(stage="finish", doing="scoring the finalists on the test split", step=0, steps=0)
             _write_front(problem, studies, store, clock, complete=True)
-            shutil.rmtree(settings.out / "cache" / "checkpoints", ignore_errors=True)  # of runs that were given up
+            for trained in ("checkpoints", "trunks"):  # of runs that were given up, or that end here
+                shutil.rmtree(settings.out / "cache" / trained, ignore_errors=True)
             shutil.rmtree(settings.out / "scratch", ignore_errors=True)
             store.put("finished", asdict(settings.budget))
         except KeyboardInterrupt:

@@ -28,7 +28,8 @@ def _random(seed: int) -> BaseSampler:
     return RandomSampler(seed=seed)
 
 
-SAMPLERS: dict[str, MakeSampler] = {"tpe": _tpe, "gp": _gp, "nsga2": _nsga2, "random": _random}
+ADDITIVE = "additive"  # levels by layer are then proposed by `autolite.search.additive`; what is left is for TPE
+SAMPLERS: dict[str, MakeSampler] = {ADDITIVE: _tpe, "tpe": _tpe, "gp": _gp, "nsga2": _nsga2, "random": _random}
 
 
 def sampler_of(choice: str | MakeSampler) -> MakeSampler:

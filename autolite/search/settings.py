@@ -151,7 +151,7 @@ class Settings:
     loss: Loss | None = None
     metric: Metric | None = None
     augment: Augment | None = None
-    sampler: str | MakeSampler = "tpe"
+    sampler: str | MakeSampler = "additive"
     objectives: tuple[str, ...] = OBJECTIVES
     others: tuple[str, ...] = ()  # targets beside the first, for which plans are searched too
     workers: int = 0  # further processes that this one starts
@@ -185,7 +185,7 @@ class Settings:
             "cache_bytes": self.cache_bytes,
             "objectives": self.objectives,
             "others": [_absolute(each) if each.endswith((".yaml", ".yml")) else each for each in self.others],
-            "sampler": self.sampler if isinstance(self.sampler, str) else "tpe",
+            "sampler": self.sampler if isinstance(self.sampler, str) else "additive",
             "own_functions": self.own_functions,
         }
 

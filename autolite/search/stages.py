@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,27 +20,34 @@ from autolite.search.evaluate import price
 from autolite.search.frontier import seeds
 from autolite.search.problem import Problem
 from autolite.search.progress import Clock
-from autolite.search.studies import StageStudy
+from autolite.search.settings import Budget
+from autolite.search.studies import StageStudy, params_of
 from autolite.space import Params, Stage
+from autolite.techniques.schedules import stable_steps
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+RUNGS: dict[Stage, int] = {"screen": 1, "recover": 2, "confirm": 1}
 RESERVE = 0.05  # of a time budget: scoring the test split and writing
-# What each stage may use of the time that is left when it begins.
-TIME_SHARES: dict[Stage, float] = {"screen": 0.25, "recover": 0.45, "confirm": 1.0}
+# What each rung of a stage may use of the time that is left when it begins.
+TIME_SHARES: dict[Stage, tuple[float, ...]] = {"screen": (0.25,), "recover": (0.22, 0.3), "confirm": (1.0,)}
+FEWER, LONGER = 2, 3  # times fewer plans, and times as long a training, at the next rung
 UNTRAINED_SCREEN = 0.8  # nothing is trained, so the screen's scores are final and most of the time is its
 TRIAL_SHARES: dict[Stage, float] = {"recover": 0.3, "confirm": 0.2}
 FEWEST = 2
 REFUSED = math.log(10.0)  # the log latency of what a further target cannot run: as if ten times the baseline's
+OPEN_SHARE = 1 / 3  # of the first rung that trains: plans whose training settings are drawn; the others have defaults
 FINALISTS_SHARE = 0.5  # of the confirm trials; the others are further number formats of the finalists' students
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a stage will do: at most `trials` trials with `effort` training steps each, until `deadline` (active
-    seconds; None under a trial budget). Kept in the store, so that a resumed stage goes on with the same."""
+    """What a rung of a stage will do: until its study has `trials` trials, with `effort` training steps each, or until
+    `deadline` (active seconds; None under a trial budget). Kept in the store, so that a resumed rung goes on with the
+    same. `name` is what the queue is called in the study."""
 
+    name: str
     trials: int
     effort: int
     deadline: float | None
@@ -62,42 +70,66 @@ def trials_for(stage: Stage, total: int, trains: bool) -> int:
     return {"screen": total - confirm - recover, "recover": recover, "confirm": confirm}[stage]
 
 
+def trials_at(stage: Stage, rung: int, count: int, budget: Budget) -> int:
+    """Return how many of a stage's trials are of this rung; under a budget of trials they add up to `count`."""
+    if stage != "recover":
+        return count
+    if budget.trials is None:
+        return math.ceil(count / (FEWER if rung else 1))
+    last = count // (FEWER + 1)
+    return last if rung else count - last
+
+
 def decide(
-    stage: Stage, problem: Problem, studies: dict[Stage, StageStudy], clock: Clock, processes: int = 1
+    stage: Stage, rung: int, problem: Problem, studies: dict[Stage, StageStudy], clock: Clock, processes: int = 1
 ) -> Decision:
-    """Plan a stage from what the stages before it found and what they cost; `processes` work on it at once.
+    """Plan a rung of a stage from what was found before and what it cost; `processes` work on it at once.
 
     Under a time budget the number of trials is what is done already and as many more as the space allows: a finished
     run that gets more time tries more, and trains it longer.
     """
-    space, limits = problem.space, problem.space.stages[stage]
-    total = clock.budget.trials
+    space, limits, budget = problem.space, problem.space.stages[stage], clock.budget
+    name = f"{budget} {rung}"
     if stage == "recover" and not space.trains:
-        return Decision(0, 0, None)
-    count = limits.trials if total is None else trials_for(stage, total, space.trains)
-    before = studies["recover"].trials() if stage == "confirm" else []
-    source = [] if stage == "screen" else before or studies["screen"].trials()
-    deadline = _deadline(stage, problem, source, clock)
-    wanted = count if stage == "recover" else math.ceil(count * FINALISTS_SHARE)
-    chosen = promote(problem, source, wanted, keep_floor=bool(before))
-    effort = limits.effort
+        return Decision(name, 0, 0, None)
+    count = limits.trials if budget.trials is None else trials_for(stage, budget.trials, space.trains)
+    new = trials_at(stage, rung, count, budget)
+    recovered = [] if stage == "screen" or (stage, rung) == ("recover", 0) else latest(studies["recover"].trials())
+    source = [] if stage == "screen" else recovered or studies["screen"].trials()
+    deadline = _deadline(stage, rung, problem, source, clock)
+    first = stage == "recover" and rung == 0
+    wanted = new if stage == "recover" else math.ceil(new * FINALISTS_SHARE)
+    distinct = math.ceil(new * (1 - OPEN_SHARE)) if first else wanted
+    chosen = promote(problem, source, distinct, keep_floor=bool(recovered))
+    effort = limits.effort // LONGER if first else limits.effort
     if deadline is not None and space.trains and chosen:
-        floor = 2 * space.stages["screen"].effort if stage == "recover" else _effort(source)
+        floor = 2 * space.stages["screen"].effort if first else _effort(source)
         seconds = deadline - clock.spent
         if stage == "confirm":  # every candidate has its folder, and the further formats are scored
-            scoring = sorted(map(_scoring_seconds, source))[len(source) // 2]
-            others = count * _folder_seconds(problem, processes) + (count - len(chosen)) * scoring
+            others = new * _folder_seconds(problem, processes) + (new - len(chosen)) * _scoring_seconds(source)
             seconds -= others / processes
-        chosen, effort = _fit(chosen, seconds, floor, limits.max_effort, processes)
-    queue: list[Params] = [dict(t.params) for t in chosen] or seeds(problem.frontier, count)
+        share = len(chosen) / max(wanted, len(chosen))  # some are trained again, with other settings
+        chosen, effort = _fit(chosen, seconds * share, floor, limits.max_effort, processes)
+    queue: list[Params] = [problem.frontier.settled(params_of(t)) for t in chosen] or _first(problem, new)
+    if stage != "screen":
+        again = queue[: wanted - len(queue)] if first else []
+        queue = [space.complete(params) for params in queue] + again
     if stage == "confirm":
-        queue = [space.complete(params) for params in queue]
-        queue += _formats(problem, queue, count - len(queue))
+        queue += _formats(problem, queue, new - len(queue))
     seen = {t.user_attrs["plan_digest"] for t in studies[stage].trials()}
     queue = [params for params in queue if _digest(problem, params, effort) not in seen]
-    if total is None:
-        count = (len(queue) if stage == "confirm" else count) + len(seen)
-    return Decision(count, effort, deadline, tuple(queue))
+    if budget.trials is None:
+        new = (len(queue) if stage == "confirm" else new) + len(seen)
+    elif rung:
+        new = count
+    return Decision(name, new, effort, deadline, tuple(queue))
+
+
+def _first(problem: Problem, count: int) -> list[Params]:
+    """What a screen begins with: for the additive model the start plans alone, for a sampler that does not know the
+    estimates a third of all."""
+    few = len(problem.space.start) + 1 if problem.additive else math.ceil(count / 3)
+    return seeds(problem.frontier, min(few, count))
 
 
 def _digest(problem: Problem, params: Params, effort: int) -> str:
@@ -107,18 +139,25 @@ def _digest(problem: Problem, params: Params, effort: int) -> str:
     return ""
 
 
-def _deadline(stage: Stage, problem: Problem, source: Sequence[FrozenTrial], clock: Clock) -> float | None:
+def latest(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return of the trials of one plan the one that was trained longest."""
+    found: dict[str, FrozenTrial] = {}
+    for trial in sorted(trials, key=lambda t: int(t.user_attrs["effort"])):
+        found[trial.user_attrs.get("recipe", trial.user_attrs["plan_digest"])] = trial
+    return list(found.values())
+
+
+def _deadline(stage: Stage, rung: int, problem: Problem, source: Sequence[FrozenTrial], clock: Clock) -> float | None:
     """When this stage ends, in active seconds; the test split's scoring is kept free by what scoring costs here."""
     if clock.budget.seconds is None:
         return None
     trains = problem.space.trains
-    share = UNTRAINED_SCREEN if stage == "screen" and not trains else TIME_SHARES[stage]
+    share = UNTRAINED_SCREEN if stage == "screen" and not trains else TIME_SHARES[stage][rung]
     left = clock.budget.seconds * (1 - RESERVE) - clock.spent
     if stage == "confirm" and source:
-        overheads = sorted(map(_scoring_seconds, source))
         scored = len(problem.split("search" if trains else "screen"))
         finalists = math.ceil(problem.space.stages["confirm"].trials * FINALISTS_SHARE)
-        left -= min(left / 2, finalists * overheads[len(overheads) // 2] * len(problem.data.test) / scored)
+        left -= min(left / 2, finalists * _scoring_seconds(source) * len(problem.data.test) / scored)
     return clock.spent + max(left, 0.0) * share
 
 
@@ -128,24 +167,40 @@ def _folder_seconds(problem: Problem, processes: int) -> float:
     return 3.0 + (TIMING_SECONDS * processes if problem.profile.name == "local" else 0.0)
 
 
-def expected_seconds(problem: Problem, study: StageStudy, decision: Decision, key: str) -> float:
+def expected_seconds(problem: Problem, study: StageStudy, decision: Decision) -> float:
     """What the next trial will cost, by the last ones: only scoring, if its student is trained already."""
-    done = study.trials()[-5:]
+    done = study.trials()
     if not done:
         return 0.0
-    scoring = sum(map(_scoring_seconds, done)) / len(done)
-    place = study.next_in_queue(key)
+    scoring = _scoring_seconds(done[-5:])
+    place = study.next_in_queue(decision.name)
     if place is not None:
-        plan = problem.plan(decision.queue[place], decision.effort)
+        try:
+            plan = problem.plan(decision.queue[place], decision.effort)
+        except PlanError:  # it will be told as refused
+            return 0.0
         student = student_plan(canonical(plan, problem.teacher.shape)).digest
-        if any(t.user_attrs["student"] == student for t in study.trials()):
+        if any(t.user_attrs["student"] == student for t in done):
             return scoring
-    trained = [t.user_attrs["own_train_seconds"] for t in study.trials() if t.user_attrs["own_train_seconds"] > 0.1]
-    return float(scoring + sum(trained[-5:]) / max(len(trained[-5:]), 1))
+    trained = [t for t in done if t.user_attrs["own_train_seconds"] > 0.1][-5:]
+    before = max((t.user_attrs["effort"] for t in done if t.user_attrs["effort"] < decision.effort), default=0)
+    return scoring + (decision.effort - stable_steps(before)) * _a_step(trained)
 
 
-def _scoring_seconds(trial: FrozenTrial) -> float:
-    return float(trial.user_attrs["seconds"] - trial.user_attrs["own_train_seconds"])
+def _scoring_seconds(trials: Sequence[FrozenTrial]) -> float:
+    """The median of what trials cost beside training; those that were given up early say little."""
+    whole = max(t.user_attrs["examples"] for t in trials)
+    return median(
+        float(t.user_attrs["seconds"] - t.user_attrs["own_train_seconds"])
+        for t in trials
+        if t.user_attrs["examples"] == whole
+    )
+
+
+def _a_step(trials: Sequence[FrozenTrial]) -> float:
+    """Seconds that a step of training takes, on average."""
+    steps = sum(t.user_attrs["trained_steps"] for t in trials)
+    return float(sum(t.user_attrs["train_seconds"] for t in trials) / max(steps, 1))
 
 
 def _effort(trials: Sequence[FrozenTrial]) -> int:
@@ -196,12 +251,14 @@ def _fit(
     chosen: list[FrozenTrial], seconds: float, floor: int, ceiling: int, processes: int = 1
 ) -> tuple[list[FrozenTrial], int]:
     """Drop the last plans until the others can be trained for twice `floor` steps in the time there is, but keep two:
-    what looks best now may not stay so. Each of several processes trains whole plans, one after the other."""
+    what looks best now may not stay so. What a plan has been trained for already is not done again. Each of several
+    processes trains whole plans, one after the other."""
     while True:
-        overhead = sum(map(_scoring_seconds, chosen))
-        second_a_step = sum(t.user_attrs["train_seconds"] / max(t.user_attrs["effort"], 1) for t in chosen)
+        each = [_a_step([t]) for t in chosen]
+        done = sum(s * t.user_attrs["resumable_steps"] for s, t in zip(each, chosen, strict=True))
+        overhead = len(chosen) * _scoring_seconds(chosen)
         rounds = math.ceil(len(chosen) / processes)
-        effort = int((seconds * len(chosen) / rounds - overhead) / max(second_a_step, 1e-6))
+        effort = int((seconds * len(chosen) / rounds - overhead + done) / max(sum(each), 1e-6))
         if effort >= 2 * floor or len(chosen) <= FEWEST:
             return chosen, max(min(effort, ceiling), 1)
         chosen = chosen[:-1]

@@ -19,11 +19,12 @@ from autolite.errors import RunError
 from autolite.search.leases import Lease, LeaseLostError
 from autolite.search.samplers import SAMPLERS, MakeSampler, sampler_of
 from autolite.search.settings import Settings
-from autolite.space import STAGES, Params, Stage
+from autolite.space import BY_LAYER, STAGES, Params, Stage
 from autolite.store import change_lease, changed_rows, engine_kwargs, storage_errors
 from autolite.tasks.base import Task
 
 OBJECTIVES = ("quality", "latency_ms", "size_bytes")
+LEVELS = "levels"  # the attribute of a trial with the level of each layer, for settings that are "by-layer" in Optuna
 
 
 class FencedStorage(RDBStorage):
@@ -96,7 +97,9 @@ class StageStudy:
         for place, params in enumerate(queue):
             name = f"{key} {place}"
             if name not in known:
-                self.study.enqueue_trial(params, user_attrs={"queued": name})
+                levels = {name: list(value) for name, value in params.items() if isinstance(value, list | tuple)}
+                attributes = {"queued": name} | ({LEVELS: levels} if levels else {})
+                self.study.enqueue_trial({**params, **dict.fromkeys(levels, BY_LAYER)}, user_attrs=attributes)
 
     def running(self) -> list[FrozenTrial]:
         """Return the trials that were begun and not told yet, the teacher's left out."""
@@ -111,7 +114,7 @@ class StageStudy:
 
     def take_up(self, frozen: FrozenTrial) -> Trial:
         """Return a running trial that its process left; the rest of it is drawn as it would have been."""
-        self._seed(frozen.number, explore=False)
+        self.study.sampler = self.sampler(self._seed_of(frozen.number))
         return self._live(frozen)
 
     def twin(self, number: int, plan_digest: str) -> FrozenTrial | None:
@@ -137,15 +140,22 @@ class StageStudy:
 
     def ask(self, explore: bool) -> Trial:
         """Return a new trial, or the next one in the queue."""
-        trials = self.study.get_trials(deepcopy=False)
-        number = next((t.number for t in trials if t.state == TrialState.WAITING), len(trials))
-        self._seed(number, explore)
+        seed = self.next_seed()
+        self.study.sampler = SAMPLERS["random"](seed) if explore else self.sampler(seed)
         return self.study.ask()
 
-    def _seed(self, number: int, explore: bool) -> None:
-        """Take a sampler seeded by the trial's number, so that a resumed study asks what an undisturbed one would."""
-        seed = zlib.crc32(f"{self.seed} {self.stage} {number}".encode())
-        self.study.sampler = SAMPLERS["random"](seed) if explore else self.sampler(seed)
+    def next_seed(self) -> int:
+        """Return the seed of the trial that is asked next: a resumed study then asks what an undisturbed one would."""
+        trials = self.study.get_trials(deepcopy=False)
+        number = next((t.number for t in trials if t.state == TrialState.WAITING), len(trials))
+        return self._seed_of(number)
+
+    def _seed_of(self, number: int) -> int:
+        return zlib.crc32(f"{self.seed} {self.stage} {number}".encode())
+
+    def asked(self) -> list[FrozenTrial]:
+        """Return every trial with parameters of its own, whatever became of it."""
+        return [t for t in self.study.get_trials(deepcopy=False) if t.number > 0 and t.params]
 
     def _live(self, frozen: FrozenTrial) -> Trial:
         return Trial(self.study, frozen._trial_id)
@@ -172,6 +182,11 @@ def open_studies(settings: Settings, run: str, task: Task) -> Iterator[dict[Stag
             study.set_metric_names([task.metric, *OBJECTIVES[1:]])
             studies[stage] = StageStudy(stage, study, settings.seed, storage, sampler_of(settings.sampler))
         yield studies
+
+
+def params_of(trial: FrozenTrial | Trial) -> Params:
+    """Return a trial's parameters, with the level of each layer where it was begun with these."""
+    return {**trial.params, **trial.user_attrs.get(LEVELS, {})}
 
 
 def read_trials(url: str, run: str) -> dict[Stage, list[FrozenTrial]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
+from autolite.errors import StorageError
 from autolite.files import write_atomically
 
 SECONDS = 20.0  # between two writes; a run of a small model writes for about a hundredth of its time then
@@ -78,3 +80,36 @@ class Checkpoint:
     def remove(self) -> None:
         """Forget the run."""
         self.file.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """What runs of different lengths have in common, as checkpoints at some of its steps: a longer run goes on from a
+    shorter one's and ends with the same bits.
+
+    `name` must say everything that the steps in common depend on.
+    """
+
+    folder: Path
+    name: str
+
+    def at(self, step: int) -> Checkpoint:
+        """Return the checkpoint at a step."""
+        return Checkpoint(self.folder / f"{self.name}-{step}.safetensors")
+
+    def restore(self, most: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+        """Bring everything to where the last checkpoint of at most `most` steps says and return its step; 0, with
+        nothing changed, if there is none."""
+        files = self.folder.glob(f"{self.name}-*.safetensors")
+        for step in sorted((int(file.stem.rpartition("-")[2]) for file in files), reverse=True):
+            if step <= most and (done := self.at(step).restore(parameters, optimizer)):
+                return done
+        return 0
+
+    def save(self, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """Write the checkpoint at a step, in the place of earlier ones; a full disk only costs time later."""
+        with suppress(StorageError):
+            self.at(step).save(step, parameters, optimizer)
+            for file in self.folder.glob(f"{self.name}-*.safetensors"):
+                if int(file.stem.rpartition("-")[2]) < step:
+                    file.unlink(missing_ok=True)

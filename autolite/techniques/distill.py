@@ -18,7 +18,7 @@ from autolite.architecture import ModelShape
 from autolite.errors import PlanError
 from autolite.surgery import clone
 from autolite.techniques.base import Context, Student, require_float32, weights_digest
-from autolite.techniques.checkpoint import Checkpoint
+from autolite.techniques.checkpoint import Checkpoint, Trunk
 from autolite.techniques.ensemble import further_teacher
 from autolite.techniques.objective import Item, LayerMap, Objective
 from autolite.techniques.schedules import Schedule
@@ -215,6 +215,7 @@ class Distill:
             Optimization(self.name, settled.steps, settled.learning_rate, settled.accumulate),
             seed=context.seed,
             checkpoint=_checkpoint(student, settled, context),
+            trunk=_trunk(student, settled, context),
             after_step=hold(model, student.shape),
             progress=context.progress,
         )
@@ -258,10 +259,20 @@ def _require_comparable(shape: ModelShape, config: DistillConfig, teacher: Model
 
 
 def _checkpoint(student: Student, config: DistillConfig, context: Context) -> Checkpoint | None:
-    """Name the run by all that it depends on."""
     if context.cache is None:
         return None
+    return Checkpoint(context.cache / "checkpoints" / f"{_name(student, config, context)}.safetensors")
+
+
+def _trunk(student: Student, config: DistillConfig, context: Context) -> Trunk | None:
+    """What runs of other lengths have in common with this one; nothing, if a weight goes to its end over the run."""
+    if context.trunks is None or config.schedule != "constant":
+        return None
+    return Trunk(context.trunks, _name(student, config.model_copy(update={"steps": 0}), context))
+
+
+def _name(student: Student, config: DistillConfig, context: Context) -> str:
+    """Name the run by all that it depends on."""
     models = [weights_digest(each.model) for each in (student, context.teacher)]
     key = " ".join((config.model_dump_json(), *models, context.training_data(), str(context.seed), context.device))
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    return Checkpoint(context.cache / "checkpoints" / f"{name}.safetensors")
+    return hashlib.sha256(key.encode()).hexdigest()[:32]

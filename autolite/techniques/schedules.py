@@ -6,6 +6,8 @@ import math
 from typing import Literal
 
 Schedule = Literal["constant", "linear", "cosine"]
+WARM_UP = 20  # steps
+DECAY = 0.3  # of all steps
 
 
 def scheduled(start: float, end: float | None, schedule: Schedule, progress: float) -> float:
@@ -17,6 +19,19 @@ def scheduled(start: float, end: float | None, schedule: Schedule, progress: flo
         return start
     part = progress if schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
     return start + (end - start) * part
+
+
+def stable_steps(steps: int) -> int:
+    """Return how many of `steps` are the same in every longer run of `warm_up_stable_decay`."""
+    return steps - round(DECAY * steps)
+
+
+def warm_up_stable_decay(step: int, steps: int) -> float:
+    """Return the learning rate's factor at `step` (from 0) of `steps`: up to 1 over the first `WARM_UP` steps, 1, and
+    down to 0 over the last `DECAY` of all, in straight lines (Hu et al. 2024, "MiniCPM"; Hägele et al. 2024). A longer
+    run begins as a shorter one does, and can go on from where that one's decay began."""
+    stable = stable_steps(steps)
+    return min((step + 1) / WARM_UP, 1.0, (steps - step) / max(1, steps - stable))
 
 
 def warm_up_and_decay(step: int, steps: int, warm_up: float) -> float:

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from autolite.errors import PlanError
-from autolite.techniques.checkpoint import Checkpoint
-from autolite.techniques.schedules import warm_up_and_decay
+from autolite.techniques.checkpoint import Checkpoint, Trunk
+from autolite.techniques.schedules import stable_steps, warm_up_stable_decay
 
-WARM_UP = 0.1  # fraction of the steps in which the learning rate rises
 WEIGHT_DECAY = 0.01  # of matrices; biases and layer norms have none
 MAX_NORM = 1.0  # of the gradient
 
@@ -24,7 +23,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW, linear warm-up and decay of the learning rate, gradients clipped to norm 1.
+    """AdamW, warm-up and decay of the learning rate (`warm_up_stable_decay`), gradients clipped to norm 1.
 
     `steps` updates are made, each from the mean of the losses of `accumulate` batches; `learning_rate` is the peak.
     `technique` is what messages call the settings by.
@@ -44,6 +43,7 @@ def train(
     *,
     seed: int,
     checkpoint: Checkpoint | None = None,
+    trunk: Trunk | None = None,
     after_step: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
@@ -59,6 +59,8 @@ def train(
         optimization: of the weights.
         seed: of what is random in the model or in `loss`.
         checkpoint: what the run goes on from, and is kept in; removed in the end.
+        trunk: what it has in common with longer and shorter runs, and is begun with; `loss` must not depend on how
+            many steps there are then.
         after_step: called after every update: to hold weights at zero, or to round them.
         progress: called with the steps done and in all, now and then.
 
@@ -72,9 +74,14 @@ def train(
     with torch.random.fork_rng(cuda):
         torch.manual_seed(seed)
         done = 0 if checkpoint is None else checkpoint.restore(parameters, optimizer)
+        if trunk is not None and not done:
+            done = trunk.restore(stable_steps(steps), parameters, optimizer)
+        begun = done
         remaining = islice(batches, done * accumulate, None)
         for step in range(done, steps):
-            rate = optimization.learning_rate * warm_up_and_decay(step, steps, WARM_UP)
+            if trunk is not None and step == stable_steps(steps) and step > begun:
+                trunk.save(step, parameters, optimizer)
+            rate = optimization.learning_rate * warm_up_stable_decay(step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             total = 0.0

@@ -27,6 +27,7 @@ from autolite.techniques.importance import importance
 from autolite.techniques.prune import Prune
 from tests.conftest import RunSearch
 
+PROFILE = load_profile("hardware_profiles/pixel8.yaml")
 SPACE = """
 name: layers
 description: Levels by layer.
@@ -61,7 +62,7 @@ def context_of(family: str = "bert") -> Context:
 
 
 def price(shape: ModelShape) -> tuple[float, float]:
-    found = predict(shape, load_profile("hardware_profiles/pixel8.yaml"), Workload(tokens=16))
+    found = predict(shape, PROFILE, Workload(tokens=16))
     return found["latency_ms"].value, found["size_bytes"].value
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from autolite.front import Constraints
 from autolite.search import stages
+from autolite.search.settings import parse_budget
 from autolite.space import STAGES
 
 
@@ -53,10 +54,27 @@ def test_one_student_is_promoted_once_while_there_are_others(problem: Any) -> No
 @pytest.mark.parametrize(("processes", "steps"), [(1, 100), (2, 150), (3, 300), (9, 300)])
 def test_several_processes_train_longer_as_far_as_whole_plans_can_be_shared_out(processes: int, steps: int) -> None:
     """Three plans at an eighth of a second a step in 37.5 s: one after the other, in two rounds, or all at once."""
-    costs = {"train_seconds": 1.0, "effort": 8, "seconds": 1.0, "own_train_seconds": 1.0}
-    plans: Any = [SimpleNamespace(user_attrs=costs) for _ in range(3)]
-    chosen, effort = stages._fit(plans, 37.5, 20, 1000, processes)
+    chosen, effort = stages._fit([costing() for _ in range(3)], 37.5, 20, 1000, processes)
     assert (len(chosen), effort) == (3, steps)
+
+
+def test_what_was_trained_before_is_not_paid_again() -> None:
+    """Three plans at an eighth of a second a step in 37.5 s, each with 14 of its steps done."""
+    assert stages._fit([costing(14) for _ in range(3)], 37.5, 20, 1000)[1] == 114
+
+
+@given(st.integers(1, 60), st.sampled_from(["9trials", "9m"]))
+def test_the_rungs_of_a_stage_are_fewer_plans_each_and_add_up_under_a_budget_of_trials(count: int, budget: str) -> None:
+    rungs = [stages.trials_at("recover", rung, count, parse_budget(budget)) for rung in range(stages.RUNGS["recover"])]
+    assert rungs == sorted(rungs, reverse=True)
+    assert rungs[0] > 0
+    assert budget == "9m" or sum(rungs) == count
+
+
+def costing(resumable: int = 0) -> Any:
+    times = {"train_seconds": 1.0, "seconds": 1.0, "own_train_seconds": 1.0}
+    steps = {"effort": 8, "trained_steps": 8, "resumable_steps": resumable}
+    return SimpleNamespace(user_attrs={**times, **steps, "examples": 100})
 
 
 def test_objectives_are_relative_to_the_baseline(problem: Any) -> None:

@@ -1,0 +1,376 @@
+"""S2: what levels cost is taken to add up, is learned from every plan that was evaluated, and says what to try next.
+
+At first the costs are the estimates of S0. Each evaluated plan corrects them (Bayesian linear regression). Tried next
+is what is predicted to add the most hypervolume, among a sweep of the corrected costs (S1) and the plans on the front
+with one or two levels switched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autolite import registry
+from autolite.errors import PlanError
+from autolite.pareto import nondominated
+from autolite.search.frontier import Frontier, Structure, by_layer, choose, total
+from autolite.search.sensitivity import Damages
+from autolite.space import FRONTIER, Params, Scalar
+
+SPREAD = 1.0  # of a cost about its estimate, as a part of it
+UNKNOWN = 0.02  # the spread of a cost that there is no estimate of
+LEAST = 1e-3  # and of one whose estimate is zero
+MISFIT = 0.1  # costs do not quite add up: spread of what was observed about the sum, as a part of it
+WORST = 0.3  # of the quality lost, from which on a plan is worth nothing
+OPTIMISM = (1.0, 0.5, 0.25, 0.1)  # factors of what plans are predicted to lose, if none is predicted to add anything
+SURE, DRAWN = 8, 4  # after so many plans, costs are drawn from their posterior for one proposal of so many
+SAMPLES = 4096  # points by which hypervolume is estimated
+SWITCHES = 128  # plans with one or two switched levels
+STRUCTURES = 8  # neighbours of the front's structures that are looked at beside them
+
+Feature = tuple[str, str, int]  # kind, name and number; kinds are "level <i>", "gone", "shared" and "value <v>"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """An evaluated plan: its parameters, settled; the quality it lost with the standard error of that; and its other
+    objectives, to be minimised: logarithms of latency and size as parts of the teacher's [2]."""
+
+    params: Params
+    lost: float
+    error: float
+    prices: tuple[float, float]
+
+
+def corrected(
+    estimates: NDArray[np.float64],
+    unknown: NDArray[np.float64],
+    used: NDArray[np.float64],
+    lost: NDArray[np.float64],
+    errors: NDArray[np.float64],
+    rng: np.random.Generator | None = None,
+) -> NDArray[np.float64]:
+    """Return the costs [features] that the evaluated plans make likely: their posterior mean, or with `rng` a draw from
+    the posterior (Thompson 1933; by Matheron's rule), with which what is unknown gets its turn.
+
+    A priori each cost is its estimate times one scale for all, give or take `SPREAD` of that and `unknown`; what a plan
+    loses is the sum of its costs, give or take `MISFIT` of it and its standard error. Costs are not negative.
+
+    Args:
+        estimates: of the costs, in any unit [features].
+        unknown: spread of each beside that, in the unit of `lost` [features].
+        used: how much of each feature the plans have [plans, features].
+        lost: by the plans [plans].
+        errors: standard errors of that [plans].
+        rng: the source of randomness of a draw.
+    """
+    if not len(lost):
+        return estimates
+    noise = np.hypot(MISFIT * lost, errors)
+    precision = 1 / noise
+    predicted = used @ estimates
+    norm = (precision**2 * predicted**2).sum()
+    scale = max(float((precision**2 * predicted * lost).sum() / norm), 1e-3) if norm > 0 else 1.0
+    width = SPREAD * scale * estimates + unknown
+    prior, seen = scale * estimates, lost
+    if rng is not None:
+        prior = prior + width * rng.standard_normal(len(prior))
+        seen = seen + noise * rng.standard_normal(len(seen))
+    left = used * width * precision[:, None]
+    # Fewer plans than features: the smaller of both equivalent systems.
+    change = left.T @ np.linalg.solve(left @ left.T + np.eye(len(lost)), (seen - used @ prior) * precision)
+    return np.maximum(prior + width * change, 0)
+
+
+def draws(seen: int) -> bool:
+    """Whether costs are drawn, for a proposal after so many plans, and not the likeliest ones."""
+    return seen >= SURE and seen % DRAWN == 0
+
+
+def gains(
+    candidates: NDArray[np.float64],
+    front: NDArray[np.float64],
+    low: NDArray[np.float64],
+    reference: NDArray[np.float64],
+    rng: np.random.Generator,
+) -> NDArray[np.float64]:
+    """Return how much hypervolume each of `candidates` [n, objectives] adds to `front` [m, objectives], as the part of
+    `SAMPLES` random points between `low` and `reference` that it is the first to dominate."""
+    samples = low + rng.random((SAMPLES, len(low))) * (reference - low)
+    free = samples[~_reached(front, samples).any(0)] if len(front) else samples
+    added: NDArray[np.float64] = _reached(candidates, free).sum(1) / SAMPLES
+    return added
+
+
+def _reached(points: NDArray[np.float64], samples: NDArray[np.float64]) -> NDArray[np.bool_]:
+    inside = np.ones((len(points), len(samples)), bool)
+    for column in range(samples.shape[1]):
+        inside &= points[:, None, column] <= samples[:, column]
+    return inside
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the parts of a plan cost in quality. `damage` are the costs of levels [levels, teacher's layers] for each
+    setting with levels by layer, `others` those of the other features."""
+
+    damage: Damages
+    others: Mapping[Feature, float]
+
+    def of(self, frontier: Frontier, params: Mapping[str, Any], structure: Structure) -> float:
+        """Return what a plan of this structure costs beside its levels."""
+        return sum(self.others.get(f, 0.0) * much for f, much in _others(frontier, params, structure).items())
+
+
+def learn(frontier: Frontier, seen: Sequence[Observation], rng: np.random.Generator | None = None) -> Costs:
+    """Return the costs that the evaluated plans make likely, or with `rng` a draw of them (`corrected`)."""
+    damage = frontier.damage
+    worst = _of_removal(damage)
+    index: dict[Feature, int] = {}
+    estimates: list[float] = []
+    unknown: list[float] = []
+    for name, table in damage.items():
+        for level, row in enumerate(table):
+            for layer, estimate in enumerate(row):
+                index[f"level {level}", name, layer] = len(estimates)
+                estimates.append(float(estimate))
+                unknown.append(LEAST)
+    rows = []
+    for each in seen:
+        structure = frontier.structure(each.params)
+        row = {**_levels(frontier, each.params, structure), **_others(frontier, each.params, structure)}
+        for feature in row:
+            if feature not in index:
+                index[feature] = len(estimates)
+                kind, name, layer = feature
+                known = kind in ("gone", "shared")
+                estimates.append(float(worst[name][layer]) if known else 0.0)
+                unknown.append(LEAST if known else UNKNOWN)
+        rows.append(row)
+    used = np.zeros((len(seen), len(index)))
+    for place, row in enumerate(rows):
+        for feature, much in row.items():
+            used[place, index[feature]] = much
+    lost, errors = (np.array([getattr(each, name) for each in seen]) for name in ("lost", "error"))
+    costs = corrected(np.array(estimates), np.array(unknown), used, np.maximum(lost, 0), np.maximum(errors, 3e-3), rng)
+    levels = {name: costs[[[index[f"level {i}", name, layer] for layer in range(table.shape[1])]
+              for i in range(len(table))]] for name, table in damage.items()}  # fmt: skip
+    # What no plan had yet costs its estimate, at the scale of all.
+    scale = float(costs.sum() / max(sum(estimates), 1e-12)) if len(seen) else 1.0
+    others: dict[Feature, float] = {
+        (kind, part, layer): scale * float(row[layer])
+        for part, row in worst.items()
+        for layer in range(len(row))
+        for kind in ("gone", "shared")
+    }
+    others |= {feature: float(costs[place]) for feature, place in index.items() if not feature[0].startswith("level")}
+    return Costs(levels, others)
+
+
+def _of_removal(damage: Damages) -> dict[str, NDArray[np.float64]]:
+    """Return, for each part, an estimate of what it costs to lose a layer's [teacher's layers]: that of its strongest
+    levels."""
+    found: dict[str, NDArray[np.float64]] = {}
+    for name, table in damage.items():
+        part = _part(name)
+        found[part] = found.get(part, 0) + table.max(0)
+    return found
+
+
+def _part(name: str) -> str:
+    technique, _, key = name.partition(".")
+    return str(registry.get("technique", technique).layered[key])
+
+
+def _levels(frontier: Frontier, params: Mapping[str, Any], structure: Structure) -> dict[Feature, float]:
+    """Return the features of a plan that are levels of layers."""
+    found: dict[Feature, float] = {}
+    for block in structure.options:
+        for name in block.names:
+            value = params[name]
+            level = value[block.layers[0]] if isinstance(value, list | tuple) else value
+            place = frontier.space.layered[name].levels.index(level)
+            for source in block.sources:
+                found[f"level {place}", name, source] = 1.0
+    return found
+
+
+def _others(frontier: Frontier, params: Mapping[str, Any], structure: Structure) -> dict[Feature, float]:
+    """Return the features of a plan that are not: layers that are gone, or have a block together with others, and the
+    values of other settings."""
+    found: dict[Feature, float] = {}
+    for part in {block.part for block in structure.options}:
+        for layer in structure.gone:
+            found["gone", part, layer] = 1.0
+    for block in structure.options:
+        for source in block.sources if len(block.sources) > 1 else ():
+            found["shared", block.part, source] = 1 - 1 / len(block.sources)
+    for name, value in _structural(frontier, params).items():
+        found[f"value {value}", name, 0] = 1.0
+    return found
+
+
+def _structural(frontier: Frontier, params: Mapping[str, Any]) -> dict[str, Scalar]:
+    """Return the searched settings that are the same for all layers, and no matter of training."""
+    layered = frontier.space.layered
+    return {
+        name: value
+        for name, value in params.items()
+        if name not in layered
+        and not name.startswith(f"{FRONTIER}.")
+        and not registry.get("technique", name.partition(".")[0]).effort
+    }
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Plans of one structure: the option of each block [plans, blocks], the quality predicted to be lost [plans] and
+    the logarithms of both prices [plans, 2]."""
+
+    params: Params
+    structure: Structure
+    chosen: NDArray[np.int64]
+    points: NDArray[np.float64]
+
+
+def propose(
+    frontier: Frontier,
+    seen: Sequence[Observation],
+    tried: Iterable[Params],
+    columns: Sequence[int],
+    within: tuple[float, float],
+    rng: np.random.Generator,
+) -> Params | None:
+    """Return the parameters of the plan that is predicted to add the most hypervolume; None if there is nothing new.
+
+    Args:
+        frontier: of which the space, the estimates and the prices are used.
+        seen: what was evaluated, and for what is evaluated just now what is predicted.
+        tried: parameters, settled, that are not to be proposed again.
+        columns: of (quality lost, log latency, log size), the objectives.
+        within: limits of latency and size, as parts of the teacher's.
+        rng: the source of randomness.
+    """
+    costs = learn(frontier, seen, rng if draws(len(seen)) else None)
+    points = np.array([[each.lost, *each.prices] for each in seen]).reshape(-1, 3)
+    best = nondominated(points[:, columns]) if len(seen) else np.zeros(0, bool)
+    parents = [each for each, good in zip(seen, best, strict=True) if good]
+    known = {_key(frontier, params) for params in tried}
+    found = list(_candidates(frontier, costs, parents, rng))
+    if not found:
+        return None
+    offered = np.concatenate([each.points for each in found])
+    low = np.minimum(points.min(0, initial=np.inf), offered.min(0))
+    low[0] = 0
+    reference = np.array([WORST, *np.maximum(points[:, 1:].max(0, initial=0), 0)]) + 1e-6
+    outside = (offered[:, 1:] > np.log(np.array(within))).any(1)
+    owners = np.repeat(np.arange(len(found)), [len(each.points) for each in found])
+    starts = np.cumsum([0, *(len(each.points) for each in found)])
+    places = list(columns)
+    for optimism in OPTIMISM:
+        hoped = offered * np.array([optimism, 1, 1])
+        gain = gains(hoped[:, places], points[best][:, places], low[places], reference[places], rng)
+        gain[outside] = 0
+        order = np.argsort(-gain, kind="stable")
+        for place in order[gain[order] > 0]:
+            each = found[owners[place]]
+            params = {**each.params, **by_layer(each.structure.options, each.chosen[place - starts[owners[place]]])}
+            if _key(frontier, params) not in known:
+                return params
+    return None
+
+
+def predicted(frontier: Frontier, costs: Costs, params: Params) -> Observation:
+    """Return what is predicted of a plan, settled.
+
+    Raises:
+        PlanError: if it cannot be applied.
+    """
+    structure = frontier.structure(params)
+    rows = {name: _each_layer(frontier, structure, params[name]) for name in frontier.space.layered}
+    chosen = np.array([[block.place(rows) for block in structure.options]])
+    ((lost, latency, size),) = _points(frontier, costs, params, structure, chosen)
+    return Observation(params, lost, MISFIT, (latency, size))
+
+
+def _each_layer(frontier: Frontier, structure: Structure, value: Any) -> Sequence[Scalar]:
+    count = 1 + max(layer for block in structure.options for layer in block.layers)
+    return value if isinstance(value, list | tuple) else [value] * count
+
+
+def _points(
+    frontier: Frontier, costs: Costs, params: Params, structure: Structure, chosen: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    rises = [block.rises(costs.damage).sum(1) for block in structure.options]
+    lost = total(rises, chosen) + costs.of(frontier, params, structure)
+    prices = structure.price + total([block.prices for block in structure.options], chosen)
+    return np.column_stack([lost, np.log(np.maximum(prices, 1e-6))])
+
+
+def _candidates(
+    frontier: Frontier, costs: Costs, parents: Sequence[Observation], rng: np.random.Generator
+) -> Iterator[_Candidates]:
+    """Yield the sweeps of all structures that are looked at, and the front's plans with levels switched."""
+    latency, size = frontier.grid()
+    for params in _structures(frontier, parents, rng):
+        try:
+            structure = frontier.structure(params)
+        except PlanError:
+            continue
+        rises = [block.rises(costs.damage).sum(1) for block in structure.options]
+        chosen = np.unique(choose(structure.options, rises, latency, size), axis=0)
+        yield _Candidates(params, structure, chosen, _points(frontier, costs, params, structure, chosen))
+    for parent in parents:
+        structure = frontier.structure(parent.params)
+        rows = {name: _each_layer(frontier, structure, parent.params[name]) for name in frontier.space.layered}
+        own = np.array([block.place(rows) for block in structure.options])
+        chosen = _switched(structure, own, -(-SWITCHES // len(parents)), rng)
+        points = _points(frontier, costs, parent.params, structure, chosen)
+        yield _Candidates(_structural(frontier, parent.params), structure, chosen, points)
+
+
+def _switched(structure: Structure, own: NDArray[np.int64], count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return `count` plans [plans, blocks] like `own` with one or two blocks' options changed in one setting each."""
+    plans = np.repeat(own[None], count, axis=0)
+    for plan in plans:
+        for place in rng.permutation(len(own))[: rng.integers(1, 3)]:
+            levels = structure.options[place].places
+            near = np.flatnonzero((levels != levels[plan[place]]).sum(1) == 1)
+            if len(near):
+                plan[place] = rng.choice(near)
+    return plans
+
+
+def _structures(frontier: Frontier, parents: Sequence[Observation], rng: np.random.Generator) -> list[Params]:
+    """Return the structures of the front, and of the space's start plans; and some that differ from them in one
+    setting."""
+    space = frontier.space
+    found: dict[tuple[tuple[str, Scalar], ...], Params] = {}
+
+    def add(params: Mapping[str, Any]) -> None:
+        given = _structural(frontier, space.complete(params))
+        found.setdefault(tuple(sorted(given.items())), given)
+
+    for params in (*(each.params for each in parents), *space.start, {}):
+        add(params)
+    mothers = list(found.values())
+    for _ in range(STRUCTURES):
+        params = dict(mothers[rng.integers(len(mothers))])
+        name = sorted(params)[rng.integers(len(params))] if params else ""
+        if name:
+            add({**params, name: space.settings[name].draw(rng)})
+    return list(found.values())
+
+
+def _key(frontier: Frontier, params: Mapping[str, Any]) -> str:
+    """Name a plan by its structure and the level of each layer."""
+    rows = {}
+    for name in frontier.space.layered:
+        value = params[name]
+        rows[name] = sorted(set(value)) if isinstance(value, list | tuple) and len(set(value)) == 1 else value
+        rows[name] = list(value) if isinstance(value, list | tuple) else value
+    return str((sorted(_structural(frontier, params).items()), sorted(rows.items())))
