@@ -148,12 +148,10 @@ def _finished(settings: Settings, store: Store) -> bool:
     if done is None or settings.budget.exceeds(Budget(**done)):
         return False
     try:
-        front = read_front(settings.out)
+        front, *others = (read_front(settings.out, name) for name in front_names(settings))
     except RunError:
         return False
-    folders = [c.path for c in front] + [miss["path"] for miss in front.nearest_misses]
-    if not all(front_file(settings.out, name).is_file() for name in settings.others):
-        return False
+    folders = [c.path for found in (front, *others) for c in _listed(found)]
     there = all((settings.out / path / "autolite.json").is_file() for path in folders)
     return (
         front.complete
@@ -225,27 +223,19 @@ def _plain(value: float) -> str:
 def _write_front(
     problem: Problem, studies: dict[Stage, StageStudy], store: Store, clock: Clock, *, complete: bool
 ) -> None:
-    """Choose the front among what was confirmed and write front.json; folders of dominated candidates go."""
+    """Choose each target's front among what was confirmed and write it; folders that none of them names go."""
     limits, out = problem.settings.constraints, problem.settings.out
     candidates = [Candidate.from_json(t.user_attrs["candidate"]) for t in studies["confirm"].trials()]
     if not candidates and not complete:
         candidates = list(_early(problem, studies))
     front, misses = choose(candidates, limits, problem.settings.objectives)
-    for chosen in [*front, *misses]:
-        _make_folder(problem, chosen)
-    if complete:
-        front = [replace(c, test=score_on_test(problem, c, store)) for c in front]
-    teacher = {"quality": asdict(problem.teacher_quality("selection")), "test": None}
-    if complete and front:
-        teacher["test"] = asdict(problem.teacher_quality("test"))
-    base = _baseline(problem, candidates)
-    written = Front(
+    first = Front(
         model=describe_model(problem),
         task=problem.task.name,
         target={"name": problem.profile.name, "runtime": problem.runtime.name, "unit": problem.profile.default_unit},
         workload=asdict(problem.workload),
-        baseline=base,
-        teacher=teacher,
+        baseline=_baseline(problem, candidates),
+        teacher={"quality": asdict(problem.teacher_quality("selection")), "test": None},
         confidence={
             "level": 0.95,
             "quality": "paired bootstrap over examples",
@@ -264,25 +254,35 @@ def _write_front(
         versions=versions(),
         complete=complete,
     )
-    write_json(out / "front.json", written.to_json())
-    wanted = {c.id for c in [*front, *misses]}
-    for target, prices in zip(problem.settings.others, problem.others, strict=True):
-        there, _ = front_on(written, candidates, prices, limits)
-        for chosen in there:
-            _make_folder(problem, chosen)
-        if complete:
-            tested = (replace(c, test=score_on_test(problem, c, store)) for c in there)
-            there = replace(there, candidates=tuple(tested))
-        write_json(front_file(out, target), there.to_json())
-        wanted |= {c.id for c in there} | {miss["id"] for miss in there.nearest_misses}
+    fronts = [first, *(front_on(first, candidates, prices, limits)[0] for prices in problem.others)]
+    wanted = {c.id: c for found in fronts for c in _listed(found)}
+    for candidate in wanted.values():
+        _make_folder(problem, candidate)
+    tested = complete and any(found.candidates for found in fronts)
+    for name, found in zip(front_names(problem.settings), fronts, strict=True):
+        write_json(out / name, (_tested(problem, found, store) if tested else found).to_json())
     if complete:
         for dominated in (c for c in candidates if c.id not in wanted):
             shutil.rmtree(out / dominated.path, ignore_errors=True)
 
 
-def front_file(out: Path, target: str) -> Path:
-    """Return where the front of a further target stands."""
-    return out / f"front-{Path(target).stem}.json"
+def _tested(problem: Problem, front: Front, store: Store) -> Front:
+    """Return a front with the scores on *test* of its candidates and of the teacher."""
+    return replace(
+        front,
+        teacher={**front.teacher, "test": asdict(problem.teacher_quality("test"))},
+        candidates=tuple(replace(c, test=score_on_test(problem, c, store)) for c in front),
+    )
+
+
+def _listed(front: Front) -> list[Candidate]:
+    """All that a front names a folder of: its candidates and nearest misses."""
+    return [*front, *map(Candidate.from_json, front.nearest_misses)]
+
+
+def front_names(settings: Settings) -> list[str]:
+    """Return the names of the files with each target's front, the first target's first."""
+    return ["front.json", *(f"front-{Path(target).stem}.json" for target in settings.others)]
 
 
 def _processors(studies: dict[Stage, StageStudy]) -> set[str]:
