@@ -71,7 +71,7 @@ def run(settings: Settings, observer: Observer = silent) -> Result:
                 _search(settings, space, identity, store, observer, started)
         finally:
             store.close()
-    return _checked(Result(settings.out))
+    return _checked(Result(settings.out), settings)
 
 
 def _name(settings: Settings) -> str:
@@ -160,21 +160,33 @@ def _finished(settings: Settings, store: Store) -> bool:
     )
 
 
-def _checked(result: Result) -> Result:
-    front = result.front
-    if not front.candidates:
-        misses = front.nearest_misses
-        blocked = ", ".join(f"{k} by {v:.1%}" for k, v in misses[0]["blocked_by"].items()) if misses else "no trial"
-        raise NoCandidateError(
-            f"no candidate meets the constraints: the nearest misses {blocked}; {len(misses)} nearest misses are in "
-            f"{result.path / 'front.json'}. Relax that constraint, or go on with a larger --budget",
-            result.path,
-        )
-    return result
+def _checked(result: Result, settings: Settings) -> Result:
+    """Refuse a result without a candidate on any target.
+
+    Raises:
+        NoCandidateError: saying for each target what blocked the nearest miss.
+    """
+    fronts = {name: read_front(result.path, name) for name in front_names(settings)}
+    if any(front.candidates for front in fronts.values()):
+        return result
+    told = []
+    for name, front in fronts.items():
+        where = f" on {front.target['name']}" if len(fronts) > 1 else ""
+        if misses := front.nearest_misses:
+            blocked = ", ".join(f"{limit} by {excess:.1%}" for limit, excess in misses[0]["blocked_by"].items())
+            count = f"{len(misses)} nearest misses are in {result.path / name}"
+            told.append(f"the nearest{where} misses {blocked}; {count}")
+        else:
+            told.append(f"nothing was confirmed that runs{where}")
+    raise NoCandidateError(
+        f"no candidate meets the constraints: {'; '.join(told)}. Relax that constraint, or go on with a larger "
+        "--budget",
+        result.path,
+    )
 
 
 def _check_reachable(problem: Problem, plans: int = 300) -> None:
-    """Refuse a limit that no plan of the space comes near, before anything is trained.
+    """Refuse a limit that no plan of the space comes near on any target, before anything is trained.
 
     Raises:
         InputError: naming the limit, and the least that the space reaches.
@@ -203,15 +215,17 @@ def _check_reachable(problem: Problem, plans: int = 300) -> None:
     drawn += [problem.space.suggest(study.ask(), "confirm") for _ in range(plans)]
     for params in drawn:
         try:
-            prices = price(problem, problem.shape(problem.plan(params, 1)))
+            shape = problem.shape(problem.plan(params, 1))
         except PlanError:
             continue
-        least = {metric: min(least[metric], prices[metric].low) for metric in wanted}
+        for found in (prices.of_shape(shape) for prices in problem.prices if not prices.missing(shape)):
+            least = {metric: min(least[metric], found[metric].low) for metric in wanted}
+    where = " or ".join(prices.profile.name for prices in problem.prices)
     for metric, (option, limit, unit) in wanted.items():
         if limit is not None and least[metric] > limit:
             raise InputError(
                 f"{option} {_plain(limit)} {unit} cannot be met: the least that space '{problem.space.name}' reaches "
-                f"on {problem.profile.name} is {_plain(least[metric])} {unit}; raise the limit or use another --space"
+                f"on {where} is {_plain(least[metric])} {unit}; raise the limit or use another --space"
             )
 
 
