@@ -157,9 +157,12 @@ def search(as_json: bool, quiet: bool, **options: Any) -> None:
     elif quiet:
         click.echo(result.path)
     else:
-        console.print(front_table(result.front))
+        console.print(front_table(result.front) if result.front.candidates else misses_table(result.front))
         spent = result.front.budget
         click.echo(f"{result.path}/front.json: {len(result.front)} candidates after {spent['spent_seconds']:.0f} s")
+        for file in sorted(result.path.glob("front-*.json")):
+            there = read_front(result.path, file.name)
+            click.echo(f"{file}: {len(there)} candidates on {there.target['name']}")
         click.echo(f"next: autolite export {result.path} --max-drop 1% deploy/")
 
 

@@ -302,17 +302,17 @@ class PickedCandidate:
         return target
 
 
-def read_front(run: Path) -> Front:
-    """Read `front.json` of a run folder.
+def read_front(run: Path, name: str = "front.json") -> Front:
+    """Read `front.json` of a run folder, or that of a further target by its `name`, "front-raspberry-pi-5.json".
 
     Raises:
         RunError: if there is no such run, it has no front yet, or the file cannot be read.
     """
-    file = run / "front.json"
+    file = run / name
     if not run.is_dir():
         raise RunError(f"no such run: {run} (a run is the folder that 'autolite search' names when it ends)")
     if not file.is_file():
-        raise RunError(f"{run} has no front.json: the search has not ended; type the same search command to go on")
+        raise RunError(f"{run} has no {name}: the search has not ended; type the same search command to go on")
     try:
         return Front.from_json(json.loads(file.read_text(encoding="utf-8")))
     except (AttributeError, KeyError, TypeError, ValueError) as error:

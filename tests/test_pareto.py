@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from autolite.pareto import hypervolume, nondominated, spread_subset
+from autolite import pareto
+from autolite.pareto import gains, hypervolume, nondominated, spread_subset
 
 # A coarse grid makes ties, the hard case, common.
-points = st.integers(1, 3).flatmap(
+points = st.integers(1, 4).flatmap(
     lambda d: arrays(np.float64, st.tuples(st.integers(1, 12), st.just(d)), elements=st.integers(0, 6).map(float))
 )
 
@@ -30,9 +32,32 @@ def test_hypervolume_equals_counting_cells(values: np.ndarray) -> None:
 
 
 @given(points, st.integers(0, 12))
-def test_a_spread_subset_holds_distinct_indices_and_as_many_as_asked(values: np.ndarray, size: int) -> None:
-    chosen = spread_subset(values, [6.5] * values.shape[1], size)
-    assert len(chosen) == len(set(chosen)) == min(size, len(values))
+def test_gains_are_differences_of_hypervolume(values: np.ndarray, split: int) -> None:
+    # Halves: some candidates are not within the reference, others touch it.
+    front, candidates, reference = values[:split], values[split:], [5.5] * values.shape[1]
+    volume = hypervolume(front, reference)
+    expected = [hypervolume([*front, each], reference) - volume for each in candidates]
+    assert gains(candidates, front, reference).tolist() == expected
+
+
+def test_gains_in_many_objectives_and_parts_are_differences_of_hypervolume(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pareto, "_MOST", 100)
+    rng = np.random.default_rng(0)
+    front, candidates, reference = rng.random((20, 5)), rng.random((30, 5)), [1.1] * 5
+    expected = [hypervolume([*front, each], reference) - hypervolume(front, reference) for each in candidates]
+    assert np.allclose(gains(candidates, front, reference), expected, rtol=0, atol=1e-12)
+
+
+@given(points, st.integers(0, 12))
+def test_a_spread_subset_adds_the_most_hypervolume_with_each_index(values: np.ndarray, size: int) -> None:
+    reference, left = [5.5] * values.shape[1], list(range(len(values)))
+    expected: list[int] = []
+    while len(expected) < min(size, len(values)):
+        volume = hypervolume(values[expected], reference)
+        added = [hypervolume(values[[*expected, i]], reference) - volume for i in left]
+        best = int(np.argmax(added)) if max(added) else min(range(len(left)), key=lambda k: values[left[k], 0])
+        expected.append(left.pop(best))
+    assert spread_subset(values, reference, size) == expected
 
 
 @given(points)

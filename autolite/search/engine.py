@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
+from autolite.architecture import ModelShape
 from autolite.compress import canonical, is_trained, student_plan, untrained
 from autolite.errors import PlanError, TargetError
 from autolite.files import sha256
@@ -214,7 +215,7 @@ class Engine:
             self._finish(stage, trial, lease, state=TrialState.PRUNED)
             return False
         predicted = price(problem, shape)
-        violated = self._certain_violations(predicted)
+        violated = self._certain_violations(shape)
         if violated:
             reason = "the predicted price is above the limit"
             self._tell_infeasible(stage, trial, lease, plan, predicted, violated, reason)
@@ -324,7 +325,7 @@ class Engine:
         for key, value in attributes.items():
             trial.set_user_attr(key, value)
         if candidate is not None:
-            for name, excess in problem.settings.constraints.excesses(candidate).items():
+            for name, excess in self._excesses(candidate).items():
                 trial.set_constraint(name, excess)
         # Some examples are harder than others: what was seen of a plan is compared with the teacher on the same ones.
         whole = problem.teacher_score(SPLITS[stage])
@@ -374,16 +375,20 @@ class Engine:
         values = [worst, predicted["latency_ms"].value, predicted["size_bytes"].value]
         self._finish(stage, trial, lease, values)
 
-    def _certain_violations(self, predicted: dict[str, Measurement]) -> dict[str, float]:
-        """Limits that even the low end of the prediction's interval is above, by their relative excess."""
+    def _certain_violations(self, shape: ModelShape) -> dict[str, float]:
+        """What a shape is surely beyond on the first target, by the relative excess, if it is beyond something on every
+        target; none if one of them may take it."""
         limits = self.problem.settings.constraints
-        memory = self.problem.profile.memory.size.value * 1e9
-        pairs = {
-            "latency": (predicted["latency_ms"].low, limits.max_latency_ms),
-            "size": (predicted["size_bytes"].low, limits.max_size_bytes),
-            "memory": (predicted["memory_bytes"].low, min(memory, limits.max_memory_bytes or memory)),
-        }
-        return {k: value / limit - 1 for k, (value, limit) in pairs.items() if limit is not None and value > limit}
+        first, *others = (prices.surely_beyond(shape, limits) for prices in self.problem.prices)
+        return first if all(others) else {}
+
+    def _excesses(self, candidate: Candidate) -> dict[str, float]:
+        """How far a candidate is beyond each limit, on the target where it is nearest to meeting them all."""
+        limits, found = self.problem.settings.constraints, [candidate]
+        for prices in self.problem.others:
+            with suppress(TargetError):  # it cannot run there
+                found.append(prices.here(candidate))
+        return limits.excesses(min(found, key=lambda each: sum(limits.violations(each).values())))
 
     def _progress(self, done: int, total: int) -> None:
         self.clock.save()

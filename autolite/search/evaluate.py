@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from autolite.architecture import ModelShape
 from autolite.compress import compress
-from autolite.hardware.predict import predict
 from autolite.measure import Measurement
 from autolite.plan import Plan
 from autolite.search.problem import Problem
@@ -36,8 +35,8 @@ class Evaluation:
 
 
 def price(problem: Problem, shape: ModelShape) -> dict[str, Measurement]:
-    """Predict latency, size, memory and energy of a shape on the target, without weights."""
-    return predict(shape, problem.profile, problem.workload)
+    """Predict latency, size, memory and energy of a shape on the first target, without weights."""
+    return problem.prices[0].of_shape(shape)
 
 
 def evaluate(

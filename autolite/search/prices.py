@@ -12,7 +12,7 @@ from autolite.errors import TargetError
 from autolite.front import Candidate, Constraints, Front
 from autolite.hardware.predict import predict, predict_faster
 from autolite.hardware.profile import Profile
-from autolite.measure import Workload
+from autolite.measure import Measurement, Workload
 from autolite.plan import Plan
 from autolite.search.choose import blocked, choose
 
@@ -25,6 +25,14 @@ class Prices:
     profile: Profile
     workload: Workload
 
+    def of_shape(self, shape: ModelShape) -> dict[str, Measurement]:
+        """Predict latency, size, memory and energy of a shape; the target is taken to have its number formats."""
+        return predict(shape, self.profile, self.workload)
+
+    def missing(self, shape: ModelShape) -> list[str]:
+        """Return the number formats of a shape that the target lacks."""
+        return sorted(shape.formats - set(self.profile.formats))
+
     def of(self, plan: Plan, size: float) -> dict[str, Any]:
         """Return a candidate's Measurements by the name of their field; `size` is the bytes of its artifact.
 
@@ -32,16 +40,39 @@ class Prices:
             TargetError: if the target lacks one of its number formats, or the memory.
         """
         profile, shape = self.profile, shape_after(plan, self.teacher)
-        if missing := sorted(shape.formats - set(profile.formats)):
+        if missing := self.missing(shape):
             raise TargetError(
                 f"{profile.name} cannot run {', '.join(missing)}; it runs {', '.join(sorted(profile.formats))}"
             )
-        found = predict(shape, profile, self.workload)
-        need, there = found["memory_bytes"].low, profile.memory.size.value * 1e9
-        if need > there:
-            raise TargetError(f"it needs at least {need / 1e9:.3g} GB of the {there / 1e9:g} GB of {profile.name}")
+        found: dict[str, Any] = self.of_shape(shape)
+        need = found["memory_bytes"].low
+        if need > self._memory:
+            raise TargetError(
+                f"it needs at least {need / 1e9:.3g} GB of the {self._memory / 1e9:g} GB of {profile.name}"
+            )
         found["size_bytes"] = replace(found["size_bytes"], value=size, low=size, high=size, source="measured")
         return found | {"faster": predict_faster(self.teacher, shape, profile, self.workload)}
+
+    def here(self, candidate: Candidate) -> Candidate:
+        """Return a candidate with its prices on this target; raises what `of` raises."""
+        return replace(candidate, p90_ms=None, **self.of(candidate.plan, candidate.size_bytes.value))
+
+    def surely_beyond(self, shape: ModelShape, limits: Constraints) -> dict[str, float]:
+        """Return what even the low ends of a shape's predicted prices are above, by the relative excess: the limits,
+        and the target's memory. Number formats that the target lacks are "format", with an excess of 1."""
+        if self.missing(shape):
+            return {"format": 1.0}
+        found = self.of_shape(shape)
+        pairs = {
+            "latency": (found["latency_ms"].low, limits.max_latency_ms),
+            "size": (found["size_bytes"].low, limits.max_size_bytes),
+            "memory": (found["memory_bytes"].low, min(self._memory, limits.max_memory_bytes or self._memory)),
+        }
+        return {k: value / limit - 1 for k, (value, limit) in pairs.items() if limit is not None and value > limit}
+
+    @property
+    def _memory(self) -> float:
+        return self.profile.memory.size.value * 1e9  # bytes
 
 
 def front_on(
@@ -52,7 +83,7 @@ def front_on(
     refused: dict[str, str] = {}
     for candidate in candidates:
         try:
-            priced.append(replace(candidate, p90_ms=None, **prices.of(candidate.plan, candidate.size_bytes.value)))
+            priced.append(prices.here(candidate))
         except TargetError as error:
             refused[candidate.id] = str(error)
     chosen, misses = choose(priced, limits, front.objectives)
@@ -63,7 +94,7 @@ def front_on(
         workload=asdict(prices.workload),
         baseline={
             **front.baseline,
-            "latency_ms": predict(prices.teacher, profile, prices.workload)["latency_ms"].to_json(),
+            "latency_ms": prices.of_shape(prices.teacher)["latency_ms"].to_json(),
         },
         constraints=limits,
         candidates=tuple(chosen),

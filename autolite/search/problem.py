@@ -23,7 +23,6 @@ from autolite.export import Provenance
 from autolite.files import sha256, write_atomically
 from autolite.front import Quality
 from autolite.hardware import load_target
-from autolite.hardware.predict import predict
 from autolite.hardware.profile import Profile, dump_profile, parse_profile
 from autolite.measure import Workload
 from autolite.plan import Plan
@@ -65,6 +64,11 @@ class Problem:
     baseline: list[Path]
     teacher_scores: dict[str, Score]
     others: tuple[Prices, ...] = ()
+
+    @property
+    def prices(self) -> tuple[Prices, ...]:
+        """What shapes cost on each target, the first one's first."""
+        return Prices(self.teacher.shape, self.profile, self.workload), *self.others
 
     def split(self, name: str, data: TaskData | None = None) -> Split:
         """Return the split of `data` (the teacher's) called "screen", "search", "selection" or "test"."""
@@ -138,7 +142,7 @@ class Problem:
         return Frontier(self.space, self.context, self._price)
 
     def _price(self, shape: ModelShape) -> tuple[float, float]:
-        found = predict(shape, self.profile, self.workload)
+        found = self.prices[0].of_shape(shape)
         return found["latency_ms"].value, found["size_bytes"].value
 
     def shape(self, plan: Plan) -> ModelShape:

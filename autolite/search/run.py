@@ -71,7 +71,7 @@ def run(settings: Settings, observer: Observer = silent) -> Result:
                 _search(settings, space, identity, store, observer, started)
         finally:
             store.close()
-    return _checked(Result(settings.out))
+    return _checked(Result(settings.out), settings)
 
 
 def _name(settings: Settings) -> str:
@@ -149,12 +149,10 @@ def _finished(settings: Settings, store: Store) -> bool:
     if done is None or settings.budget.exceeds(Budget(**done)):
         return False
     try:
-        front = read_front(settings.out)
+        front, *others = (read_front(settings.out, name) for name in front_names(settings))
     except RunError:
         return False
-    folders = [c.path for c in front] + [miss["path"] for miss in front.nearest_misses]
-    if not all(front_file(settings.out, name).is_file() for name in settings.others):
-        return False
+    folders = [c.path for found in (front, *others) for c in _listed(found)]
     there = all((settings.out / path / "autolite.json").is_file() for path in folders)
     return (
         front.complete
@@ -163,21 +161,33 @@ def _finished(settings: Settings, store: Store) -> bool:
     )
 
 
-def _checked(result: Result) -> Result:
-    front = result.front
-    if not front.candidates:
-        misses = front.nearest_misses
-        blocked = ", ".join(f"{k} by {v:.1%}" for k, v in misses[0]["blocked_by"].items()) if misses else "no trial"
-        raise NoCandidateError(
-            f"no candidate meets the constraints: the nearest misses {blocked}; {len(misses)} nearest misses are in "
-            f"{result.path / 'front.json'}. Relax that constraint, or go on with a larger --budget",
-            result.path,
-        )
-    return result
+def _checked(result: Result, settings: Settings) -> Result:
+    """Refuse a result without a candidate on any target.
+
+    Raises:
+        NoCandidateError: saying for each target what blocked the nearest miss.
+    """
+    fronts = {name: read_front(result.path, name) for name in front_names(settings)}
+    if any(front.candidates for front in fronts.values()):
+        return result
+    told = []
+    for name, front in fronts.items():
+        where = f" on {front.target['name']}" if len(fronts) > 1 else ""
+        if misses := front.nearest_misses:
+            blocked = ", ".join(f"{limit} by {excess:.1%}" for limit, excess in misses[0]["blocked_by"].items())
+            count = f"{len(misses)} nearest misses are in {result.path / name}"
+            told.append(f"the nearest{where} misses {blocked}; {count}")
+        else:
+            told.append(f"nothing was confirmed that runs{where}")
+    raise NoCandidateError(
+        f"no candidate meets the constraints: {'; '.join(told)}. Relax that constraint, or go on with a larger "
+        "--budget",
+        result.path,
+    )
 
 
 def _check_reachable(problem: Problem, plans: int = 300) -> None:
-    """Refuse a limit that no plan of the space comes near, before anything is trained.
+    """Refuse a limit that no plan of the space comes near on any target, before anything is trained.
 
     Raises:
         InputError: naming the limit, and the least that the space reaches.
@@ -206,15 +216,17 @@ def _check_reachable(problem: Problem, plans: int = 300) -> None:
     drawn += [problem.space.suggest(study.ask(), "confirm") for _ in range(plans)]
     for params in drawn:
         try:
-            prices = price(problem, problem.shape(problem.plan(params, 1)))
+            shape = problem.shape(problem.plan(params, 1))
         except PlanError:
             continue
-        least = {metric: min(least[metric], prices[metric].low) for metric in wanted}
+        for found in (prices.of_shape(shape) for prices in problem.prices if not prices.missing(shape)):
+            least = {metric: min(least[metric], found[metric].low) for metric in wanted}
+    where = " or ".join(prices.profile.name for prices in problem.prices)
     for metric, (option, limit, unit) in wanted.items():
         if limit is not None and least[metric] > limit:
             raise InputError(
                 f"{option} {_plain(limit)} {unit} cannot be met: the least that space '{problem.space.name}' reaches "
-                f"on {problem.profile.name} is {_plain(least[metric])} {unit}; raise the limit or use another --space"
+                f"on {where} is {_plain(least[metric])} {unit}; raise the limit or use another --space"
             )
 
 
@@ -226,27 +238,19 @@ def _plain(value: float) -> str:
 def _write_front(
     problem: Problem, studies: dict[Stage, StageStudy], store: Store, clock: Clock, *, complete: bool
 ) -> None:
-    """Choose the front among what was confirmed and write front.json; folders of dominated candidates go."""
+    """Choose each target's front among what was confirmed and write it; folders that none of them names go."""
     limits, out = problem.settings.constraints, problem.settings.out
     candidates = [Candidate.from_json(t.user_attrs["candidate"]) for t in studies["confirm"].trials()]
     if not candidates and not complete:
         candidates = list(_early(problem, studies))
     front, misses = choose(candidates, limits, problem.settings.objectives)
-    for chosen in [*front, *misses]:
-        _make_folder(problem, chosen)
-    if complete:
-        front = [replace(c, test=score_on_test(problem, c, store)) for c in front]
-    teacher = {"quality": asdict(problem.teacher_quality("selection")), "test": None}
-    if complete and front:
-        teacher["test"] = asdict(problem.teacher_quality("test"))
-    base = _baseline(problem, candidates)
-    written = Front(
+    first = Front(
         model=describe_model(problem),
         task=problem.task.name,
         target={"name": problem.profile.name, "runtime": problem.runtime.name, "unit": problem.profile.default_unit},
         workload=asdict(problem.workload),
-        baseline=base,
-        teacher=teacher,
+        baseline=_baseline(problem, candidates),
+        teacher={"quality": asdict(problem.teacher_quality("selection")), "test": None},
         confidence={
             "level": 0.95,
             "quality": "paired bootstrap over examples",
@@ -265,25 +269,35 @@ def _write_front(
         versions=versions(),
         complete=complete,
     )
-    write_json(out / "front.json", written.to_json())
-    wanted = {c.id for c in [*front, *misses]}
-    for target, prices in zip(problem.settings.others, problem.others, strict=True):
-        there, _ = front_on(written, candidates, prices, limits)
-        for chosen in there:
-            _make_folder(problem, chosen)
-        if complete:
-            tested = (replace(c, test=score_on_test(problem, c, store)) for c in there)
-            there = replace(there, candidates=tuple(tested))
-        write_json(front_file(out, target), there.to_json())
-        wanted |= {c.id for c in there} | {miss["id"] for miss in there.nearest_misses}
+    fronts = [first, *(front_on(first, candidates, prices, limits)[0] for prices in problem.others)]
+    wanted = {c.id: c for found in fronts for c in _listed(found)}
+    for candidate in wanted.values():
+        _make_folder(problem, candidate)
+    tested = complete and any(found.candidates for found in fronts)
+    for name, found in zip(front_names(problem.settings), fronts, strict=True):
+        write_json(out / name, (_tested(problem, found, store) if tested else found).to_json())
     if complete:
         for dominated in (c for c in candidates if c.id not in wanted):
             shutil.rmtree(out / dominated.path, ignore_errors=True)
 
 
-def front_file(out: Path, target: str) -> Path:
-    """Return where the front of a further target stands."""
-    return out / f"front-{Path(target).stem}.json"
+def _tested(problem: Problem, front: Front, store: Store) -> Front:
+    """Return a front with the scores on *test* of its candidates and of the teacher."""
+    return replace(
+        front,
+        teacher={**front.teacher, "test": asdict(problem.teacher_quality("test"))},
+        candidates=tuple(replace(c, test=score_on_test(problem, c, store)) for c in front),
+    )
+
+
+def _listed(front: Front) -> list[Candidate]:
+    """All that a front names a folder of: its candidates and nearest misses."""
+    return [*front, *map(Candidate.from_json, front.nearest_misses)]
+
+
+def front_names(settings: Settings) -> list[str]:
+    """Return the names of the files with each target's front, the first target's first."""
+    return ["front.json", *(f"front-{Path(target).stem}.json" for target in settings.others)]
 
 
 def _processors(studies: dict[Stage, StageStudy]) -> set[str]:

@@ -18,6 +18,7 @@ from autolite.formats import FORMATS, decode, encode
 from autolite.hardware.profile import load_profile
 from autolite.measure import Workload
 from autolite.search.narrow import EQUAL, Option, beaten, narrow, rounding, slower
+from autolite.search.prices import Prices
 from autolite.search.progress import Snapshot
 from autolite.space import load_space
 from tests.conftest import RunSearch
@@ -88,11 +89,13 @@ def problem(
     """What `narrow` reads of a problem, without a model or data."""
     profile = load_profile(target)
     loaded = load_space(space)
+    asked = Workload(**{"threads": profile.threads, **workload})
     return SimpleNamespace(
         space=loaded,
         plan=lambda params, effort: loaded.plan(params, effort, 0),
         profile=profile,
-        workload=Workload(**{"threads": profile.threads, **workload}),
+        workload=asked,
+        prices=(Prices(shape, profile, asked),),
         settings=SimpleNamespace(seed=0),
         others=(),
         runtime=SimpleNamespace(name="onnxruntime", formats=frozenset(runnable)),
