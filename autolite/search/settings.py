@@ -170,7 +170,7 @@ class Settings:
         """Return what another process needs to work on the same run, as plain JSON types: all but where the run's
         folder is and what the database is called there. Paths are absolute."""
         return {
-            "target": _absolute(self.target) if self.target.endswith((".yaml", ".yml")) else self.target,
+            "target": _absolute_target(self.target),
             "model": _absolute(self.model),
             "data": asdict(self.data)
             | {name: _absolute(getattr(self.data, name)) for name in ("source", "unlabelled")},
@@ -184,7 +184,7 @@ class Settings:
             "device": self.device,
             "cache_bytes": self.cache_bytes,
             "objectives": self.objectives,
-            "others": [_absolute(each) if each.endswith((".yaml", ".yml")) else each for each in self.others],
+            "others": [_absolute_target(each) for each in self.others],
             "sampler": self.sampler if isinstance(self.sampler, str) else "tpe",
             "own_functions": self.own_functions,
         }
@@ -203,7 +203,9 @@ class Settings:
                 "only the process that began it can work on it"
             )
         spec = DataSpec(**given["data"])
-        for name, value in (("model", given["model"]), ("data", spec.source), ("unlabelled data", spec.unlabelled)):
+        needed = [("model", given["model"]), ("data", spec.source), ("unlabelled data", spec.unlabelled)]
+        needed += [("target", each) for each in (given["target"], *given["others"])]
+        for name, value in needed:
             if value is not None and Path(value).is_absolute() and not Path(value).exists():
                 raise InputError(f"the {name} of the run in {out}, {value}, does not exist here: make it available")
         return cls(
@@ -218,6 +220,15 @@ class Settings:
                 "storage": storage,
             }
         )
+
+
+def is_file_of_a_profile(target: str) -> bool:
+    """Whether a target is given by the path of its profile, not by its name."""
+    return target.endswith((".yaml", ".yml"))
+
+
+def _absolute_target(target: str) -> str:
+    return str(Path(target).expanduser().resolve()) if is_file_of_a_profile(target) else target
 
 
 def _absolute(source: str | None) -> str | None:

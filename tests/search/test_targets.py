@@ -9,8 +9,13 @@ from typing import Any
 import pytest
 
 from autolite import reprice
-from autolite.errors import RunError, TargetError
-from autolite.front import Front, Result
+from autolite.errors import InputError, RunError, TargetError
+from autolite.front import Constraints, Front, Result
+from autolite.registry import data_dir
+from autolite.search.problem import run_identity
+from autolite.search.settings import Budget, Settings
+from autolite.space import load_space
+from autolite.tasks.base import DataSpec
 from tests.conftest import RunSearch
 
 TARGETS = ("pixel8", "raspberry-pi-5")
@@ -53,6 +58,31 @@ def test_a_finished_run_answers_at_once_and_belongs_to_its_targets(several: Resu
     assert (several.path / "front-raspberry-pi-5.json").read_bytes() == before
     with pytest.raises(RunError, match="made with another other targets"):
         run_search(target="pixel8,x86-avx512", budget="12trials", out=several.path)
+
+
+def test_profiles_of_the_users_own_are_known_by_content_wherever_a_process_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = load_space("quick")
+    for name in ("mine.yaml", "other.yaml"):
+        (tmp_path / name).write_text((data_dir("hardware_profiles") / "pixel8.yaml").read_text(encoding="utf-8"))
+    asked = Settings(
+        "mine.yaml", tmp_path, None, DataSpec(None), "text-classification", "quick", Budget(trials=1),
+        Constraints(), None, "onnxruntime", None, 0, "cpu", others=("other.yaml", "pixel8"),
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    identity = run_identity(asked, space)
+    (tmp_path / "elsewhere").mkdir()
+    sent = asked.to_json()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run_identity(Settings.from_json(sent, tmp_path, None), space) == identity
+    with (tmp_path / "other.yaml").open("a") as file:
+        file.write("# tuned\n")
+    changed = run_identity(Settings.from_json(sent, tmp_path, None), space)
+    assert {key for key in identity if identity[key] != changed[key]} == {"other targets"}
+    (tmp_path / "other.yaml").unlink()
+    with pytest.raises(InputError, match=r"the target of the run in .*other.yaml, does not exist here"):
+        Settings.from_json(sent, tmp_path, None)
 
 
 def test_a_wrong_target_is_told_before_anything_is_done(run_search: RunSearch, tmp_path: Path, capsys: Any) -> None:
