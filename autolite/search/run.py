@@ -91,6 +91,7 @@ def _search(
     with Leases(store, clock.save) as leases, share_of_cores(1 + settings.workers):
         leases.lead()
         store.put(OPEN, None)
+        store.put("finished", None)  # or workers would end as soon as this process is interrupted
         if not store.leases(WORKER):  # what is half-written may be theirs
             clean_leftovers(settings.out)
         _search_as_leader(settings, space, identity, store, observer, clock, leases)

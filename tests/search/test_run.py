@@ -23,6 +23,7 @@ from autolite.front import Result
 from autolite.runtime import modelfile
 from autolite.runtime.requirements import required
 from autolite.search.progress import Snapshot
+from autolite.store import Store
 from autolite.techniques.distill import Distill
 from tests.conftest import RunSearch, write_jsonl
 
@@ -166,7 +167,16 @@ def test_a_finished_run_answers_at_once_and_goes_on_when_the_budget_grows(
     before = completed(out)
     run_search(out=out, budget="4trials", observer=seen.append)
     assert not seen
-    run_search(out=out, budget="7trials", observer=seen.append)
+    store = Store(f"sqlite:///{out / 'study.db'}", "grows")
+    finished: list[Any] = []
+
+    def watch(shown: Snapshot) -> None:
+        seen.append(shown)
+        finished.append(store.get("finished"))
+
+    run_search(out=out, budget="7trials", observer=watch)
+    assert not any(finished)  # a worker that comes now waits for its trials
+    store.close()
     after = completed(out)
     assert len(before) == 4
     assert len(after) == 7
