@@ -163,24 +163,30 @@ def local_workers(settings: Settings, observer: Observer) -> Iterator[None]:
     A worker gets no Ctrl-C of its own: this process ends it.
     """
     environment = {**os.environ, PARENT: str(os.getpid())}
+    environment.pop(STORAGE, None)  # the user may have set it for another run
     if settings.storage is not None:
         environment[STORAGE] = settings.storage
     threads = max(1, cores() // (1 + settings.workers))
     command = [sys.executable, "-m", "autolite", "worker", str(settings.out), "--threads", str(threads), "--quiet"]
-    with ExitStack() as stack:
-        for number in range(settings.workers):
-            log = stack.enter_context((settings.out / f"worker-{number + 1}.log").open("wb"))
-            process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-            stack.callback(_end, process, observer, log.name)
-        yield
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    with ExitStack() as logs:
+        try:
+            for number in range(settings.workers):
+                log = logs.enter_context((settings.out / f"worker-{number + 1}.log").open("wb"))
+                processes[log.name] = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+            yield
+        finally:
+            for name, process in processes.items():  # all, before the first is waited for: they end together
+                if process.poll():  # ended by itself, and not well
+                    observer(Snapshot("finish", f"a worker ended early: {name} says why"))
+                process.terminate()
+            for name, process in processes.items():
+                _await_end(process, name)
 
 
-def _end(process: subprocess.Popen[bytes], observer: Observer, log: str) -> None:
-    if process.poll():  # ended by itself, and not well
-        observer(Snapshot("finish", f"a worker ended early: {log} says why"))
-    process.terminate()
+def _await_end(process: subprocess.Popen[bytes], log: str) -> None:
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=10)
     process.kill()
