@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -66,22 +66,35 @@ def work(run: str | Path, storage: str | None = None, threads: int | None = None
             f"{out} has no run (.name and study.db): begin it with autolite search --out {out}; if it was given a "
             "--storage, name the same one"
         )
+    alive = _not_orphaned()
     with ExitStack() as stack:
         stack.enter_context(storage_errors(str(out)))
         store = Store(url, (out / ".name").read_text(encoding="utf-8"))
         stack.callback(store.close)
-        leases = stack.enter_context(Leases(store))
+        leases = stack.enter_context(Leases(store, alive=alive))
         if threads is not None:
             stack.enter_context(torch_threads(threads))
-        return _Worker(out, storage, store, leases, observer).run()
+        return _Worker(out, storage, store, leases, observer, alive).run()
+
+
+def _not_orphaned() -> Callable[[], bool]:
+    """Return what tells whether the process that started this one as its own worker, if any, is still there."""
+    parent = os.environ.get(PARENT)
+    return lambda: parent is None or os.getppid() == int(parent)
 
 
 class _Worker:
-    def __init__(self, out: Path, storage: str | None, store: Store, leases: Leases, observer: Observer) -> None:
+    def __init__(
+        self,
+        out: Path,
+        storage: str | None,
+        store: Store,
+        leases: Leases,
+        observer: Observer,
+        alive: Callable[[], bool],
+    ) -> None:
         self._out, self._storage, self._store = out, storage, store
-        self._leases, self._observer = leases, observer
-        parent = os.environ.get(PARENT)
-        self._parent = None if parent is None else int(parent)
+        self._leases, self._observer, self._alive = leases, observer, alive
 
     def run(self) -> int:
         if not self._open():
@@ -108,7 +121,7 @@ class _Worker:
             RunError: if nobody searches.
         """
         pauses, alone = Pauses(), 0.0
-        while not self._orphaned():
+        while self._alive():
             searched = self._store.holder(SEARCH) is not None
             if searched:
                 alone = 0.0
@@ -128,10 +141,7 @@ class _Worker:
         return None
 
     def _is_searched(self) -> bool:
-        return self._store.holder(SEARCH) is not None and not self._orphaned()
-
-    def _orphaned(self) -> bool:
-        return self._parent is not None and os.getppid() != self._parent
+        return self._store.holder(SEARCH) is not None and self._alive()
 
     def _settings(self, invitation: Any) -> Settings:
         return Settings.from_json(invitation["settings"], self._out, self._storage)
