@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autolite.errors import AutoliteError, NoCandidateError
+from autolite.search.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +103,7 @@ def main() -> None:
 @click.option("--device", default="cpu", show_default=True, help="Where training runs: cpu, cuda.")
 @click.option(
     "--sampler",
-    type=click.Choice(["tpe", "gp", "nsga2", "random"]),
+    type=click.Choice(list(SAMPLERS)),
     default="tpe",
     show_default=True,
     help="What proposes plans.",
