@@ -44,7 +44,7 @@ from autolite.search.stages import promote
 from autolite.search.studies import StageStudy, open_studies
 from autolite.search.worker import invite, local_workers, share_of_cores
 from autolite.space import STAGES, Space, Stage, load_space
-from autolite.store import TEACHER_SHAPE, Store, storage_errors
+from autolite.store import NAME, TEACHER_SHAPE, Store, storage_errors
 
 
 def run(settings: Settings, observer: Observer = silent) -> Result:
@@ -76,7 +76,7 @@ def run(settings: Settings, observer: Observer = silent) -> Result:
 
 def _name(settings: Settings) -> str:
     """The run's name in its database, kept in its folder: a shared database may hold another run of that name."""
-    file = settings.out / ".name"
+    file = settings.out / NAME
     if not file.is_file():
         name = settings.out.resolve().name
         unique = name if settings.storage is None else f"{name}-{uuid.uuid4().hex[:8]}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from autolite.errors import InputError, unknown
 from autolite.front import Constraints
+from autolite.store import storage_url
 from autolite.tasks.base import Augment, DataSpec
 from autolite.tasks.custom import Loss, Metric
 
@@ -159,7 +160,7 @@ class Settings:
     @property
     def storage_url(self) -> str:
         """The database's URL; a SQLite file in the run's folder unless the user gave one."""
-        return self.storage or f"sqlite:///{(self.out / 'study.db').resolve()}"
+        return storage_url(self.out, self.storage)
 
     @property
     def own_functions(self) -> list[str]:

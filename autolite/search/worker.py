@@ -22,7 +22,7 @@ from autolite.search.settings import Settings
 from autolite.search.stages import Decision
 from autolite.search.studies import open_studies
 from autolite.space import Space
-from autolite.store import Store, storage_errors
+from autolite.store import Store, database_of, storage_errors
 
 PATIENCE = 60.0  # seconds without the process that decides, after which a worker ends
 PARENT = "AUTOLITE_PARENT"  # variable with the number of the process without which a worker ends at once
@@ -60,16 +60,11 @@ def work(run: str | Path, storage: str | None = None, threads: int | None = None
         InputError: if this process cannot have or do what the run needs.
     """
     out = Path(run)
-    url = storage or f"sqlite:///{(out / 'study.db').resolve()}"
-    if not (out / ".name").is_file() or (storage is None and not (out / "study.db").is_file()):
-        raise RunError(
-            f"{out} has no run (.name and study.db): begin it with autolite search --out {out}; if it was given a "
-            "--storage, name the same one"
-        )
+    url, name = database_of(out, storage)
     alive = _not_orphaned()
     with ExitStack() as stack:
         stack.enter_context(storage_errors(str(out)))
-        store = Store(url, (out / ".name").read_text(encoding="utf-8"))
+        store = Store(url, name)
         stack.callback(store.close)
         leases = stack.enter_context(Leases(store, alive=alive))
         if threads is not None:
