@@ -252,6 +252,7 @@ def front(run: str, target: str | None, as_json: bool, **changes: str | None) ->
 @main.command()
 @click.argument("run", type=click.Path(path_type=str))
 @click.argument("out", type=click.Path(path_type=str))
+@click.option("--target", help="Which of the targets that were searched for.  [default: the first]")
 @click.option("--max-drop", help="Quality that may be lost: 1%.  [default: the run's own constraints]")
 @click.option("--max-latency", help="5ms.")
 @click.option("--max-size", help="6MB.")
@@ -259,7 +260,14 @@ def front(run: str, target: str | None, as_json: bool, **changes: str | None) ->
 @click.option("--format", "form", type=click.Choice(["onnx", "ort"]), default="onnx", show_default=True)
 @_reported
 def export(
-    run: str, out: str, max_drop: str | None, max_latency: str | None, max_size: str | None, by: Any, form: Any
+    run: str,
+    out: str,
+    target: str | None,
+    max_drop: str | None,
+    max_latency: str | None,
+    max_size: str | None,
+    by: Any,
+    form: Any,
 ) -> None:
     r"""Copy the best candidate that meets the limits to OUT.
 
@@ -279,6 +287,7 @@ def export(
         max_latency_ms=None if max_latency is None else parse_milliseconds(max_latency, "--max-latency"),
         max_size_bytes=None if max_size is None else parse_bytes(max_size, "--max-size"),
         by=by,
+        target=target,
     )
     folder = picked.export(out, form)
     chosen = picked.candidate

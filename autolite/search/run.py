@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from autolite import registry
 from autolite.errors import InputError, NoCandidateError, PlanError, RunError
 from autolite.files import write_atomically
-from autolite.front import Candidate, Front, Result, read_front, write_json
+from autolite.front import Candidate, Front, Result, front_file, read_front, write_json
 from autolite.hardware import load_target
 from autolite.hardware.local import cpu_name
 from autolite.plan import Plan
@@ -149,17 +149,17 @@ def _finished(settings: Settings, store: Store) -> bool:
     if done is None or settings.budget.exceeds(Budget(**done)):
         return False
     try:
-        front = read_front(settings.out)
+        return all(_is_whole(read_front(settings.out, target), settings) for target in (None, *settings.others))
     except RunError:
         return False
+
+
+def _is_whole(front: Front, settings: Settings) -> bool:
     folders = [c.path for c in front] + [miss["path"] for miss in front.nearest_misses]
-    if not all(front_file(settings.out, name).is_file() for name in settings.others):
-        return False
-    there = all((settings.out / path / "autolite.json").is_file() for path in folders)
     return (
         front.complete
         and (front.constraints, front.objectives) == (settings.constraints, settings.objectives)
-        and there
+        and all((settings.out / path / "autolite.json").is_file() for path in folders)
     )
 
 
@@ -265,11 +265,11 @@ def _write_front(
         versions=versions(),
         complete=complete,
     )
-    write_json(out / "front.json", written.to_json())
+    write_json(front_file(out), written.to_json())
     wanted = {c.id for c in [*front, *misses]}
     for target, prices in zip(problem.settings.others, problem.others, strict=True):
         there, _ = front_on(written, candidates, prices, limits)
-        for chosen in there:
+        for chosen in [*there, *map(Candidate.from_json, there.nearest_misses)]:
             _make_folder(problem, chosen)
         if complete:
             tested = (replace(c, test=score_on_test(problem, c, store)) for c in there)
@@ -279,11 +279,6 @@ def _write_front(
     if complete:
         for dominated in (c for c in candidates if c.id not in wanted):
             shutil.rmtree(out / dominated.path, ignore_errors=True)
-
-
-def front_file(out: Path, target: str) -> Path:
-    """Return where the front of a further target stands."""
-    return out / f"front-{Path(target).stem}.json"
 
 
 def _processors(studies: dict[Stage, StageStudy]) -> set[str]:

@@ -98,11 +98,17 @@ def parse_targets(names: str | Sequence[str]) -> tuple[str, ...]:
     """Read "pixel8,local" or a list of names.
 
     Raises:
-        InputError: if there is none, or one twice.
+        InputError: if there is none, one twice, or two profiles of one name.
     """
     given = tuple(name.strip() for name in (names.split(",") if isinstance(names, str) else names))
     if not given or not all(given) or len(set(given)) < len(given):
         raise InputError(f"target '{','.join(given)}' is not understood: name one, or several different ones by comma")
+    called = [Path(name).stem for name in given]
+    if twice := [name for name in called if called.count(name) > 1]:
+        raise InputError(
+            f"target '{','.join(given)}': two are called {twice[0]}, and each front is named by its target: rename the "
+            "file of one"
+        )
     return given
 
 

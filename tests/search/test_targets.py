@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from autolite import reprice
+from autolite.cli import main
 from autolite.errors import InputError, RunError, TargetError
 from autolite.front import Constraints, Front, Result
 from autolite.registry import data_dir
@@ -52,10 +54,27 @@ def test_prices_are_those_of_the_target_and_quality_is_the_same(several: Result)
         assert here.latency_ms.value != there.latency_ms.value
 
 
+def test_a_candidate_is_picked_from_the_front_of_a_target(several: Result, tmp_path: Path) -> None:
+    other = front_on(several, "raspberry-pi-5")
+    best = min(other, key=lambda c: c.latency_ms.value)
+    assert several.pick(0.99, target="raspberry-pi-5").candidate == best
+    assert several.pick(0.99, target="pixel8").candidate == several.pick(0.99).candidate
+    done = CliRunner().invoke(
+        main, ["export", str(several.path), str(tmp_path / "out"), "--target", "raspberry-pi-5", "--max-drop", "99%"]
+    )
+    assert f"candidate {best.id}" in done.output
+    with pytest.raises(RunError, match="no front for x86-avx512, only for pixel8, raspberry-pi-5"):
+        several.pick(target="x86-avx512")
+
+
 def test_a_finished_run_answers_at_once_and_belongs_to_its_targets(several: Result, run_search: RunSearch) -> None:
     before = (several.path / "front-raspberry-pi-5.json").read_bytes()
     run_search(target=TARGETS, budget="12trials", out=several.path)
     assert (several.path / "front-raspberry-pi-5.json").read_bytes() == before
+    file = several.path / "front-raspberry-pi-5.json"
+    file.write_text(json.dumps({**json.loads(before), "objectives": ["quality", "size"]}), encoding="utf-8")
+    run_search(target=TARGETS, budget="12trials", out=several.path)  # as if it had been killed between the two
+    assert front_on(several, "raspberry-pi-5").objectives == several.front.objectives
     with pytest.raises(RunError, match="made with another other targets"):
         run_search(target="pixel8,x86-avx512", budget="12trials", out=several.path)
 
