@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autolite.errors import AutoliteError, NoCandidateError
+from autolite.search.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +103,7 @@ def main() -> None:
 @click.option("--device", default="cpu", show_default=True, help="Where training runs: cpu, cuda.")
 @click.option(
     "--sampler",
-    type=click.Choice(["additive", "tpe", "gp", "nsga2", "random"]),
+    type=click.Choice(list(SAMPLERS)),
     default="additive",
     show_default=True,
     help="What proposes plans.",
@@ -161,7 +162,7 @@ def search(as_json: bool, quiet: bool, **options: Any) -> None:
         spent = result.front.budget
         click.echo(f"{result.path}/front.json: {len(result.front)} candidates after {spent['spent_seconds']:.0f} s")
         for file in sorted(result.path.glob("front-*.json")):
-            there = read_front(result.path, file.name)
+            there = read_front(result.path, file.stem.removeprefix("front-"))
             click.echo(f"{file}: {len(there)} candidates on {there.target['name']}")
         click.echo(f"next: autolite export {result.path} --max-drop 1% deploy/")
 
@@ -254,6 +255,7 @@ def front(run: str, target: str | None, as_json: bool, **changes: str | None) ->
 @main.command()
 @click.argument("run", type=click.Path(path_type=str))
 @click.argument("out", type=click.Path(path_type=str))
+@click.option("--target", help="Which of the targets that were searched for.  [default: the first]")
 @click.option("--max-drop", help="Quality that may be lost: 1%.  [default: the run's own constraints]")
 @click.option("--max-latency", help="5ms.")
 @click.option("--max-size", help="6MB.")
@@ -261,7 +263,14 @@ def front(run: str, target: str | None, as_json: bool, **changes: str | None) ->
 @click.option("--format", "form", type=click.Choice(["onnx", "ort"]), default="onnx", show_default=True)
 @_reported
 def export(
-    run: str, out: str, max_drop: str | None, max_latency: str | None, max_size: str | None, by: Any, form: Any
+    run: str,
+    out: str,
+    target: str | None,
+    max_drop: str | None,
+    max_latency: str | None,
+    max_size: str | None,
+    by: Any,
+    form: Any,
 ) -> None:
     r"""Copy the best candidate that meets the limits to OUT.
 
@@ -281,6 +290,7 @@ def export(
         max_latency_ms=None if max_latency is None else parse_milliseconds(max_latency, "--max-latency"),
         max_size_bytes=None if max_size is None else parse_bytes(max_size, "--max-size"),
         by=by,
+        target=target,
     )
     folder = picked.export(out, form)
     chosen = picked.candidate

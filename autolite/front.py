@@ -230,6 +230,7 @@ class Result:
         max_latency_ms: float | None = None,
         max_size_bytes: float | None = None,
         by: Literal["latency", "size"] = "latency",
+        target: str | None = None,
     ) -> PickedCandidate:
         """Return the fastest (or smallest) candidate that meets the limits.
 
@@ -239,18 +240,21 @@ class Result:
             max_latency_ms: limit in milliseconds.
             max_size_bytes: limit in bytes.
             by: what to minimise among those that are left.
+            target: which of the targets that were searched for; the first by default.
 
         Raises:
             NoCandidateError: if none meets them; the message names the nearest.
+            RunError: if there is no front for that target.
         """
+        front = self.front if target is None else read_front(self.path, target)
         limits = Constraints(max_drop, None, max_latency_ms, max_size_bytes)
         if limits == Constraints():
-            limits = self.front.constraints
-        if not self.front.candidates:
+            limits = front.constraints
+        if not front.candidates:
             raise NoCandidateError(f"the front of {self.path} is empty: see its nearest_misses")
-        good = [c for c in self.front if not limits.violations(c)]
+        good = [c for c in front if not limits.violations(c)]
         if not good:
-            nearest = min(self.front, key=lambda c: sum(limits.violations(c).values()))
+            nearest = min(front, key=lambda c: sum(limits.violations(c).values()))
             missed = ", ".join(limits.violations(nearest))
             raise NoCandidateError(
                 f"no candidate of {self.path} meets {missed}: the nearest, {nearest.id}, keeps "
@@ -302,17 +306,31 @@ class PickedCandidate:
         return target
 
 
-def read_front(run: Path, name: str = "front.json") -> Front:
-    """Read `front.json` of a run folder, or that of a further target by its `name`, "front-raspberry-pi-5.json".
+def front_file(run: Path, target: str | None = None) -> Path:
+    """Return where the front of a run stands, or of one of its further targets (a name, or the path of a profile)."""
+    return run / ("front.json" if target is None else f"front-{Path(target).stem}.json")
+
+
+def read_front(run: Path, target: str | None = None) -> Front:
+    """Read the front of a run folder, or that of one of the targets that it was searched for.
 
     Raises:
-        RunError: if there is no such run, it has no front yet, or the file cannot be read.
+        RunError: if there is no such run, it has no front yet or none for `target`, or the file cannot be read.
     """
-    file = run / name
+    file = front_file(run, target)
     if not run.is_dir():
         raise RunError(f"no such run: {run} (a run is the folder that 'autolite search' names when it ends)")
+    if target is not None and not file.is_file():
+        first = read_front(run)
+        if first.target["name"] == Path(target).stem:
+            return first
+        others = sorted(path.stem.removeprefix("front-") for path in run.glob("front-*.json"))
+        raise RunError(
+            f"{run} has no front for {target}, only for {', '.join([first.target['name'], *others])}: 'autolite front "
+            f"{run} --target {target}' prices for it what was found"
+        )
     if not file.is_file():
-        raise RunError(f"{run} has no {name}: the search has not ended; type the same search command to go on")
+        raise RunError(f"{run} has no {file.name}: the search has not ended; type the same search command to go on")
     try:
         return Front.from_json(json.loads(file.read_text(encoding="utf-8")))
     except (AttributeError, KeyError, TypeError, ValueError) as error:

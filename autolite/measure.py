@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import gc
-import os
-import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from autolite.errors import InputError, unknown
-
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
+from autolite.host_lock import host_lock
 
 Inputs = Mapping[str, np.ndarray]
 
@@ -98,7 +92,6 @@ class Runner(Protocol):
 _RESAMPLES = 1000
 _BURST_NS = 5_000_000
 _BURST_CALLS = 50
-_WORKING = "autolite-working-"  # before the number of the process, in the names of lock files
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,111 +247,6 @@ def random_texts(vocab: int, workload: Workload, seed: int = 0, count: int = 4) 
         }
         for _ in range(count)
     ]
-
-
-@contextmanager
-def host_lock(waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the lock that only one process of this machine has at a time; re-entrant within a process.
-
-    It is had when no other process is `working`: those pause at their next `give_way` until it is released.
-
-    Args:
-        waiting: called once with a sentence if another process holds it, or is still working.
-    """
-    from filelock import Timeout
-
-    lock, work = _timing_lock(), _work
-    if lock.is_locked:  # by this process
-        work = None
-    if work is not None:
-        work.release()  # or two processes that work and time would wait for each other
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            if waiting:
-                waiting(f"waiting: another process is timing a model on this machine (it holds {lock.lock_file})")
-            lock.acquire(poll_interval=0.1)
-        try:
-            _wait_for_work(waiting)
-            yield
-        finally:
-            lock.release()
-    finally:
-        if work is not None:
-            work.acquire()
-            give_way()
-
-
-_work: BaseFileLock | None = None  # held while this process works
-
-
-@contextmanager
-def working() -> Iterator[None]:
-    """Train or score beside other processes, but not beside a timing of one of them (`host_lock`).
-
-    A file lock of this process's own says so, which the system takes back when the process dies.
-    """
-    global _work
-    from filelock import FileLock
-
-    path = Path(tempfile.gettempdir()) / f"{_WORKING}{os.getpid()}-{uuid.uuid4().hex[:8]}.lock"
-    _work = FileLock(path, mode=0o666, thread_local=False)
-    try:
-        _work.acquire()
-        give_way()
-        yield
-    finally:
-        _work.release(force=True)
-        _work = None
-        path.unlink(missing_ok=True)
-
-
-def give_way() -> None:
-    """Pause the work of this process while another one times a model, or waits to."""
-    from filelock import Timeout
-
-    lock = _timing_lock()
-    while _work is not None:
-        try:
-            with lock.acquire(timeout=0):
-                return
-        except Timeout:
-            _work.release()
-            with lock.acquire(poll_interval=0.1):
-                pass
-            _work.acquire()
-
-
-def _timing_lock() -> BaseFileLock:
-    from filelock import FileLock
-
-    path = Path(tempfile.gettempdir()) / "autolite-timing.lock"
-    return FileLock(path, mode=0o666, is_singleton=True, thread_local=False)
-
-
-def _wait_for_work(waiting: Callable[[str], None] | None) -> None:
-    """Wait until no process works; one that is stopped (Ctrl-Z) disturbs nothing."""
-    import psutil
-    from filelock import FileLock, Timeout
-
-    for path in Path(tempfile.gettempdir()).glob(f"{_WORKING}*.lock"):
-        process = int(path.name.removeprefix(_WORKING).partition("-")[0])
-        told = False
-        while True:
-            try:
-                with FileLock(path, mode=0o666).acquire(timeout=0):
-                    break
-            except Timeout:
-                with suppress(psutil.Error):
-                    if psutil.Process(process).status() == psutil.STATUS_STOPPED:
-                        break
-            if waiting and not told:
-                waiting(f"waiting: process {process} is training on this machine, until it comes to a pause")
-                told = True
-            time.sleep(0.05)
-        if not psutil.pid_exists(process):
-            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from autolite.errors import RunError, StorageError
 from autolite.measure import Measurement
 
+NAME = ".name"  # the file in a run's folder with what the run is called in its database
 TEACHER_SHAPE = "teacher shape"  # the fact with the teacher's ModelShape: what prices for another target start from
 
 
@@ -138,6 +139,26 @@ def storage_errors(what: str) -> Iterator[None]:
                 f"{what} is not a readable study ({reason}): move it away, or choose another directory with --out"
             ) from error
         raise StorageError(f"the database {what} cannot be used: {reason}") from error
+
+
+def storage_url(out: Path, storage: str | None) -> str:
+    """Return the URL of the database of the run in `out`; a SQLite file there unless it was given another."""
+    return storage or f"sqlite:///{(out / 'study.db').resolve()}"
+
+
+def database_of(out: Path, storage: str | None) -> tuple[str, str]:
+    """Return the URL of the database of the run that `out` has, and the run's name in it; nothing is opened or made.
+
+    Raises:
+        RunError: if there is no run.
+    """
+    file = out / NAME
+    if not file.is_file() or (storage is None and not (out / "study.db").is_file()):
+        raise RunError(
+            f"{out} has no run ({NAME} and study.db): if it was given a --storage, name the same one; else type its "
+            "search command"
+        )
+    return storage_url(out, storage), file.read_text(encoding="utf-8")
 
 
 class Store:

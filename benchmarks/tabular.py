@@ -24,8 +24,8 @@ import click
 import numpy as np
 import optuna
 
-from autolite.pareto import hypervolume, nondominated, spread_subset
-from autolite.search.additive import LEAST, SWITCHES, corrected, draws, gains
+from autolite.pareto import gains, hypervolume, nondominated, spread_subset
+from autolite.search.additive import LEAST, SWITCHES, corrected, draws
 
 FILE = Path(__file__).parent / "data" / "tabular.npz"
 REFERENCE = 0.5  # nats above the teacher's loss
@@ -247,7 +247,6 @@ def corrected_sweep(table: Table, rng: np.random.Generator, budget: int) -> list
     with one or two levels switched."""
     prior = (table.pruning + table.rounding).ravel()
     found = dict.fromkeys(sweep(table, rng, min(START, budget)))
-    low = np.array([0, *table.objectives[:, 1:].min(0)])
     while len(found) < budget:
         plans = np.array(list(found))
         used = np.eye(table.levels)[table.choices[plans]].reshape(len(plans), -1)
@@ -262,7 +261,7 @@ def corrected_sweep(table: Table, rng: np.random.Generator, budget: int) -> list
             index = np.setdiff1d(np.arange(table.loss.size), plans)[:1]
         choices = table.choices[index]
         points = np.column_stack([costs[np.arange(table.blocks), choices].sum(1), table.priced(choices)])
-        gain = gains(points, table.objectives[best], low, table.reference, rng)
+        gain = gains(points, table.objectives[best], table.reference.tolist())
         found[int(index[gain.argmax()])] = None
     return list(found)
 

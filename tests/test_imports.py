@@ -34,6 +34,7 @@ LAYERS = [
     "linear_grids",
     "codebooks",
     "formats",
+    "host_lock",
     "measure",
     "store",
     "hf_quantizer transformers_hook reload",
@@ -110,8 +111,9 @@ def test_every_public_name_is_there() -> None:
         _ = autolite.no_such_name  # type: ignore[attr-defined]
 
 
-# What may look at a clock, beside measure.py: the search's budget, the view that shows it, and when to save.
+# What may look at a clock, beside measure.py: the search's budget, the view that shows it, and when to save or to look.
 CLOCKS = {
+    "host_lock.py",
     "techniques/checkpoint.py",
     "search/progress.py",
     "search/engine.py",

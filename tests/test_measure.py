@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-import select
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pytest
@@ -17,15 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autolite.errors import InputError
+from autolite.host_lock import host_lock
 from autolite.measure import (
     Timing,
     Workload,
     faster,
-    give_way,
-    host_lock,
     time_interleaved,
     timing_to_measurements,
-    working,
 )
 
 
@@ -224,85 +220,6 @@ class TestStatistics:
         assert (latency.runtime, latency.workload) == ("onnxruntime 1.24", "batch=1,tokens=64,threads=2")
         assert latency.low <= latency.value <= latency.high
         assert found["p90_ms"].value > latency.value
-
-
-def another_process(code: str, temporary: Path) -> tuple[subprocess.Popen[str], IO[str], IO[str]]:
-    """Run code elsewhere, with its temporary files in that folder; returns the process and its input and output."""
-    setup = f"import tempfile; tempfile.tempdir = {str(temporary)!r}\n"
-    other = subprocess.Popen(
-        [sys.executable, "-c", setup + code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdin is not None
-    assert other.stdout is not None
-    return other, other.stdin, other.stdout
-
-
-class TestHostLock:
-    def test_it_is_reentrant_within_a_process(self) -> None:
-        with host_lock(pytest.fail), host_lock(pytest.fail):
-            pass
-
-    def test_another_process_waits_and_says_so(self, tmp_path: Path) -> None:
-        code = (
-            "from autolite.measure import host_lock\n"
-            "with host_lock(lambda message: print(message, flush=True)):\n"
-            "    print('mine', flush=True)\n"
-        )
-        with host_lock():
-            other, _, said = another_process(code, tmp_path)
-            assert said.readline().startswith("waiting: another process is timing a model on this machine")
-            assert other.poll() is None
-        assert other.communicate(timeout=20)[0] == "mine\n"
-
-    def test_a_timing_waits_until_the_work_of_another_process_gives_way(self, tmp_path: Path) -> None:
-        code = (
-            "import sys\n"
-            "from autolite.measure import give_way, working\n"
-            "with working():\n"
-            "    print('working', flush=True)\n"
-            "    while sys.stdin.readline():\n"
-            "        give_way()\n"
-            "        print('worked on', flush=True)\n"
-        )
-        other, asked, answers = another_process(code, tmp_path)
-        assert answers.readline() == "working\n"
-        said: list[str] = []
-
-        def ask_to_give_way(message: str) -> None:
-            said.append(message)
-            asked.write("\n")
-            asked.flush()
-
-        with host_lock(ask_to_give_way):
-            assert len(said) == 1
-            assert str(other.pid) in said[0]
-            threading.Event().wait(0.5)
-            assert not select.select([answers], [], [], 0)[0]  # it still gives way
-        assert answers.readline() == "worked on\n"
-        asked.close()
-        assert other.wait(timeout=20) == 0
-        assert not list(tmp_path.glob("autolite-working-*"))
-
-    def test_two_that_work_and_time_do_not_wait_for_each_other(self, tmp_path: Path) -> None:
-        code = (
-            "from autolite.measure import host_lock, working\n"
-            "with working():\n"
-            "    print('working', flush=True)\n"
-            "    with host_lock(): pass\n"
-        )
-        with working():
-            other, _, said = another_process(code, tmp_path)
-            assert said.readline() == "working\n"
-            with host_lock():
-                pass
-            while other.poll() is None:
-                give_way()
-        assert other.returncode == 0
-
-    def test_work_of_a_process_that_died_keeps_nobody_waiting(self, tmp_path: Path) -> None:
-        (tmp_path / "autolite-working-2147483647-abc.lock").touch()
-        with host_lock(pytest.fail):
-            assert not list(tmp_path.glob("autolite-working-*"))
 
 
 def test_nothing_heavier_than_numpy_is_imported() -> None:

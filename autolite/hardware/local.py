@@ -19,8 +19,9 @@ from autolite.files import write_atomically
 from autolite.formats import FORMATS, INT7, Format
 from autolite.hardware.probes import ACTIVATION, CHAIN, KERNELS, LAYER_ROWS, LAYERS, NORMALIZATION, Probe, probes
 from autolite.hardware.profile import Profile, dump_profile, parse_profile
+from autolite.host_lock import host_lock
 from autolite.linear_grids import Linear
-from autolite.measure import Timing, host_lock, time_interleaved
+from autolite.measure import Timing, time_interleaved
 
 _SECONDS = 8.0
 _NOISE = 0.25

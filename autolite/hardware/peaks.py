@@ -13,7 +13,8 @@ from autolite.errors import StorageError
 from autolite.files import write_atomically
 from autolite.hardware.local import cache_file
 from autolite.hardware.probes import square
-from autolite.measure import host_lock, time_interleaved
+from autolite.host_lock import host_lock
+from autolite.measure import time_interleaved
 
 CLASSES = ("fp32", "int8", "int4")
 SIZES = (256, 512, 1024)  # rows, columns and depth alike: the fastest of them is the peak

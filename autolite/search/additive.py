@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from autolite import registry
 from autolite.errors import PlanError
-from autolite.pareto import nondominated
+from autolite.pareto import gains, nondominated
 from autolite.search.frontier import Frontier, Structure, by_layer, choose, total
 from autolite.search.sensitivity import Damages
 from autolite.space import FRONTIER, Params, Scalar
@@ -28,7 +28,6 @@ MISFIT = 0.1  # costs do not quite add up: spread of what was observed about the
 WORST = 0.3  # of the quality lost, from which on a plan is worth nothing
 OPTIMISM = (1.0, 0.5, 0.25, 0.1)  # factors of what plans are predicted to lose, if none is predicted to add anything
 SURE, DRAWN = 8, 4  # after so many plans, costs are drawn from their posterior for one proposal of so many
-SAMPLES = 4096  # points by which hypervolume is estimated
 SWITCHES = 128  # plans with one or two switched levels
 STRUCTURES = 8  # neighbours of the front's structures that are looked at beside them
 
@@ -89,28 +88,6 @@ def corrected(
 def draws(seen: int) -> bool:
     """Whether costs are drawn, for a proposal after so many plans, and not the likeliest ones."""
     return seen >= SURE and seen % DRAWN == 0
-
-
-def gains(
-    candidates: NDArray[np.float64],
-    front: NDArray[np.float64],
-    low: NDArray[np.float64],
-    reference: NDArray[np.float64],
-    rng: np.random.Generator,
-) -> NDArray[np.float64]:
-    """Return how much hypervolume each of `candidates` [n, objectives] adds to `front` [m, objectives], as the part of
-    `SAMPLES` random points between `low` and `reference` that it is the first to dominate."""
-    samples = low + rng.random((SAMPLES, len(low))) * (reference - low)
-    free = samples[~_reached(front, samples).any(0)] if len(front) else samples
-    added: NDArray[np.float64] = _reached(candidates, free).sum(1) / SAMPLES
-    return added
-
-
-def _reached(points: NDArray[np.float64], samples: NDArray[np.float64]) -> NDArray[np.bool_]:
-    inside = np.ones((len(points), len(samples)), bool)
-    for column in range(samples.shape[1]):
-        inside &= points[:, None, column] <= samples[:, column]
-    return inside
 
 
 @dataclass(frozen=True)
@@ -264,8 +241,6 @@ def propose(
     if not found:
         return None
     offered = np.concatenate([each.points for each in found])
-    low = np.minimum(points.min(0, initial=np.inf), offered.min(0))
-    low[0] = 0
     reference = np.array([WORST, *np.maximum(points[:, 1:].max(0, initial=0), 0)]) + 1e-6
     outside = (offered[:, 1:] > np.log(np.array(within))).any(1)
     owners = np.repeat(np.arange(len(found)), [len(each.points) for each in found])
@@ -273,7 +248,7 @@ def propose(
     places = list(columns)
     for optimism in OPTIMISM:
         hoped = offered * np.array([optimism, 1, 1])
-        gain = gains(hoped[:, places], points[best][:, places], low[places], reference[places], rng)
+        gain = gains(hoped[:, places], points[best][:, places], reference[places].tolist())
         gain[outside] = 0
         order = np.argsort(-gain, kind="stable")
         for place in order[gain[order] > 0]:

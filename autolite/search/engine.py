@@ -19,7 +19,8 @@ from autolite.errors import PlanError, TargetError
 from autolite.files import sha256
 from autolite.front import Candidate
 from autolite.hardware.local import cpu_name
-from autolite.measure import Measurement, give_way, working
+from autolite.host_lock import give_way, working
+from autolite.measure import Measurement
 from autolite.pareto import nondominated
 from autolite.plan import Plan
 from autolite.search.confirm import confirm

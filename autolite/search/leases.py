@@ -42,9 +42,12 @@ class Lease:
 class Leases:
     """The leases of this process, renewed by a thread of it; a process that stops, or dies, loses them."""
 
-    def __init__(self, store: Store, beat: Callable[[], None] = lambda: None) -> None:
-        """Renew whatever is taken from now on; `beat` is called beside it."""
-        self.store, self._beat = store, beat
+    def __init__(
+        self, store: Store, beat: Callable[[], None] = lambda: None, alive: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Renew whatever is taken from now on; `beat` is called beside it. A process that is not `alive`, because the
+        one that it works for is gone, gives up what it works on."""
+        self.store, self._beat, self._alive = store, beat, alive
         self.owner = f"{platform.node()} {os.getpid()} {uuid.uuid4().hex[:8]}"
         self._held: set[Lease] = set()
         self._lead: Lease | None = None
@@ -112,14 +115,14 @@ class Leases:
             self._held.discard(lease)
 
     def check(self, lease: Lease, *, asking: bool = False) -> None:
-        """Ask this process, or with `asking` the database, whether a lease is still held.
+        """Ask this process, or with `asking` (before a result is written) the database, whether a lease is still held.
 
         Raises:
             LeaseLostError: if it is not.
         """
         if asking and not self.store.renew_lease(lease.key, lease.token, SECONDS):
             self._held.discard(lease)
-        if lease not in self._held:
+        if lease not in self._held or not (asking or self._alive()):
             raise LeaseLostError(lease.key)
 
     @contextmanager

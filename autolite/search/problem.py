@@ -32,7 +32,7 @@ from autolite.search.frontier import Frontier
 from autolite.search.prices import Prices
 from autolite.search.samplers import ADDITIVE
 from autolite.search.scoring import Score, quality, score, scoring_threads
-from autolite.search.settings import Settings
+from autolite.search.settings import Settings, is_file_of_a_profile
 from autolite.space import BY_LAYER, Params, Space
 from autolite.store import Store
 from autolite.tasks.base import Split, Task, TaskData
@@ -177,16 +177,21 @@ def run_identity(settings: Settings, space: Space) -> dict[str, str]:
         "model": "demo" if settings.model is None else _content(settings.model),
         "data": f"{demo if data.source is None else _content(data.source)} columns {columns}",
         "task": settings.task,
-        "target": _content(settings.target) if settings.target.endswith((".yaml", ".yml")) else settings.target,
+        "target": _target_identity(settings.target),
         "search space": hashlib.sha256(space.model_dump_json().encode()).hexdigest(),
         "workload": settings.workload or "default",
         "runtime": settings.runtime,
         "seed": str(settings.seed),
         "layout": LAYOUT,
-        **({"other targets": ",".join(settings.others)} if settings.others else {}),
+        **({"other targets": ",".join(map(_target_identity, settings.others))} if settings.others else {}),
         **unlabelled,
         **{what: name for what, name in own.items() if name},
     }
+
+
+def _target_identity(target: str) -> str:
+    """A shipped profile is known by its name, one of the user's own by its content, wherever it lies."""
+    return _content(target) if is_file_of_a_profile(target) else target
 
 
 def _content(source: str) -> str:

@@ -25,7 +25,7 @@ from autolite.search.prices import Prices, front_on
 from autolite.search.settings import parse_bytes, parse_fraction, parse_milliseconds
 from autolite.search.studies import read_trials
 from autolite.space import Stage
-from autolite.store import TEACHER_SHAPE, Store
+from autolite.store import TEACHER_SHAPE, Store, database_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -176,13 +176,7 @@ class _Record:
 
 
 def _read(folder: Path, before: Front, storage: str | None) -> _Record:
-    file, name = folder / "study.db", folder / ".name"
-    if not name.is_file() or (storage is None and not file.is_file()):
-        raise RunError(
-            f"{folder} has no study (study.db and .name): name the database that the run was made with by --storage, "
-            "or type its search command again"
-        )
-    url, run = storage or f"sqlite:///{file.resolve()}", name.read_text(encoding="utf-8")
+    url, run = database_of(folder, storage)
     trials = read_trials(url, run)
     store = Store(url, run)
     try:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from autolite import registry
 from autolite.errors import InputError, NoCandidateError, PlanError, RunError
 from autolite.files import write_atomically
-from autolite.front import Candidate, Front, Result, read_front, write_json
+from autolite.front import Candidate, Front, Result, front_file, read_front, write_json
 from autolite.hardware import load_target
 from autolite.hardware.local import cpu_name
 from autolite.plan import Plan
@@ -44,7 +44,7 @@ from autolite.search.stages import promote
 from autolite.search.studies import StageStudy, open_studies
 from autolite.search.worker import invite, local_workers, share_of_cores
 from autolite.space import STAGES, Space, Stage, load_space
-from autolite.store import TEACHER_SHAPE, Store, storage_errors
+from autolite.store import NAME, TEACHER_SHAPE, Store, storage_errors
 
 
 def run(settings: Settings, observer: Observer = silent) -> Result:
@@ -76,7 +76,7 @@ def run(settings: Settings, observer: Observer = silent) -> Result:
 
 def _name(settings: Settings) -> str:
     """The run's name in its database, kept in its folder: a shared database may hold another run of that name."""
-    file = settings.out / ".name"
+    file = settings.out / NAME
     if not file.is_file():
         name = settings.out.resolve().name
         unique = name if settings.storage is None else f"{name}-{uuid.uuid4().hex[:8]}"
@@ -91,6 +91,7 @@ def _search(
     with Leases(store, clock.save) as leases, share_of_cores(1 + settings.workers):
         leases.lead()
         store.put(OPEN, None)
+        store.put("finished", None)  # or workers would end as soon as this process is interrupted
         if not store.leases(WORKER):  # what is half-written may be theirs
             clean_leftovers(settings.out)
         _search_as_leader(settings, space, identity, store, observer, clock, leases)
@@ -149,15 +150,16 @@ def _finished(settings: Settings, store: Store) -> bool:
     if done is None or settings.budget.exceeds(Budget(**done)):
         return False
     try:
-        front, *others = (read_front(settings.out, name) for name in front_names(settings))
+        return all(_is_whole(read_front(settings.out, target), settings) for target in (None, *settings.others))
     except RunError:
         return False
-    folders = [c.path for found in (front, *others) for c in _listed(found)]
-    there = all((settings.out / path / "autolite.json").is_file() for path in folders)
+
+
+def _is_whole(front: Front, settings: Settings) -> bool:
     return (
         front.complete
         and (front.constraints, front.objectives) == (settings.constraints, settings.objectives)
-        and there
+        and all((settings.out / each.path / "autolite.json").is_file() for each in _listed(front))
     )
 
 
@@ -167,15 +169,15 @@ def _checked(result: Result, settings: Settings) -> Result:
     Raises:
         NoCandidateError: saying for each target what blocked the nearest miss.
     """
-    fronts = {name: read_front(result.path, name) for name in front_names(settings)}
+    fronts = {target: read_front(result.path, target) for target in (None, *settings.others)}
     if any(front.candidates for front in fronts.values()):
         return result
     told = []
-    for name, front in fronts.items():
+    for target, front in fronts.items():
         where = f" on {front.target['name']}" if len(fronts) > 1 else ""
         if misses := front.nearest_misses:
             blocked = ", ".join(f"{limit} by {excess:.1%}" for limit, excess in misses[0]["blocked_by"].items())
-            count = f"{len(misses)} nearest misses are in {result.path / name}"
+            count = f"{len(misses)} nearest misses are in {front_file(result.path, target)}"
             told.append(f"the nearest{where} misses {blocked}; {count}")
         else:
             told.append(f"nothing was confirmed that runs{where}")
@@ -274,8 +276,8 @@ def _write_front(
     for candidate in wanted.values():
         _make_folder(problem, candidate)
     tested = complete and any(found.candidates for found in fronts)
-    for name, found in zip(front_names(problem.settings), fronts, strict=True):
-        write_json(out / name, (_tested(problem, found, store) if tested else found).to_json())
+    for target, found in zip((None, *problem.settings.others), fronts, strict=True):
+        write_json(front_file(out, target), (_tested(problem, found, store) if tested else found).to_json())
     if complete:
         for dominated in (c for c in candidates if c.id not in wanted):
             shutil.rmtree(out / dominated.path, ignore_errors=True)
@@ -293,11 +295,6 @@ def _tested(problem: Problem, front: Front, store: Store) -> Front:
 def _listed(front: Front) -> list[Candidate]:
     """All that a front names a folder of: its candidates and nearest misses."""
     return [*front, *map(Candidate.from_json, front.nearest_misses)]
-
-
-def front_names(settings: Settings) -> list[str]:
-    """Return the names of the files with each target's front, the first target's first."""
-    return ["front.json", *(f"front-{Path(target).stem}.json" for target in settings.others)]
 
 
 def _processors(studies: dict[Stage, StageStudy]) -> set[str]:

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from typing import TYPE_CHECKING
 
 from autolite.errors import InputError, unknown
 
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+
 # Makes a sampler from a seed. A study that is resumed, or has several workers, then asks what an undisturbed one would.
-MakeSampler = Callable[[int], BaseSampler]
+MakeSampler = Callable[[int], "BaseSampler"]
+
+# Optuna is imported when a sampler is made: the command line reads the names for its help.
 
 
 def _tpe(seed: int) -> BaseSampler:
+    from optuna.samplers import TPESampler
+
     return TPESampler(seed=seed, multivariate=True, group=True)
 
 
 def _gp(seed: int) -> BaseSampler:
+    from optuna.samplers import GPSampler
+
     return GPSampler(seed=seed, deterministic_objective=True)
 
 
 def _nsga2(seed: int) -> BaseSampler:
+    from optuna.samplers import NSGAIISampler
+
     return NSGAIISampler(seed=seed, population_size=16)  # of the few dozen trials of a screen
 
 
 def _random(seed: int) -> BaseSampler:
+    from optuna.samplers import RandomSampler
+
     return RandomSampler(seed=seed)
 
 

@@ -15,6 +15,8 @@ from autolite.hardware.local import cache_dir
 from autolite.space import Space
 from autolite.techniques.base import Context, Layered, weights_digest
 
+_REVISION = 1  # of the estimates, raised whenever they change: a file of another one is not read
+
 Damages = dict[str, NDArray[np.float64]]
 
 
@@ -22,8 +24,8 @@ def damages(space: Space, context: Context) -> Damages:
     """Return, for each setting of `space` that can have a level for each layer, the estimated rise of the loss in nats
     [levels, layers] if one layer of the teacher has one of its levels, and nothing else is done or trained.
 
-    A file in the user's cache folder, named by the weights, the training data, the seed and the levels, serves other
-    runs, targets and budgets.
+    A file in the user's cache folder, named by the weights, the training data, the seed, the levels and the revision of
+    the estimates, serves other runs, targets and budgets.
     """
     found: Damages = {}
     for name, setting in space.layered.items():
@@ -36,7 +38,7 @@ def damages(space: Space, context: Context) -> Damages:
 
 
 def _kept(technique: Layered, name: str, levels: tuple[object, ...], context: Context) -> NDArray[np.float64]:
-    given = [weights_digest(context.teacher.model), context.training_data(), context.seed, name, levels]
+    given = [weights_digest(context.teacher.model), context.training_data(), context.seed, name, levels, _REVISION]
     digest = hashlib.sha256(json.dumps(given).encode()).hexdigest()[:24]
     file = cache_dir() / "sensitivities" / f"{digest}.json"
     with suppress(OSError, ValueError):  # a damaged file is made anew

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from autolite.errors import InputError, unknown
 from autolite.front import Constraints
+from autolite.store import storage_url
 from autolite.tasks.base import Augment, DataSpec
 from autolite.tasks.custom import Loss, Metric
 
@@ -97,11 +98,17 @@ def parse_targets(names: str | Sequence[str]) -> tuple[str, ...]:
     """Read "pixel8,local" or a list of names.
 
     Raises:
-        InputError: if there is none, or one twice.
+        InputError: if there is none, one twice, or two profiles of one name.
     """
     given = tuple(name.strip() for name in (names.split(",") if isinstance(names, str) else names))
     if not given or not all(given) or len(set(given)) < len(given):
         raise InputError(f"target '{','.join(given)}' is not understood: name one, or several different ones by comma")
+    called = [Path(name).stem for name in given]
+    if twice := [name for name in called if called.count(name) > 1]:
+        raise InputError(
+            f"target '{','.join(given)}': two are called {twice[0]}, and each front is named by its target: rename the "
+            "file of one"
+        )
     return given
 
 
@@ -159,7 +166,7 @@ class Settings:
     @property
     def storage_url(self) -> str:
         """The database's URL; a SQLite file in the run's folder unless the user gave one."""
-        return self.storage or f"sqlite:///{(self.out / 'study.db').resolve()}"
+        return storage_url(self.out, self.storage)
 
     @property
     def own_functions(self) -> list[str]:
@@ -170,7 +177,7 @@ class Settings:
         """Return what another process needs to work on the same run, as plain JSON types: all but where the run's
         folder is and what the database is called there. Paths are absolute."""
         return {
-            "target": _absolute(self.target) if self.target.endswith((".yaml", ".yml")) else self.target,
+            "target": _absolute_target(self.target),
             "model": _absolute(self.model),
             "data": asdict(self.data)
             | {name: _absolute(getattr(self.data, name)) for name in ("source", "unlabelled")},
@@ -184,7 +191,7 @@ class Settings:
             "device": self.device,
             "cache_bytes": self.cache_bytes,
             "objectives": self.objectives,
-            "others": [_absolute(each) if each.endswith((".yaml", ".yml")) else each for each in self.others],
+            "others": [_absolute_target(each) for each in self.others],
             "sampler": self.sampler if isinstance(self.sampler, str) else "additive",
             "own_functions": self.own_functions,
         }
@@ -203,7 +210,9 @@ class Settings:
                 "only the process that began it can work on it"
             )
         spec = DataSpec(**given["data"])
-        for name, value in (("model", given["model"]), ("data", spec.source), ("unlabelled data", spec.unlabelled)):
+        needed = [("model", given["model"]), ("data", spec.source), ("unlabelled data", spec.unlabelled)]
+        needed += [("target", each) for each in (given["target"], *given["others"])]
+        for name, value in needed:
             if value is not None and Path(value).is_absolute() and not Path(value).exists():
                 raise InputError(f"the {name} of the run in {out}, {value}, does not exist here: make it available")
         return cls(
@@ -218,6 +227,15 @@ class Settings:
                 "storage": storage,
             }
         )
+
+
+def is_file_of_a_profile(target: str) -> bool:
+    """Whether a target is given by the path of its profile, not by its name."""
+    return target.endswith((".yaml", ".yml"))
+
+
+def _absolute_target(target: str) -> str:
+    return str(Path(target).expanduser().resolve()) if is_file_of_a_profile(target) else target
 
 
 def _absolute(source: str | None) -> str | None:

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from autolite.search.settings import Settings
 from autolite.search.stages import Decision
 from autolite.search.studies import open_studies
 from autolite.space import Space
-from autolite.store import Store, storage_errors
+from autolite.store import Store, database_of, storage_errors
 
 PATIENCE = 60.0  # seconds without the process that decides, after which a worker ends
 PARENT = "AUTOLITE_PARENT"  # variable with the number of the process without which a worker ends at once
@@ -60,28 +60,36 @@ def work(run: str | Path, storage: str | None = None, threads: int | None = None
         InputError: if this process cannot have or do what the run needs.
     """
     out = Path(run)
-    url = storage or f"sqlite:///{(out / 'study.db').resolve()}"
-    if not (out / ".name").is_file() or (storage is None and not (out / "study.db").is_file()):
-        raise RunError(
-            f"{out} has no run (.name and study.db): begin it with autolite search --out {out}; if it was given a "
-            "--storage, name the same one"
-        )
+    url, name = database_of(out, storage)
+    alive = _not_orphaned()
     with ExitStack() as stack:
         stack.enter_context(storage_errors(str(out)))
-        store = Store(url, (out / ".name").read_text(encoding="utf-8"))
+        store = Store(url, name)
         stack.callback(store.close)
-        leases = stack.enter_context(Leases(store))
+        leases = stack.enter_context(Leases(store, alive=alive))
         if threads is not None:
             stack.enter_context(torch_threads(threads))
-        return _Worker(out, storage, store, leases, observer).run()
+        return _Worker(out, storage, store, leases, observer, alive).run()
+
+
+def _not_orphaned() -> Callable[[], bool]:
+    """Return what tells whether the process that started this one as its own worker, if any, is still there."""
+    parent = os.environ.get(PARENT)
+    return lambda: parent is None or os.getppid() == int(parent)
 
 
 class _Worker:
-    def __init__(self, out: Path, storage: str | None, store: Store, leases: Leases, observer: Observer) -> None:
+    def __init__(
+        self,
+        out: Path,
+        storage: str | None,
+        store: Store,
+        leases: Leases,
+        observer: Observer,
+        alive: Callable[[], bool],
+    ) -> None:
         self._out, self._storage, self._store = out, storage, store
-        self._leases, self._observer = leases, observer
-        parent = os.environ.get(PARENT)
-        self._parent = None if parent is None else int(parent)
+        self._leases, self._observer, self._alive = leases, observer, alive
 
     def run(self) -> int:
         if not self._open():
@@ -108,7 +116,7 @@ class _Worker:
             RunError: if nobody searches.
         """
         pauses, alone = Pauses(), 0.0
-        while not self._orphaned():
+        while self._alive():
             searched = self._store.holder(SEARCH) is not None
             if searched:
                 alone = 0.0
@@ -128,10 +136,7 @@ class _Worker:
         return None
 
     def _is_searched(self) -> bool:
-        return self._store.holder(SEARCH) is not None and not self._orphaned()
-
-    def _orphaned(self) -> bool:
-        return self._parent is not None and os.getppid() != self._parent
+        return self._store.holder(SEARCH) is not None and self._alive()
 
     def _settings(self, invitation: Any) -> Settings:
         return Settings.from_json(invitation["settings"], self._out, self._storage)
@@ -163,24 +168,30 @@ def local_workers(settings: Settings, observer: Observer) -> Iterator[None]:
     A worker gets no Ctrl-C of its own: this process ends it.
     """
     environment = {**os.environ, PARENT: str(os.getpid())}
+    environment.pop(STORAGE, None)  # the user may have set it for another run
     if settings.storage is not None:
         environment[STORAGE] = settings.storage
     threads = max(1, cores() // (1 + settings.workers))
     command = [sys.executable, "-m", "autolite", "worker", str(settings.out), "--threads", str(threads), "--quiet"]
-    with ExitStack() as stack:
-        for number in range(settings.workers):
-            log = stack.enter_context((settings.out / f"worker-{number + 1}.log").open("wb"))
-            process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-            stack.callback(_end, process, observer, log.name)
-        yield
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    with ExitStack() as logs:
+        try:
+            for number in range(settings.workers):
+                log = logs.enter_context((settings.out / f"worker-{number + 1}.log").open("wb"))
+                processes[log.name] = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+            yield
+        finally:
+            for name, process in processes.items():  # all, before the first is waited for: they end together
+                if process.poll():  # ended by itself, and not well
+                    observer(Snapshot("finish", f"a worker ended early: {name} says why"))
+                process.terminate()
+            for name, process in processes.items():
+                _await_end(process, name)
 
 
-def _end(process: subprocess.Popen[bytes], observer: Observer, log: str) -> None:
-    if process.poll():  # ended by itself, and not well
-        observer(Snapshot("finish", f"a worker ended early: {log} says why"))
-    process.terminate()
+def _await_end(process: subprocess.Popen[bytes], log: str) -> None:
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=10)
     process.kill()

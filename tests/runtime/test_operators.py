@@ -331,7 +331,7 @@ def test_nothing_is_left_behind(profiled: OperatorProfile, tmp_path: Path, monke
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     file = Path(profiled.model)
     collect(file, OnnxRuntime().load(file), tokens(), Workload(BATCH, TOKENS, 1), PEAKS, seconds=0.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["autolite-timing.lock"]
+    assert [path.name for path in tmp_path.iterdir()] == ["autolite-locks"]
     assert [path.name for path in file.parent.iterdir()] == ["model.onnx"]
 
 

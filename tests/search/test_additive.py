@@ -1,4 +1,4 @@
-"""The additive model: corrections against the textbook's formula, gains against exact hypervolume, and proposals."""
+"""The additive model: corrections against the textbook's formula, and proposals."""
 
 from __future__ import annotations
 
@@ -47,16 +47,6 @@ def test_costs_are_the_posterior_mean_of_bayesian_linear_regression(seed: int, p
 def test_without_a_plan_costs_are_the_estimates() -> None:
     estimates = np.array([0.1, 0.2])
     assert corrected(estimates, estimates, np.zeros((0, 2)), np.zeros(0), np.zeros(0)) is estimates
-
-
-@given(st.integers(0, 1000))
-def test_gains_are_differences_of_hypervolume(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    front, candidates = rng.random((5, 3)), rng.random((4, 3))
-    found = gains(candidates, front, np.zeros(3), np.ones(3), rng)
-    whole = hypervolume(front, [1.0] * 3)
-    for gain, candidate in zip(found, candidates, strict=True):
-        assert gain == pytest.approx(hypervolume([*front, candidate], [1.0] * 3) - whole, abs=0.03)
 
 
 def searched(frontier: Frontier, truth: Frontier, count: int, seed: int = 0) -> list[Observation]:

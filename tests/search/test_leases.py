@@ -113,6 +113,18 @@ def test_a_process_learns_that_it_lost_a_lease(store: Store, another: Store, mon
     assert store.holder("trial 1") == "you"
 
 
+def test_a_process_whose_search_is_gone_gives_its_trial_up_but_writes_what_is_done(store: Store) -> None:
+    searched = True
+    with Leases(store, alive=lambda: searched) as mine:
+        lease = mine.take("trial 1")
+        assert lease is not None
+        mine.check(lease)
+        searched = False
+        with pytest.raises(LeaseLostError):
+            mine.check(lease)
+        mine.check(lease, asking=True)
+
+
 def test_whoever_decides_after_one_that_died_ends_its_leases_alone(store: Store, another: Store) -> None:
     dead = f"{Leases(store).owner.partition(' ')[0]} 1 dead"
     for key, owner in ((SEARCH, dead), ("trial 1", dead), ("trial 2", "a worker")):

@@ -324,4 +324,4 @@ def test_bad_usage_is_one_sentence(tmp_path: Path, finished: Result) -> None:
         str(run), "--target", "pixel8", "--storage", f"sqlite:///{tmp_path / 'other.db'}"
     )
     (run / "study.db").unlink()
-    assert "has no study" in error(str(run), "--target", "pixel8")
+    assert "has no run" in error(str(run), "--target", "pixel8")

@@ -23,6 +23,7 @@ from autolite.front import Result
 from autolite.runtime import modelfile
 from autolite.runtime.requirements import required
 from autolite.search.progress import Snapshot
+from autolite.store import Store
 from autolite.techniques.distill import Distill
 from tests.conftest import RunSearch, write_jsonl
 
@@ -166,7 +167,16 @@ def test_a_finished_run_answers_at_once_and_goes_on_when_the_budget_grows(
     before = completed(out)
     run_search(out=out, budget="4trials", observer=seen.append)
     assert not seen
-    run_search(out=out, budget="7trials", observer=seen.append)
+    store = Store(f"sqlite:///{out / 'study.db'}", "grows")
+    finished: list[Any] = []
+
+    def watch(shown: Snapshot) -> None:
+        seen.append(shown)
+        finished.append(store.get("finished"))
+
+    run_search(out=out, budget="7trials", observer=watch)
+    assert not any(finished)  # a worker that comes now waits for its trials
+    store.close()
     after = completed(out)
     assert len(before) == 4
     assert len(after) == 7
@@ -259,8 +269,8 @@ def test_constraints_that_nothing_meets_end_with_the_nearest_misses(
     with pytest.raises(NoCandidateError, match=told) as caught:
         run_search(data=hopeless_data, target="pixel8,x86-avx512", out=out, budget="3trials", min_quality=0.95)
     assert caught.value.exit_code == 3
-    for name in ("front.json", "front-x86-avx512.json"):
-        front = autolite.read_front(out, name)
+    for target in (None, "x86-avx512"):
+        front = autolite.read_front(out, target)
         assert not front.candidates
         assert front.nearest_misses[0]["blocked_by"].keys() == {"min_quality"}
         assert (out / front.nearest_misses[0]["path"] / "model.onnx").is_file()

@@ -83,3 +83,5 @@ def test_several_targets_are_named_once_each() -> None:
     for bad in ("", "pixel8,", "pixel8,pixel8"):
         with pytest.raises(InputError, match="name one, or several different ones by comma"):
             parse_targets(bad)
+    with pytest.raises(InputError, match="two are called board"):
+        parse_targets("pixel8,a/board.yaml,b/board.yaml")

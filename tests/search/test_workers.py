@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ from tests.search.test_run import completed
 
 TRIALS = 9
 LEASE = 3.0  # seconds, in the tests that wait for one to run out
+
+SETTINGS = Settings(
+    "pixel8", Path("runs/r"), "my/model", DataSpec("a/hub-name", text="body", max_length=64, seed=3),
+    "language-modeling", "decoder", Budget(trials=5), Constraints(max_drop=0.01, strict=True), "tokens=8",
+    "onnxruntime", "sqlite:///x.db", 3, "cpu", 1000,
+)  # fmt: skip
 
 # A worker that stops in its first trial, when its student is trained and scored, until a file is there.
 HELD = f"""
@@ -149,6 +156,29 @@ def test_ctrl_c_ends_the_workers_too(tiny_teacher: Path, tiny_data: Path, tiny_s
     assert not child.is_running()
 
 
+def test_local_workers_have_this_runs_database_and_are_told_to_end_before_one_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    environments: list[dict[str, str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str], **_: Any) -> None:
+            environments.append(env)
+
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda **_: calls.append(name)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setenv(worker.STORAGE, "sqlite:///of-another-run.db")
+    settings = replace(SETTINGS, out=tmp_path, storage=None, workers=2)
+    with worker.local_workers(settings, lambda _: None):
+        pass
+    assert not any(worker.STORAGE in environment for environment in environments)
+    assert [name for name in calls if name in ("terminate", "wait")][:2] == ["terminate"] * 2
+    assert calls.count("terminate") == 2  # a second signal would interrupt how it gives up what it holds
+
+
 def test_a_worker_without_a_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="has no run"):
         worker.work(tmp_path)
@@ -205,14 +235,9 @@ def test_functions_of_the_users_own_are_refused_with_workers(run_search: RunSear
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_reach_another_process_whole(tmp_path: Path) -> None:
-    data = DataSpec("a/hub-name", text="body", max_length=64, seed=3)
-    settings = Settings(
-        "pixel8", tmp_path, "my/model", data, "language-modeling", "decoder", Budget(trials=5),
-        Constraints(max_drop=0.01, strict=True), "tokens=8", "onnxruntime", "sqlite:///x.db", 3, "cpu", 1000,
-    )  # fmt: skip
-    sent = json.loads(json.dumps(settings.to_json()))
-    assert Settings.from_json(sent, tmp_path, "sqlite:///x.db") == settings
+def test_settings_reach_another_process_whole() -> None:
+    sent = json.loads(json.dumps(SETTINGS.to_json()))
+    assert Settings.from_json(sent, SETTINGS.out, "sqlite:///x.db") == SETTINGS
 
 
 def test_a_search_on_another_machine_is_not_joined_by_a_second_one(tmp_path: Path) -> None:
