@@ -2,8 +2,8 @@
 
     python benchmarks/staging.py runs/search/default-0 runs/search/uniform-0
 
-For each pair of stages: Spearman's rank correlation, over the plans that went from one to the other, between the
-quality kept in the earlier stage (few training steps, fewer examples) and in the later one, with a 95 % bootstrap
+For each pair of stages and rungs: Spearman's rank correlation, over the plans that went from one to the other, between
+the quality kept in the earlier stage (few training steps, fewer examples) and in the later one, with a 95 % bootstrap
 interval. It decides whether staging is valid; the plans that went on were chosen, which lowers it.
 """
 
@@ -17,18 +17,34 @@ import click
 import numpy as np
 from scipy.stats import bootstrap, spearmanr
 
+from autolite import registry
+from autolite.plan import Plan
 from autolite.search.studies import read_trials
+from autolite.space import Stage
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
 def pairs(earlier: list[FrozenTrial], later: list[FrozenTrial]) -> list[tuple[float, float]]:
-    """Return what was kept before and after, of each later trial whose plan an earlier one tried."""
-    found = []
-    for trial in later:
-        before = [t for t in earlier if t.params.items() <= trial.params.items()]
-        found += [(t.user_attrs["kept"], trial.user_attrs["kept"]) for t in before[:1]]
+    """Return what was kept before and after, of each later trial whose plan an earlier one tried, with any training."""
+    before = {untrained(trial): trial.user_attrs["kept"] for trial in reversed(earlier)}
+    return [(before[plan], t.user_attrs["kept"]) for t in later if (plan := untrained(t)) in before]
+
+
+def untrained(trial: FrozenTrial) -> str:
+    """Name a trial's plan by its steps that do not train."""
+    plan = Plan.from_json(trial.user_attrs["plan"])
+    return plan.only(lambda name: not registry.get("technique", name).effort).digest
+
+
+def rungs(trials: dict[Stage, list[FrozenTrial]]) -> dict[str, list[FrozenTrial]]:
+    """Return the trials of each stage, and of one that trains in rungs those of each."""
+    found: dict[str, list[FrozenTrial]] = {}
+    for stage, each in trials.items():
+        efforts = sorted({int(t.user_attrs["effort"]) for t in each})
+        for effort in efforts:
+            found[f"{stage}, {effort} steps"] = [t for t in each if int(t.user_attrs["effort"]) == effort]
     return found
 
 
@@ -50,17 +66,12 @@ def correlation(points: list[tuple[float, float]]) -> str:
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 def main(runs: tuple[Path, ...]) -> None:
-    together: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for run in runs:
         name = (run / ".name").read_text(encoding="utf-8")
-        trials = read_trials(f"sqlite:///{(run / 'study.db').resolve()}", name)
+        trials = rungs(read_trials(f"sqlite:///{(run / 'study.db').resolve()}", name))
         for earlier, later in combinations(trials, 2):
             points = pairs(trials[earlier], trials[later])
-            together.setdefault((earlier, later), []).extend(points)
             click.echo(f"{run.name}: {earlier} to {later}: {correlation(points)}")
-    if len(runs) > 1:
-        for (earlier, later), points in together.items():
-            click.echo(f"all: {earlier} to {later}: {correlation(points)}")
 
 
 if __name__ == "__main__":

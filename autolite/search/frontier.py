@@ -164,23 +164,25 @@ class Frontier:
         layered, damage = self.space.layered, self.damage
         mildest = {name: s.levels[int(damage[name].sum(1).argmin())] for name, s in layered.items()}
         free = {name for name in values if name in layered or name.startswith(f"{FRONTIER}.")}
-        # What trains changes no shape, and formats of other matrices no price of the blocks.
-        kinds = {name: registry.get("technique", name.partition(".")[0]) for name in values if name not in free}
-        whole = {name: values[name] for name, kind in kinds.items() if not kind.effort}
-        blocks = {name: value for name, value in whole.items() if not kinds[name].numeric}
+        rest = {  # what trains changes no shape
+            name: value
+            for name, value in values.items()
+            if name not in free and not registry.get("technique", name.partition(".")[0]).effort
+        }
         known = self.context.memory.setdefault(f"structures-{[(n, s.levels) for n, s in layered.items()]}", {})
-        key, short = (json.dumps(sorted(each.items())) for each in (whole, blocks))
+        key = json.dumps(sorted(rest.items()))
         if key not in known:
             given = self.space.plan({**values, **mildest}, 1, self.context.seed)
             plan = resolve(given, self.context)
             base = shape_after(plan, self.context.teacher.shape)
             if len(base.stacks) != 1:
                 raise PlanError(f"levels by layer need a model of one stack of layers; '{base.family}' has several")
-            if short not in known:
-                known[short] = self._options(given, plan, base, mildest)
+            alike = str((blocks_of(base), base.stacks[0].layers))  # whatever the embedding and the head are
+            if alike not in known:
+                known[alike] = self._options(given, plan, base, mildest)
             left = {source for block in blocks_of(base) for source in block.sources}
             gone = (i for i, source in enumerate(self.context.teacher.shape.source_layers[0]) if source not in left)
-            known[key] = Structure(known[short], self._part(base), tuple(gone))
+            known[key] = Structure(known[alike], self._part(base), tuple(gone))
         found: Structure = known[key]
         return found
 

@@ -215,6 +215,7 @@ def _check_reachable(problem: Problem, plans: int = 300) -> None:
     least = dict.fromkeys(wanted, float("inf"))
     smallest = problem.space.cheapest()
     drawn = [smallest, *problem.space.variants(smallest)]
+    drawn += [{**smallest, name: end} for name, s in problem.space.settings.items() for end in s.extremes()]
     drawn += [problem.space.suggest(study.ask(), "confirm") for _ in range(plans)]
     for params in drawn:
         try:

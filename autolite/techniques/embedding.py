@@ -16,6 +16,7 @@ from autolite.errors import PlanError
 from autolite.families import FAMILIES, family_of
 from autolite.parts import embeddings_of
 from autolite.surgery import clone, factor_embedding, keep_tokens
+from autolite.tasks.encoding import fingerprint
 from autolite.techniques.base import Context, Student, require_float32, require_map
 from autolite.vocabulary import choose, content_of, special_ids, vocabulary_of
 
@@ -168,6 +169,14 @@ def _weights(counts: np.ndarray) -> torch.Tensor:
 
 
 def _kept(context: Context, shape: ModelShape, count: int | None, least: int) -> list[int]:
+    key = f"vocabulary-{fingerprint([context.train])}-{shape.vocab}-{count}-{least}"
+    if key not in context.memory:
+        context.memory[key] = _chosen(context, shape, count, least)
+    found: list[int] = context.memory[key]
+    return found
+
+
+def _chosen(context: Context, shape: ModelShape, count: int | None, least: int) -> list[int]:
     config = context.teacher.model.config
     always = {context.pad_id, *special_ids(config.to_dict())}
     if family_of(config).positions_after_padding:  # positions count from the id of padding, which must stay

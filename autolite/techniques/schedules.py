@@ -7,7 +7,7 @@ from typing import Literal
 
 Schedule = Literal["constant", "linear", "cosine"]
 WARM_UP = 20  # steps
-DECAY = 0.3  # of all steps
+DECAY = 0.4  # of all steps
 
 
 def scheduled(start: float, end: float | None, schedule: Schedule, progress: float) -> float:

@@ -15,7 +15,6 @@ from autolite.search.additive import (
     WORST,
     Observation,
     corrected,
-    gains,
     learn,
     predicted,
     propose,

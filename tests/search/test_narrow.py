@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,6 +129,7 @@ def test_seven_bits_are_tried_where_they_are_faster() -> None:
     data["efficiency"]["int7"] = data["efficiency"]["int8"]
     data["formats"]["int7"] = "int7"
     one.profile = type(one.profile).model_validate(data)
+    one.prices = (replace(one.prices[0], profile=one.profile),)
     gone, _ = left_out(one, "ffn")
     assert "int7" not in gone
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from autolite.architecture import shape_of
@@ -20,6 +22,7 @@ from autolite.techniques import checkpoint
 from autolite.techniques.base import Context, Student, weights_digest
 from autolite.techniques.checkpoint import Checkpoint
 from autolite.techniques.distill import Distill, DistillConfig
+from autolite.techniques.schedules import WARM_UP, stable_steps, warm_up_stable_decay
 from autolite.techniques.training import Optimization, train
 from autolite.testing import tiny_model
 from tests.techniques.test_objective import shuffled
@@ -108,6 +111,40 @@ def test_the_generator_goes_on_too(stop: int, tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "run").is_file()
     assert torch.equal(trained(tmp_path / "run", 20), whole)
     assert torch.equal(torch.get_rng_state(), before), "the caller's generator stays as it was"
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one_and_ends_with_the_same_bits(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    steps: list[int] = []
+    long, short = (CONFIG.model_copy(update={"steps": n, "schedule": "constant"}) for n in (STEPS, STEPS // 3))
+    whole = DISTILL.apply(narrow(), long, prepared(make_context, None, lambda done, _: None))
+    context = replace(prepared(make_context, None, lambda done, _: steps.append(done)), trunks=tmp_path)
+    DISTILL.apply(narrow(), short, context)
+    assert [file.stem.rpartition("-")[2] for file in tmp_path.iterdir()] == [str(stable_steps(STEPS // 3))]
+    steps.clear()
+    longer = DISTILL.apply(narrow(), long, context)
+    assert steps[0] > stable_steps(STEPS // 3), "what was done is not done again"
+    assert weights_digest(longer.model) == weights_digest(whole.model)
+    other = DISTILL.apply(narrow(), long.model_copy(update={"temperature": 2.0}), context)
+    assert weights_digest(other.model) != weights_digest(whole.model)
+
+
+def test_a_run_whose_weights_go_to_their_ends_has_nothing_in_common_with_a_longer_one(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    context = replace(prepared(make_context, None, lambda done, _: None), trunks=tmp_path)
+    DISTILL.apply(narrow(), CONFIG.model_copy(update={"steps": 10}), context)
+    assert not list(tmp_path.iterdir())
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_runs_of_any_length_begin_alike(steps: int, more: int) -> None:
+    rates = [warm_up_stable_decay(step, steps) for step in range(steps)]
+    stable = stable_steps(steps)
+    assert rates[:stable] == [warm_up_stable_decay(step, steps + more) for step in range(stable)]
+    assert 0 < min(rates) <= max(rates) <= 1
+    assert rates[stable:] == sorted(rates[stable:], reverse=True) or stable < WARM_UP
 
 
 def test_how_often_it_is_saved_changes_nothing(
