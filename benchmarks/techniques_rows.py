@@ -30,8 +30,8 @@ def prune() -> Rows:
         for kind in ("taylor", "second-order"):
             settings = {**HALF, "importance": kind, "allocation": allocation}
             rows.append((f"the same, {kind}, {allocation} allocation", [("prune", settings)], 1))
-    for fraction in (0.84, 0.67):
-        name, ways = f"{fraction:.0%} of the layers", ("spaced", "similarity", "damage", "second-order")
+    for fraction, name in ((0.84, "one layer of six fewer"), (0.67, "two layers fewer")):
+        ways = ("spaced", "similarity", "damage", "second-order")
         rows += [(f"{name}, {how}", [("prune", {"depth": fraction, "layers": how})], 1) for how in ways]
         settings = {"depth": fraction, "layers": "damage", "reconstruct": True}
         rows.append((f"{name}, damage, rest re-fitted", [("prune", settings)], 1))
@@ -133,6 +133,7 @@ def decoder() -> Rows:
         "kmeans4",
         "kmeans3",
         "kmeans2",
+        "nf4",
         "pot4",
     ):
         roundings = ("nearest",) if form == "int8" else ("nearest", "weighted", "gptq")
@@ -179,7 +180,7 @@ def embedding() -> Rows:
         for weighting in ("frequency", "none")
     ]
     rows += [
-        (f"tokens used {count} times", [("embedding", {"vocabulary": "used", "min_count": count})], 1)
+        (f"tokens used {count} times or more", [("embedding", {"vocabulary": "used", "min_count": count})], 1)
         for count in (1, 5)
     ]
     rows.append(("6000 tokens", [("embedding", {"vocabulary": 6000.0})], 1))
@@ -211,7 +212,7 @@ def recipes() -> Rows:
 
 
 def smallest() -> Rows:
-    """All techniques together, to a 25th of the teacher's bytes: what was best of `recipes`."""
+    """All techniques but sharing, to a 25th of the teacher's bytes: what was best of `recipes`."""
     names = ("cut, nothing trained, fp32", "and distilled, fp32", "and rounded, GPTQ", "and recovered in these formats")
     return [(name, steps, SEEDS) for name, steps in zip(names, recipe(*RECIPES[CHOSEN]), strict=True)]
 

@@ -240,6 +240,32 @@ def _by_rows(graph: Graph, weights: Weights, rows: Rows | None) -> str:
     return value if by_rows else graph.op("Transpose", value, perm=(1, 0))
 
 
+def rotate(graph: Graph, x: str, positions: str, rotary: Any) -> str:
+    """Turn the heads of `x` [batch, tokens, width] by their `positions` [tokens] (RoPE, Su et al. 2021).
+
+    Sines are computed per call: tables for the longest input would outweigh a small model.
+
+    Args:
+        graph: to add to.
+        x: queries or keys.
+        positions: int64.
+        rotary: the model's rotary embedding, a module of transformers.
+
+    Raises:
+        ModelError: if its angles change with the length.
+    """
+    kind = str(getattr(rotary, "rope_type", "default"))
+    if kind in ("dynamic", "longrope"):
+        raise ModelError(f"rotary positions of type '{kind}' change with the length and cannot be emitted")
+    column = graph.op("Unsqueeze", graph.op("Cast", positions, to=TensorProto.FLOAT), graph.constant([1]))
+    angles = graph.op("Mul", column, graph.constant(rotary.inv_freq.float()[None, :]))
+    scaling = graph.constant(float(rotary.attention_scaling))
+    cos, sin = (graph.op("Mul", graph.op(f, angles), scaling) for f in ("Cos", "Sin"))
+    # All positions, where ONNX Runtime would do with the first: OpenVINO reads that as the position of every token.
+    ids = graph.op("Expand", positions, graph.op("Shape", "input_ids"))
+    return graph.op("RotaryEmbedding", x, ids, cos, sin, domain=CONTRIB, interleaved=0)
+
+
 def project(graph: Graph, x: str, weights: Weights, kernel: str, widths: Sequence[int]) -> list[str]:
     """One product with merged matrices, split into what each gives."""
     merged = product(graph, x, weights, kernel)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,8 +41,9 @@ from autolite.runtime.blocks import (
     attend_first,
     normalize,
     project,
+    rotate,
 )
-from autolite.runtime.graph import CONTRIB, Graph, Input
+from autolite.runtime.graph import Graph, Input
 from autolite.runtime.linear import Weights, decoded, encoded_of, lookup, product, products, weights_of
 from autolite.runtime.variants import Choices, Place, usual
 from autolite.techniques.base import Student
@@ -338,26 +338,10 @@ class _Emitter:
         return self.per_sequence(normalize(self.graph, heads, norm), width)
 
     def rotate(self, x: str) -> str:
-        """Turn the heads of `x` [batch, tokens, width] by their positions (RoPE, Su et al. 2021), if the model does.
-
-        Sines are computed per call: tables for the longest input would outweigh a small model.
-        """
-        base = self.student.model.base_model
-        path = family_of(self.student.model.config).rotary
-        if not path:
-            return x
-        rotary: Any = base.get_submodule(path)
-        kind = str(getattr(rotary, "rope_type", "default"))
-        if kind in ("dynamic", "longrope"):
-            raise ModelError(f"rotary positions of type '{kind}' change with the length and cannot be emitted")
-        graph = self.graph
-        positions = graph.op("Unsqueeze", graph.op("Cast", self.positions(), to=TensorProto.FLOAT), graph.constant([1]))
-        angles = graph.op("Mul", positions, graph.constant(rotary.inv_freq.float()[None, :]))
-        scaling = graph.constant(float(rotary.attention_scaling))
-        cos, sin = (graph.op("Mul", graph.op(f, angles), scaling) for f in ("Cos", "Sin"))
-        # All positions, where ONNX Runtime would do with the first: OpenVINO reads that as the position of every token.
-        ids = graph.op("Expand", self.positions(), graph.op("Shape", "input_ids"))
-        return graph.op("RotaryEmbedding", x, ids, cos, sin, domain=CONTRIB, interleaved=0)
+        """Turn the heads of `x` [batch, tokens, width] by their positions, if the model does."""
+        model = self.student.model
+        path = family_of(model.config).rotary
+        return rotate(self.graph, x, self.positions(), model.base_model.get_submodule(path)) if path else x
 
     def dims(self, *rest: int) -> str:
         """Return the shape [batch, tokens, *rest] as a value."""
