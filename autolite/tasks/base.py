@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -33,6 +35,16 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the name, lengths, ids, token types and labels, in hexadecimal."""
+        digest = hashlib.sha256(self.name.encode())
+        digest.update(np.array([len(ids) for ids in self.input_ids], dtype="<i8").tobytes())
+        for rows in (self.input_ids, self.token_type_ids or [], [self.labels]):
+            values = np.concatenate([np.zeros(0, np.int64), *(np.ravel(row) for row in rows)])
+            digest.update(values.astype("<i8" if values.dtype.kind == "i" else "<f8").tobytes())
+        return digest.hexdigest()
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Split:
         """Return the examples at `indices`, in that order."""

@@ -103,16 +103,12 @@ def test_profiles_of_the_users_own_are_known_by_content_wherever_a_process_begin
 def test_a_limit_that_only_a_further_target_meets_is_held_there(
     several: Result, run_search: RunSearch, tmp_path: Path
 ) -> None:
-    def least(target: str) -> float:
-        fastest = min((c.latency_ms for c in read_front(several.path, target)), key=lambda each: each.low)
-        return fastest.low
-
-    fast, slow = sorted(TARGETS, key=least)
-    limit = least(slow) / 2
+    slow, fast = "raspberry-pi-5", "x86-avx512"  # several times as fast
+    limit = 0.75 * min(candidate.latency_ms.value for candidate in read_front(several.path, slow))
     found = run_search(target=(slow, fast), budget="4trials", max_latency=limit, out=tmp_path / "run")
     there = read_front(found.path, fast)
     assert not found.front.candidates
-    assert found.front.nearest_misses[0]["latency_ms"]["low"] > limit
+    assert found.front.nearest_misses[0]["latency_ms"]["value"] > limit
     assert len(there)
     assert all(candidate.test is not None for candidate in there)
     assert there.teacher["test"] is not None
