@@ -24,12 +24,13 @@ from rich.console import Console
 import autolite
 from autolite import registry
 from autolite.architecture import shape_of
-from autolite.front import Candidate, Interval, Result
+from autolite.front import Candidate, Interval, Result, read_front
 from autolite.measure import Workload
 from autolite.reload import load_model
 from autolite.report.live import watch
 from autolite.report.tables import front_table
 from autolite.search.scoring import Score, kept, score
+from autolite.search.studies import read_trials
 from autolite.tasks.base import DataSpec, Split
 from autolite.techniques.base import Student
 
@@ -103,6 +104,15 @@ def lines(result: Result, judge: Judge) -> Iterator[str]:
         )
 
 
+def share_of_trials(run: Path) -> float:
+    """Return which part of the processes' time was training, emitting, scoring and measuring of trials; the rest is the
+    start, the teacher and its estimates, the test split, and the engine itself."""
+    name = (run / ".name").read_text(encoding="utf-8")
+    trials = [t for each in read_trials(f"sqlite:///{(run / 'study.db').resolve()}", name).values() for t in each]
+    processes = len({t.user_attrs["worker"] for t in trials})
+    return sum(t.user_attrs["seconds"] for t in trials) / (processes * float(read_front(run).budget["spent_seconds"]))
+
+
 @click.command()
 @click.option("--teacher", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
@@ -110,8 +120,20 @@ def lines(result: Result, judge: Judge) -> Iterator[str]:
 @click.option("--target", default="local", show_default=True)
 @click.option("--space", default="default", show_default=True, help="Search spaces, by comma.")
 @click.option("--seeds", default=1, show_default=True)
+@click.option("--sampler", default="additive", show_default=True)
+@click.option("--workers", default=0, show_default=True, help="Further processes, which share the cores.")
 @click.option("--out", default="runs/search", show_default=True, type=click.Path(path_type=Path))
-def main(teacher: Path, data: Path, budget: str, target: str, space: str, seeds: int, out: Path) -> None:
+def main(
+    teacher: Path,
+    data: Path,
+    budget: str,
+    target: str,
+    space: str,
+    seeds: int,
+    sampler: str,
+    workers: int,
+    out: Path,
+) -> None:
     console = Console(width=200)
     judge = judge_of(teacher, data, out / "teacher")
     for name in space.split(","):
@@ -125,6 +147,8 @@ def main(teacher: Path, data: Path, budget: str, target: str, space: str, seeds:
                     space=name,
                     budget=budget,
                     seed=seed,
+                    sampler=sampler,
+                    workers=workers,
                     out=out / f"{name}-{seed}",
                     observer=observer,
                 )
@@ -134,6 +158,7 @@ def main(teacher: Path, data: Path, budget: str, target: str, space: str, seeds:
             )
             for line in lines(result, judge):
                 console.print(line, markup=False)
+            console.print(f"\n{share_of_trials(result.path):.1%} of the time of all processes went into trials")
 
 
 if __name__ == "__main__":

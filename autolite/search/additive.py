@@ -25,7 +25,7 @@ SPREAD = 1.0  # of a cost about its estimate, as a part of it
 UNKNOWN = 0.02  # the spread of a cost that there is no estimate of
 LEAST = 1e-3  # and of one whose estimate is zero
 MISFIT = 0.1  # costs do not quite add up: spread of what was observed about the sum, as a part of it
-WORST = 0.3  # of the quality lost, from which on a plan is worth nothing
+WORST = 0.2  # of the quality lost, from which on a plan is worth nothing, if most lose less
 OPTIMISM = (1.0, 0.5, 0.25, 0.1)  # factors of what plans are predicted to lose, if none is predicted to add anything
 SURE, DRAWN = 8, 4  # after so many plans, costs are drawn from their posterior for one proposal of so many
 SWITCHES = 128  # plans with one or two switched levels
@@ -83,6 +83,11 @@ def corrected(
     # Fewer plans than features: the smaller of both equivalent systems.
     change = left.T @ np.linalg.solve(left @ left.T + np.eye(len(lost)), (seen - used @ prior) * precision)
     return np.maximum(prior + width * change, 0)
+
+
+def worst(lost: NDArray[np.float64]) -> float:
+    """Return what a plan may lose to be worth something, where others lost so much: `WORST`, or their median."""
+    return max(WORST, float(np.median(lost))) if len(lost) else WORST
 
 
 def draws(seen: int) -> bool:
@@ -241,7 +246,7 @@ def propose(
     if not found:
         return None
     offered = np.concatenate([each.points for each in found])
-    reference = np.array([WORST, *np.maximum(points[:, 1:].max(0, initial=0), 0)]) + 1e-6
+    reference = np.array([worst(points[:, 0]), *np.maximum(points[:, 1:].max(0, initial=0), 0)]) + 1e-6
     outside = (offered[:, 1:] > np.log(np.array(within))).any(1)
     owners = np.repeat(np.arange(len(found)), [len(each.points) for each in found])
     starts = np.cumsum([0, *(len(each.points) for each in found)])

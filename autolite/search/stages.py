@@ -15,6 +15,7 @@ from autolite.compress import canonical, student_plan
 from autolite.errors import PlanError
 from autolite.hardware.predict import predict
 from autolite.pareto import nondominated, spread_subset
+from autolite.search.additive import worst
 from autolite.search.confirm import TIMING_SECONDS
 from autolite.search.evaluate import price
 from autolite.search.frontier import seeds
@@ -210,19 +211,19 @@ def _effort(trials: Sequence[FrozenTrial]) -> int:
 def promote(problem: Problem, trials: list[FrozenTrial], count: int, *, keep_floor: bool) -> list[FrozenTrial]:
     """Choose the trials that together dominate the most of (quality, log latency, log size), the best first.
 
-    With `keep_floor` (qualities after recovery), what lies far below the quality asked for counts nothing. Plans that
+    What lies far below the others counts nothing; with `keep_floor` (qualities after recovery), what lies far below the
+    quality asked for. Plans that
     differ only in number formats share a student, so each student is chosen once as long as there are others.
     """
     if not trials or count < 1:
         return []
     points = objectives(problem, trials)
-    worst = points.max(0) + 1e-6
-    if keep_floor:
-        drop = problem.settings.constraints.max_drop
-        floor = 0.1 if drop is None else max(4 * drop, 0.02)
-        worst[0] = min(worst[0], floor)
-    worst[1:] = np.maximum(worst[1:], 1e-6)
-    order = spread_subset(points, worst.tolist(), len(trials))
+    reference = points.max(0) + 1e-6
+    drop = problem.settings.constraints.max_drop
+    recovered = 0.1 if drop is None else max(4 * drop, 0.02)
+    reference[0] = min(reference[0], recovered if keep_floor else worst(points[:, 0]))
+    reference[1:] = np.maximum(reference[1:], 1e-6)
+    order = spread_subset(points, reference.tolist(), len(trials))
     students = [str(trials[i].user_attrs["student"]) for i in order]
     first = [i for place, i in enumerate(order) if students[place] not in students[:place]]
     rest = [i for i in order if i not in first]

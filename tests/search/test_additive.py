@@ -81,7 +81,7 @@ def estimating(space: Space, factors: list[float]) -> Frontier:
     """Estimates that grow with the level, and are so many times as large in each layer."""
     frontier = Frontier(space, context_of(), price)
     for name, setting in space.layered.items():
-        table = np.outer(np.linspace(0, 0.05, len(setting.levels)), factors)
+        table = np.outer(np.linspace(0, 0.03, len(setting.levels)), factors)
         frontier.context.memory[f"damage-{name}-{setting.levels}"] = table
     return frontier
 
@@ -90,8 +90,8 @@ def test_wrong_estimates_are_overcome(space: Space) -> None:
     """The estimates say that the layers' order of sensitivity is the reverse of what it is."""
     truth, turned = estimating(space, [0.5, 1.0, 2.0]), estimating(space, [2.0, 1.0, 0.5])
     best, learned = volume(searched(truth, truth, 16)), searched(turned, truth, 16)
-    assert volume(learned) > 0.85 * best
-    assert volume(learned[:3]) < 0.85 * best
+    assert volume(learned) > 0.8 * best
+    assert volume(learned[:3]) < 0.8 * best
 
 
 def test_what_is_above_a_limit_is_not_proposed(space: Space) -> None:
