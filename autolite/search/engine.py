@@ -14,11 +14,10 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from autolite.architecture import ModelShape
-from autolite.compress import canonical, is_trained, student_plan, untrained
+from autolite.compress import canonical, is_trained, student_plan
 from autolite.errors import PlanError, TargetError
 from autolite.files import sha256
 from autolite.front import Candidate
-from autolite.hardware.local import cpu_name
 from autolite.host_lock import give_way, working
 from autolite.measure import Measurement
 from autolite.pareto import nondominated
@@ -31,12 +30,12 @@ from autolite.search.problem import Problem
 from autolite.search.progress import Clock, FrontRow, Observer, Snapshot
 from autolite.search.proposal import proposal
 from autolite.search.racing import Behind, surely_behind
+from autolite.search.record import REFUSED, of_evaluation, of_training
 from autolite.search.scoring import Score, kept
 from autolite.search.stages import RUNGS, Decision, decide, expected_seconds, objectives
 from autolite.search.studies import LEVELS, StageStudy
 from autolite.space import STAGES, Stage
 from autolite.store import Store
-from autolite.techniques.schedules import stable_steps
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 SPLITS: dict[Stage, str] = {"screen": "screen", "recover": "search", "confirm": "selection"}
 EXPLORE_AFTER = 5  # fruitless trials in a row before the sampler is replaced by a random one
 MAX_FRUITLESS = 200
-REFUSED = 1e30  # milliseconds on a target that cannot run a plan
 OPEN = "open stage"  # the fact with the stage that all processes work on now, and its decision
 WORKER = "worker "  # before the owner, in the keys of the leases by which workers say that they are there
 
@@ -306,20 +304,11 @@ class Engine:
             for file in found.files:
                 final = problem.settings.out / candidate.path / file.name
                 self.store.add_artifact(plan.digest, final, sha256(final))
+        before, beside = self.studies["recover"].trials(), self.studies[stage].trials()
         attributes = {
-            "stage": stage,
-            "plan": plan.to_json(),
-            "plan_digest": plan.digest,
-            "recipe": untrained(plan).digest,
-            **self._training(stage, plan, decision.effort, found.train_seconds),
+            **of_evaluation(stage, plan, fraction, len(found.seen), latency.value, prices),
+            **of_training(stage, plan, decision.effort, found.train_seconds, before, beside),
             "worker": self.leases.owner,
-            "scored_on": cpu_name(),
-            "kept": fraction.value,
-            "kept_low": fraction.low,
-            "examples": len(found.seen),
-            "latency_ms": latency.value,
-            "latency_elsewhere": [None if each == REFUSED else each for each in prices[2:]],
-            "prices": prices,
             "seconds": seconds,
             "measurements": self.store.add_measurements(plan.digest, stage, measurements),
         }
@@ -334,25 +323,6 @@ class Engine:
         self._finish(stage, trial, lease, [value, latency.value, found.predicted["size_bytes"].value])
         self.clock.save(force=True)
         self.show(front=self._front(stage), front_stage=stage, trials=self._counts())
-
-    def _training(self, stage: Stage, plan: Plan, effort: int, seconds: float) -> dict[str, Any]:
-        """Return what a trial remembers of its training: who else has this student, and what it cost to make. A student
-        that was trained before cost nothing now, and one that was trained for fewer steps less."""
-        student, trunk = student_plan(plan).digest, untrained(student_plan(plan)).digest
-        shorter = [t.user_attrs for t in self.studies["recover"].trials() if t.user_attrs.get("trunk") == trunk]
-        resumed = max((a["resumable_steps"] for a in shorter if a["effort"] < effort), default=0)
-        siblings = [t.user_attrs for t in self.studies[stage].trials() if t.user_attrs["student"] == student]
-        costs = [(seconds, effort - resumed), *((a["train_seconds"], a["trained_steps"]) for a in siblings)]
-        dearest, steps = max(costs)
-        return {
-            "student": student,
-            "trunk": trunk,
-            "effort": effort,
-            "own_train_seconds": seconds,
-            "train_seconds": dearest,
-            "trained_steps": steps,
-            "resumable_steps": 0 if stage == "screen" else stable_steps(effort),
-        }
 
     def _tell_infeasible(
         self,

@@ -1,0 +1,82 @@
+"""What a trial remembers of its evaluation, in its attributes: the later stages plan by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from autolite.compress import student_plan, untrained
+from autolite.front import Interval
+from autolite.hardware.local import cpu_name
+from autolite.plan import Plan
+from autolite.space import Stage
+from autolite.techniques.schedules import stable_steps
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+REFUSED = 1e30  # milliseconds on a target that cannot run a plan
+
+
+def of_evaluation(
+    stage: Stage, plan: Plan, kept: Interval, examples: int, latency: float, prices: Sequence[float]
+) -> dict[str, Any]:
+    """Return the attributes that say what was found.
+
+    Args:
+        stage: of the trial.
+        plan: canonical.
+        kept: of the teacher's quality.
+        examples: that were scored.
+        latency: in milliseconds on the first target, measured or predicted.
+        prices: predicted before: latency on the first target, bytes, and the latencies on the others or `REFUSED`.
+    """
+    return {
+        "stage": stage,
+        "plan": plan.to_json(),
+        "plan_digest": plan.digest,
+        "recipe": untrained(plan).digest,
+        "scored_on": cpu_name(),
+        "kept": kept.value,
+        "kept_low": kept.low,
+        "examples": examples,
+        "latency_ms": latency,
+        "latency_elsewhere": [None if each == REFUSED else each for each in prices[2:]],
+        "prices": list(prices),
+    }
+
+
+def of_training(
+    stage: Stage,
+    plan: Plan,
+    effort: int,
+    seconds: float,
+    before: Sequence[FrozenTrial],
+    beside: Sequence[FrozenTrial],
+) -> dict[str, Any]:
+    """Return the attributes that say which student a plan has, and what it cost to make. One that was trained before
+    cost nothing now, and one that was trained for fewer steps before less.
+
+    Args:
+        stage: of the trial.
+        plan: canonical.
+        effort: training steps.
+        seconds: that compression took now.
+        before: trials whose training may have been gone on from.
+        beside: trials of this stage, which may have the same student.
+    """
+    student, trunk = student_plan(plan).digest, untrained(student_plan(plan)).digest
+    shorter = [t.user_attrs for t in before if t.user_attrs["trunk"] == trunk and t.user_attrs["effort"] < effort]
+    resumed = max((each["resumable_steps"] for each in shorter), default=0)
+    siblings = [t.user_attrs for t in beside if t.user_attrs["student"] == student]
+    costs = [(seconds, effort - resumed), *((each["train_seconds"], each["trained_steps"]) for each in siblings)]
+    dearest, steps = max(costs)
+    return {
+        "student": student,
+        "trunk": trunk,
+        "effort": effort,
+        "own_train_seconds": seconds,
+        "train_seconds": dearest,
+        "trained_steps": steps,
+        "resumable_steps": 0 if stage == "screen" else stable_steps(effort),
+    }
