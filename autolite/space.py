@@ -187,6 +187,9 @@ class Space(BaseModel):
         `by_layer` are the levels of the settings whose value is "by-layer", one for each layer.
         """
         values = {**self.complete(params), **(by_layer or {})}
+        for name in self.layered:  # one plan has one name
+            if isinstance(values[name], list | tuple) and len(set(values[name])) == 1:
+                values[name] = values[name][0]
         steps = []
         for name, settings in self.techniques:
             technique = registry.get("technique", name)

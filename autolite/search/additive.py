@@ -7,7 +7,7 @@ with one or two levels switched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ WORST = 0.2  # of the quality lost, from which on a plan is worth nothing, if mo
 OPTIMISM = (1.0, 0.5, 0.25, 0.1)  # factors of what plans are predicted to lose, if none is predicted to add anything
 SURE, DRAWN = 8, 4  # after so many plans, costs are drawn from their posterior for one proposal of so many
 SWITCHES = 128  # plans with one or two switched levels
+LOOKED_AT = 64  # of the plans that add most: whether they are new
 STRUCTURES = 8  # neighbours of the front's structures that are looked at beside them
 
 Feature = tuple[str, str, int]  # kind, name and number; kinds are "level <i>", "gone", "shared" and "value <v>"
@@ -72,8 +73,10 @@ def corrected(
     noise = np.hypot(MISFIT * lost, errors)
     precision = 1 / noise
     predicted = used @ estimates
-    norm = (precision**2 * predicted**2).sum()
-    scale = max(float((precision**2 * predicted * lost).sum() / norm), 1e-3) if norm > 0 else 1.0
+    # Of plans that are ruined, what they lose no longer grows with what it is predicted to be.
+    weights = precision**2 * (lost <= worst(lost))
+    norm = (weights * predicted**2).sum()
+    scale = max(float((weights * predicted * lost).sum() / norm), 1e-3) if norm > 0 else 1.0
     width = SPREAD * scale * estimates + unknown
     prior, seen = scale * estimates, lost
     if rng is not None:
@@ -171,11 +174,12 @@ def _part(name: str) -> str:
 def _levels(frontier: Frontier, params: Mapping[str, Any], structure: Structure) -> dict[Feature, float]:
     """Return the features of a plan that are levels of layers."""
     found: dict[Feature, float] = {}
+    layered = frontier.space.layered
     for block in structure.options:
         for name in block.names:
             value = params[name]
             level = value[block.layers[0]] if isinstance(value, list | tuple) else value
-            place = frontier.space.layered[name].levels.index(level)
+            place = layered[name].levels.index(level)
             for source in block.sources:
                 found[f"level {place}", name, source] = 1.0
     return found
@@ -192,7 +196,8 @@ def _others(frontier: Frontier, params: Mapping[str, Any], structure: Structure)
         for source in block.sources if len(block.sources) > 1 else ():
             found["shared", block.part, source] = 1 - 1 / len(block.sources)
     for name, value in _structural(frontier, params).items():
-        found[f"value {value}", name, 0] = 1.0
+        if value != frontier.space.settings[name].extremes()[0]:  # the first choice costs nothing
+            found[f"value {value}", name, 0] = 1.0
     return found
 
 
@@ -222,7 +227,7 @@ class _Candidates:
 def propose(
     frontier: Frontier,
     seen: Sequence[Observation],
-    tried: Iterable[Params],
+    is_new: Callable[[Params], bool],
     columns: Sequence[int],
     within: tuple[float, float],
     rng: np.random.Generator,
@@ -232,7 +237,7 @@ def propose(
     Args:
         frontier: of which the space, the estimates and the prices are used.
         seen: what was evaluated, and for what is evaluated just now what is predicted.
-        tried: parameters, settled, that are not to be proposed again.
+        is_new: whether a plan of such parameters can be made, and is not tried already.
         columns: of (quality lost, log latency, log size), the objectives.
         within: limits of latency and size, as parts of the teacher's.
         rng: the source of randomness.
@@ -241,7 +246,6 @@ def propose(
     points = np.array([[each.lost, *each.prices] for each in seen]).reshape(-1, 3)
     best = nondominated(points[:, columns]) if len(seen) else np.zeros(0, bool)
     parents = [each for each, good in zip(seen, best, strict=True) if good]
-    known = {_key(frontier, params) for params in tried}
     found = list(_candidates(frontier, costs, parents, rng))
     if not found:
         return None
@@ -256,10 +260,10 @@ def propose(
         gain = gains(hoped[:, places], points[best][:, places], reference[places].tolist())
         gain[outside] = 0
         order = np.argsort(-gain, kind="stable")
-        for place in order[gain[order] > 0]:
+        for place in order[gain[order] > 0][:LOOKED_AT]:
             each = found[owners[place]]
             params = {**each.params, **by_layer(each.structure.options, each.chosen[place - starts[owners[place]]])}
-            if _key(frontier, params) not in known:
+            if is_new(params):
                 return params
     return None
 
@@ -344,13 +348,3 @@ def _structures(frontier: Frontier, parents: Sequence[Observation], rng: np.rand
         if name:
             add({**params, name: space.settings[name].draw(rng)})
     return list(found.values())
-
-
-def _key(frontier: Frontier, params: Mapping[str, Any]) -> str:
-    """Name a plan by its structure and the level of each layer."""
-    rows = {}
-    for name in frontier.space.layered:
-        value = params[name]
-        rows[name] = sorted(set(value)) if isinstance(value, list | tuple) and len(set(value)) == 1 else value
-        rows[name] = list(value) if isinstance(value, list | tuple) else value
-    return str((sorted(_structural(frontier, params).items()), sorted(rows.items())))

@@ -71,6 +71,7 @@ class Engine:
             self._teacher(stage)
             for rung in range(RUNGS[stage]):
                 decision = self._decision(stage, rung)
+                self.studies[stage].drop_queued(decision.name)
                 self.studies[stage].enqueue(decision.queue, decision.name)
                 self.store.put(OPEN, _opened(stage, decision))
                 self.work(stage, decision)
@@ -100,7 +101,7 @@ class Engine:
         processes = 1 + len(self.store.leases(WORKER))
         decision = decide(stage, rung, self.problem, self.studies, self.clock, processes)
         self.store.put(key, decision.to_json())
-        return decision
+        return Decision.from_json(self.store.get(key))  # as any other process reads it
 
     def work(self, stage: Stage, decision: Decision, goes_on: Callable[[], bool] | None = None) -> int:
         """Run trials of a stage, new ones and those of processes that died, until it is closed; returns how many.
@@ -151,9 +152,10 @@ class Engine:
                 return None
             explore = fruitless >= EXPLORE_AFTER
             if stage == "screen" and self.problem.additive and not explore and not study.waiting():
-                proposed = proposal(self.problem, study)
-                study.enqueue([] if proposed is None else [proposed], f"additive {len(study.asked())}")
+                proposed = proposal(self.problem, study, decision.effort)
+                study.enqueue([] if proposed is None else [proposed], f"additive {study.next_number()}")
             trial = study.ask(explore)
+            self.problem.space.suggest(trial, stage)  # so that the next proposal knows of it
             lease = self.leases.take(f"trial {stage} {trial.number}")
             if lease is None:
                 return None

@@ -172,6 +172,15 @@ class Frontier:
         known = self.context.memory.setdefault(f"structures-{[(n, s.levels) for n, s in layered.items()]}", {})
         key = json.dumps(sorted(rest.items()))
         if key not in known:
+            known[key] = self._made(values, mildest, known)
+        if isinstance(known[key], PlanError):
+            raise known[key]
+        found: Structure = known[key]
+        return found
+
+    def _made(self, values: Params, mildest: Params, known: dict[str, Any]) -> Structure | PlanError:
+        """Make a structure, or return why it cannot be; blocks that are `known` from another are not priced again."""
+        try:
             given = self.space.plan({**values, **mildest}, 1, self.context.seed)
             plan = resolve(given, self.context)
             base = shape_after(plan, self.context.teacher.shape)
@@ -182,9 +191,9 @@ class Frontier:
                 known[alike] = self._options(given, plan, base, mildest)
             left = {source for block in blocks_of(base) for source in block.sources}
             gone = (i for i, source in enumerate(self.context.teacher.shape.source_layers[0]) if source not in left)
-            known[key] = Structure(known[alike], self._part(base), tuple(gone))
-        found: Structure = known[key]
-        return found
+            return Structure(known[alike], self._part(base), tuple(gone))
+        except PlanError as error:
+            return error
 
     def _open(self, values: Mapping[str, Any]) -> tuple[Options, ...]:
         """The blocks' options in which what is not "by-layer" is as in `values`."""
@@ -202,7 +211,9 @@ class Frontier:
         return found
 
     def _part(self, shape: ModelShape) -> NDArray[np.float64]:
-        found: NDArray[np.float64] = np.array(self.price(shape)) / np.array(self.price(self.context.teacher.shape))
+        if "price" not in self.context.memory:
+            self.context.memory["price"] = np.array(self.price(self.context.teacher.shape))
+        found: NDArray[np.float64] = np.array(self.price(shape)) / self.context.memory["price"]
         return found
 
     def _options(self, given: Plan, plan: Plan, base: ModelShape, mildest: Mapping[str, Scalar]) -> tuple[Options, ...]:

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from autolite.compress import canonical
 from autolite.errors import PlanError
 from autolite.search.additive import Observation, learn, predicted, propose
 from autolite.search.evaluate import price
@@ -15,21 +16,22 @@ from autolite.search.studies import StageStudy, params_of
 from autolite.space import Params
 
 
-def proposal(problem: Problem, study: StageStudy) -> Params | None:
+def proposal(problem: Problem, study: StageStudy, effort: int) -> Params | None:
     """Return the parameters of the plan that is predicted to add the most hypervolume to what was evaluated, and is
-    evaluated just now; None if nothing new does."""
+    evaluated just now; None if nothing new does. `effort` is what the study's plans are trained for."""
     frontier = problem.frontier
     base = price(problem, problem.teacher.shape)
     latency, size = base["latency_ms"].value, base["size_bytes"].value
     evaluated = {t.number: t for t in study.trials()}
-    tried, seen, running = [], [], []
-    for trial in study.asked():
+    seen, running = [], []
+    asked = study.asked()
+    known = {digest for t in asked if (digest := t.user_attrs.get("plan_digest"))}
+    for trial in asked:
         try:
             params = frontier.settled(problem.space.complete(params_of(trial)))
             frontier.structure(params)
         except PlanError:
             continue
-        tried.append(params)
         if trial.number in evaluated:
             attributes = trial.user_attrs
             lost, error = 1 - attributes["kept"], (attributes["kept"] - attributes["kept_low"]) / 1.96
@@ -41,7 +43,18 @@ def proposal(problem: Problem, study: StageStudy) -> Params | None:
         costs = learn(frontier, seen)
         seen += [predicted(frontier, costs, params) for params in running]
     limits = problem.settings.constraints
-    within = (limits.max_latency_ms or math.inf) / latency, (limits.max_size_bytes or math.inf) / size
+    # Another target may be as fast as is asked for where this one is not.
+    slowest = math.inf if problem.others else limits.max_latency_ms or math.inf
+    within = slowest / latency, (limits.max_size_bytes or math.inf) / size
+
+    def is_new(params: Params) -> bool:
+        try:
+            plan = problem.plan(params, effort)
+            problem.shape(plan)
+        except PlanError:
+            return False
+        return canonical(plan, problem.teacher.shape).digest not in known
+
     columns = [OBJECTIVES.index(name) for name in problem.settings.objectives]
-    found = propose(frontier, seen, tried, columns, within, np.random.default_rng(study.next_seed()))
+    found = propose(frontier, seen, is_new, columns, within, np.random.default_rng(study.next_seed()))
     return None if found is None else problem.space.complete(found)

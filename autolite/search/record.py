@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from autolite.compress import student_plan, untrained
+from autolite.compress import student_plan, training, untrained
 from autolite.front import Interval
 from autolite.hardware.local import cpu_name
 from autolite.plan import Plan
@@ -78,5 +78,5 @@ def of_training(
         "own_train_seconds": seconds,
         "train_seconds": dearest,
         "trained_steps": steps,
-        "resumable_steps": 0 if stage == "screen" else stable_steps(effort),
+        "resumable_steps": 0 if stage == "screen" or not training(plan) else stable_steps(effort),
     }

@@ -102,7 +102,7 @@ def decide(
     wanted = new if stage == "recover" else math.ceil(new * FINALISTS_SHARE)
     distinct = math.ceil(new * (1 - OPEN_SHARE)) if first else wanted
     chosen = promote(problem, source, distinct, keep_floor=bool(recovered))
-    effort = limits.effort // LONGER if first else limits.effort
+    effort = max(1, limits.effort // LONGER) if first else limits.effort
     if deadline is not None and space.trains and chosen:
         floor = 2 * space.stages["screen"].effort if first else _effort(source)
         seconds = deadline - clock.spent
@@ -110,10 +110,13 @@ def decide(
             others = new * _folder_seconds(problem, processes) + (new - len(chosen)) * _scoring_seconds(source)
             seconds -= others / processes
         share = len(chosen) / max(wanted, len(chosen))  # some are trained again, with other settings
-        chosen, effort = _fit(chosen, seconds * share, floor, limits.max_effort, processes)
+        resumes = (problem.settings.out / "cache" / "trunks").is_dir()  # else a finished run goes on
+        chosen, effort = _fit(chosen, seconds * share, floor, limits.max_effort, processes, resumes=resumes)
+        if stage == "confirm":
+            effort = max(effort, _effort(chosen))
     queue: list[Params] = [problem.frontier.settled(params_of(t)) for t in chosen] or _first(problem, new)
     if stage != "screen":
-        again = queue[: wanted - len(queue)] if first else []
+        again = queue[: min(wanted - len(queue), math.ceil(len(queue) / 2))] if first else []
         queue = [space.complete(params) for params in queue] + again
     if stage == "confirm":
         queue += _formats(problem, queue, new - len(queue))
@@ -249,14 +252,14 @@ def objectives(problem: Problem, trials: Sequence[FrozenTrial]) -> np.ndarray:
 
 
 def _fit(
-    chosen: list[FrozenTrial], seconds: float, floor: int, ceiling: int, processes: int = 1
+    chosen: list[FrozenTrial], seconds: float, floor: int, ceiling: int, processes: int = 1, *, resumes: bool = True
 ) -> tuple[list[FrozenTrial], int]:
     """Drop the last plans until the others can be trained for twice `floor` steps in the time there is, but keep two:
-    what looks best now may not stay so. What a plan has been trained for already is not done again. Each of several
-    processes trains whole plans, one after the other."""
+    what looks best now may not stay so. What a plan has been trained for already is not done again, if it `resumes`.
+    Each of several processes trains whole plans, one after the other."""
     while True:
         each = [_a_step([t]) for t in chosen]
-        done = sum(s * t.user_attrs["resumable_steps"] for s, t in zip(each, chosen, strict=True))
+        done = sum(s * t.user_attrs["resumable_steps"] for s, t in zip(each, chosen, strict=True)) if resumes else 0.0
         overhead = len(chosen) * _scoring_seconds(chosen)
         rounds = math.ceil(len(chosen) / processes)
         effort = int((seconds * len(chosen) / rounds - overhead + done) / max(sum(each), 1e-6))

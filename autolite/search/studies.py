@@ -101,6 +101,12 @@ class StageStudy:
                 attributes = {"queued": name} | ({LEVELS: levels} if levels else {})
                 self.study.enqueue_trial({**params, **dict.fromkeys(levels, BY_LAYER)}, user_attrs=attributes)
 
+    def drop_queued(self, key: str) -> None:
+        """Give up what is queued under other keys than `key`: what an earlier rung did not get to."""
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            if not str(trial.user_attrs.get("queued")).startswith(f"{key} "):
+                self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
     def running(self) -> list[FrozenTrial]:
         """Return the trials that were begun and not told yet, the teacher's left out."""
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -144,11 +150,14 @@ class StageStudy:
         self.study.sampler = SAMPLERS["random"](seed) if explore else self.sampler(seed)
         return self.study.ask()
 
+    def next_number(self) -> int:
+        """Return the number of the trial that is asked next."""
+        trials = self.study.get_trials(deepcopy=False)
+        return next((t.number for t in trials if t.state == TrialState.WAITING), len(trials))
+
     def next_seed(self) -> int:
         """Return the seed of the trial that is asked next: a resumed study then asks what an undisturbed one would."""
-        trials = self.study.get_trials(deepcopy=False)
-        number = next((t.number for t in trials if t.state == TrialState.WAITING), len(trials))
-        return self._seed_of(number)
+        return self._seed_of(self.next_number())
 
     def _seed_of(self, number: int) -> int:
         return zlib.crc32(f"{self.seed} {self.stage} {number}".encode())

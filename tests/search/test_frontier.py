@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import optuna
 import pytest
 import torch
 
@@ -20,6 +19,7 @@ from autolite.hardware.profile import load_profile
 from autolite.measure import Workload
 from autolite.search.frontier import Frontier, seeds
 from autolite.search.sensitivity import damages
+from autolite.search.studies import read_trials
 from autolite.space import BY_LAYER, Params, Scalar, Space, load_space
 from autolite.surgery import clone, keep_layers
 from autolite.techniques.base import Context, Student
@@ -183,12 +183,19 @@ def test_a_setting_that_cannot_differ_between_layers_is_refused(tmp_path: Path) 
         load_space(str(file))
 
 
-def test_a_search_tries_levels_by_layer_and_ends_with_a_front(run_search: RunSearch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampler", ["additive", "tpe"])
+def test_a_search_tries_levels_by_layer_and_ends_with_a_front(
+    sampler: str, run_search: RunSearch, tmp_path: Path
+) -> None:
     file = tmp_path / "layers.yaml"
     file.write_text(SPACE, encoding="utf-8")
-    result = run_search(space=str(file), budget="14trials", out=tmp_path / "run")
+    result = run_search(space=str(file), budget="14trials", sampler=sampler, out=tmp_path / "run")
     assert len(result.front)
-    storage = f"sqlite:///{result.path / 'study.db'}"
-    tried = optuna.load_study(study_name="run/screen", storage=storage).trials[1:]
-    configs = [step["config"] for t in tried if "plan" in t.user_attrs for step in t.user_attrs["plan"]["steps"]]
+    assert {candidate.stage for candidate in result.front} == {"confirm"}
+    trials = read_trials(f"sqlite:///{result.path / 'study.db'}", "run")
+    assert [len(each) for each in trials.values()] == [8, 3, 3]
+    assert len({t.user_attrs["effort"] for t in trials["recover"]}) == 2, "two rungs"
+    configs = [step["config"] for t in trials["screen"] for step in t.user_attrs["plan"]["steps"]]
     assert any(isinstance(config.get("ffn"), list) and len(set(config["ffn"])) > 1 for config in configs)
+    plans = {t.user_attrs["recipe"] for t in trials["recover"]}
+    assert len(plans) < len(trials["recover"]), "the second rung trains what the first one did, for longer"

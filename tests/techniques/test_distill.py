@@ -27,6 +27,7 @@ from autolite.techniques.distill import Distill, DistillConfig, stream
 from autolite.techniques.losses import hidden_loss, soft_loss
 from autolite.techniques.objective import layer_map
 from autolite.techniques.prune import Prune, PruneConfig
+from autolite.techniques.schedules import WARM_UP
 from autolite.techniques.teacher import TeacherOutputs
 
 MakeContext = Callable[..., Context]
@@ -80,13 +81,14 @@ def test_one_step_follows_the_gradient_of_the_loss(
     nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
     moved = DISTILL.apply(student, config, context)
     checked, total = 0, 0
+    rate = config.learning_rate / WARM_UP
     for (name, old), new in zip(expected.named_parameters(), moved.model.parameters(), strict=True):
         if name.endswith("key.bias"):
             continue  # the softmax ignores it, so that its gradient is rounding
         gradient = torch.zeros_like(old) if old.grad is None else old.grad
         # The first step of Adam is lr * g / (|g| + eps); decoupled weight decay applies to matrices only.
         decay = 0.01 if old.ndim >= 2 and old.grad is not None else 0.0
-        target = old * (1 - config.learning_rate * decay) - config.learning_rate * gradient / (gradient.abs() + 1e-8)
+        target = old * (1 - rate * decay) - rate * gradient / (gradient.abs() + 1e-8)
         sure = (gradient == 0) | (gradient.abs() > 1e-5)  # elsewhere rounding decides the quotient
         checked, total = checked + int(sure.sum()), total + sure.numel()
         torch.testing.assert_close(new[sure], target[sure], atol=2e-5, rtol=1e-3, msg=name)
