@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 _WORKING = "working-"  # before the number of the process, in the names of lock files
-_EVERY = 0.15  # seconds between two looks of a process at whether it has to give way; training calls at every step
+_EVERY = 0.15  # seconds between two looks of a process at whether it has to give way; training asks every ten steps
 
 
 @contextmanager
