@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 SPLITS: dict[Stage, str] = {"screen": "screen", "recover": "search", "confirm": "selection"}
 EXPLORE_AFTER = 5  # fruitless trials in a row before the sampler is replaced by a random one
-MAX_FRUITLESS = 200
+MAX_FRUITLESS = 50  # after which a space is taken to be exhausted
 OPEN = "open stage"  # the fact with the stage that all processes work on now, and its decision
 WORKER = "worker "  # before the owner, in the keys of the leases by which workers say that they are there
 
