@@ -60,7 +60,7 @@ def evaluate(
     student = compress(plan, context, students=problem.settings.out / "students")
     trained = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    files = problem.emit(student, folder)
+    files = problem.emit(student, folder, final=split == "selection")
     runner = problem.runtime.load(files[0], threads=scoring_threads())
     if student.vocabulary is None:
         examples, pad_id = problem.split(split), problem.context.pad_id
