@@ -25,7 +25,7 @@ SPREAD = 1.0  # of a cost about its estimate, as a part of it
 UNKNOWN = 0.02  # the spread of a cost that there is no estimate of
 LEAST = 1e-3  # and of one whose estimate is zero
 MISFIT = 0.1  # costs do not quite add up: spread of what was observed about the sum, as a part of it
-WORST = 0.2  # of the quality lost, from which on a plan is worth nothing, if most lose less
+WORST = 0.15  # of the quality lost, from which on a plan is worth nothing, if most lose less
 OPTIMISM = (1.0, 0.5, 0.25, 0.1)  # factors of what plans are predicted to lose, if none is predicted to add anything
 SURE, DRAWN = 8, 4  # after so many plans, costs are drawn from their posterior for one proposal of so many
 SWITCHES = 128  # plans with one or two switched levels
@@ -243,7 +243,8 @@ def propose(
         rng: the source of randomness.
     """
     costs = learn(frontier, seen, rng if draws(len(seen)) else None)
-    points = np.array([[each.lost, *each.prices] for each in seen]).reshape(-1, 3)
+    believed = learn(frontier, seen)
+    points = np.array([[_smoothed(frontier, believed, each), *each.prices] for each in seen]).reshape(-1, 3)
     best = nondominated(points[:, columns]) if len(seen) else np.zeros(0, bool)
     parents = [each for each, good in zip(seen, best, strict=True) if good]
     found = list(_candidates(frontier, costs, parents, rng))
@@ -279,6 +280,14 @@ def predicted(frontier: Frontier, costs: Costs, params: Params) -> Observation:
     chosen = np.array([[block.place(rows) for block in structure.options]])
     ((lost, latency, size),) = _points(frontier, costs, params, structure, chosen)
     return Observation(params, lost, MISFIT, (latency, size))
+
+
+def _smoothed(frontier: Frontier, costs: Costs, seen: Observation) -> float:
+    """Return what a plan is believed to lose: the mean of what was observed and what is predicted, each by its
+    precision. Else what was lucky would look like a plan worth varying."""
+    expected = predicted(frontier, costs, seen.params).lost
+    misfit, error = max(MISFIT * expected, 1e-6), max(seen.error, 1e-6)
+    return float(np.average([seen.lost, expected], weights=[error**-2, misfit**-2]))
 
 
 def _each_layer(frontier: Frontier, structure: Structure, value: Any) -> Sequence[Scalar]:

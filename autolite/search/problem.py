@@ -91,8 +91,8 @@ class Problem:
         return found
 
     def emit(self, student: Student, folder: Path, *, final: bool) -> list[Path]:
-        """Write a student's artifact for the workload. Of equivalent forms a `final` one has the fastest: by measurements
-        where the target is here, for which whatever else trains here pauses."""
+        """Write a student's artifact for the workload. Of equivalent forms a `final` one has the fastest: by
+        measurements where the target is here, for which whatever else trains here pauses."""
         tuned = final and self.profile.name == "local"
         return self.runtime.emit(student, folder, self.workload, tuned)
 
