@@ -1,5 +1,6 @@
 """Whether the cheap stages of finished searches rank plans as the dear ones do.
 
+    pip install scipy
     python benchmarks/staging.py runs/search/default-0 runs/search/uniform-0
 
 For each pair of stages and rungs: Spearman's rank correlation, over the plans that went from one to the other, between
