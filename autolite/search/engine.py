@@ -227,7 +227,10 @@ class Engine:
         candidate: Candidate | None = None
         students = problem.settings.out / "students"
 
+        marks: list[tuple[float, int]] = []  # when so many steps of the training were done
+
         def progress(done: int, total: int) -> None:
+            marks.append((time.monotonic(), done))
             give_way()
             self.leases.check(lease)
             self._progress(done, total)
@@ -250,7 +253,7 @@ class Engine:
         except PlanError as error:  # what only training shows, such as a loss that diverges
             self._tell_infeasible(stage, trial, lease, plan, predicted, {"plan": 1.0}, str(error))
             return False
-        self._tell(stage, trial, lease, plan, decision, evaluation, candidate, own, seconds)
+        self._tell(stage, trial, lease, plan, decision, evaluation, candidate, own, seconds, _a_step(marks))
         return True
 
     def _behind(self, stage: Stage, prices: list[float]) -> Behind | None:
@@ -293,6 +296,7 @@ class Engine:
         candidate: Candidate | None,
         prices: list[float],
         seconds: float,
+        a_step: float | None,
     ) -> None:
         problem = self.problem
         self.leases.check(lease, asking=True)
@@ -309,7 +313,7 @@ class Engine:
         before, beside = self.studies["recover"].trials(), self.studies[stage].trials()
         attributes = {
             **of_evaluation(stage, plan, fraction, len(found.seen), latency.value, prices),
-            **of_training(stage, plan, decision.effort, found.train_seconds, before, beside),
+            **of_training(stage, plan, decision.effort, found.train_seconds, a_step, before, beside),
             "worker": self.leases.owner,
             "seconds": seconds,
             "measurements": self.store.add_measurements(plan.digest, stage, measurements),
@@ -386,6 +390,12 @@ class Engine:
 def _mark(lease: Lease) -> str:
     """Return what keeps the files of a trial's holder apart from those of the holder before."""
     return f"-{lease.key.rpartition(' ')[2]}-{lease.token}"
+
+
+def _a_step(marks: list[tuple[float, int]]) -> float | None:
+    """Seconds that a step took, by when so many were done; None if too few were made to say."""
+    steps = marks[-1][1] - marks[0][1] if marks else 0
+    return (marks[-1][0] - marks[0][0]) / steps if steps > 0 else None
 
 
 def _opened(stage: Stage, decision: Decision) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def of_training(
     plan: Plan,
     effort: int,
     seconds: float,
+    a_step: float | None,
     before: Sequence[FrozenTrial],
     beside: Sequence[FrozenTrial],
 ) -> dict[str, Any]:
@@ -62,6 +63,7 @@ def of_training(
         plan: canonical.
         effort: training steps.
         seconds: that compression took now.
+        a_step: seconds that a training step took now, if any were made; the rest of `seconds` is work done once.
         before: trials whose training may have been gone on from.
         beside: trials of this stage, which may have the same student.
     """
@@ -69,8 +71,10 @@ def of_training(
     shorter = [t.user_attrs for t in before if t.user_attrs["trunk"] == trunk and t.user_attrs["effort"] < effort]
     resumed = max((each["resumable_steps"] for each in shorter), default=0)
     siblings = [t.user_attrs for t in beside if t.user_attrs["student"] == student]
-    costs = [(seconds, effort - resumed), *((each["train_seconds"], each["trained_steps"]) for each in siblings)]
-    dearest, steps = max(costs)
+    rate = seconds / max(effort - resumed, 1) if a_step is None else a_step
+    costs = [(seconds, effort - resumed, rate)]
+    costs += [(each["train_seconds"], each["trained_steps"], each["step_seconds"]) for each in siblings]
+    dearest, steps, rate = max(costs)
     return {
         "student": student,
         "trunk": trunk,
@@ -78,5 +82,6 @@ def of_training(
         "own_train_seconds": seconds,
         "train_seconds": dearest,
         "trained_steps": steps,
+        "step_seconds": rate,
         "resumable_steps": 0 if stage == "screen" or not training(plan) else stable_steps(effort),
     }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -188,7 +188,10 @@ def expected_seconds(problem: Problem, study: StageStudy, decision: Decision) ->
             return scoring
     trained = [t for t in done if t.user_attrs["own_train_seconds"] > 0.1][-5:]
     before = max((t.user_attrs["effort"] for t in done if t.user_attrs["effort"] < decision.effort), default=0)
-    return scoring + (decision.effort - stable_steps(before)) * _a_step(trained)
+    if not trained:
+        return scoring
+    rate, once = mean(t.user_attrs["step_seconds"] for t in trained), mean(map(_once, trained))
+    return float(scoring + once + (decision.effort - stable_steps(before)) * rate)
 
 
 def _scoring_seconds(trials: Sequence[FrozenTrial]) -> float:
@@ -201,10 +204,10 @@ def _scoring_seconds(trials: Sequence[FrozenTrial]) -> float:
     )
 
 
-def _a_step(trials: Sequence[FrozenTrial]) -> float:
-    """Seconds that a step of training takes, on average."""
-    steps = sum(t.user_attrs["trained_steps"] for t in trials)
-    return float(sum(t.user_attrs["train_seconds"] for t in trials) / max(steps, 1))
+def _once(trial: FrozenTrial) -> float:
+    """Seconds of compression that more training steps do not add to, such as fitting again what pruning left."""
+    attributes = trial.user_attrs
+    return max(0.0, float(attributes["train_seconds"] - attributes["trained_steps"] * attributes["step_seconds"]))
 
 
 def _effort(trials: Sequence[FrozenTrial]) -> int:
@@ -258,9 +261,9 @@ def _fit(
     what looks best now may not stay so. What a plan has been trained for already is not done again, if it `resumes`.
     Each of several processes trains whole plans, one after the other."""
     while True:
-        each = [_a_step([t]) for t in chosen]
+        each = [float(t.user_attrs["step_seconds"]) for t in chosen]
         done = sum(s * t.user_attrs["resumable_steps"] for s, t in zip(each, chosen, strict=True)) if resumes else 0.0
-        overhead = len(chosen) * _scoring_seconds(chosen)
+        overhead = len(chosen) * _scoring_seconds(chosen) + sum(map(_once, chosen))
         rounds = math.ceil(len(chosen) / processes)
         effort = int((seconds * len(chosen) / rounds - overhead + done) / max(sum(each), 1e-6))
         if effort >= 2 * floor or len(chosen) <= FEWEST:

@@ -63,6 +63,14 @@ def test_what_was_trained_before_is_not_paid_again() -> None:
     assert stages._fit([costing(14) for _ in range(3)], 37.5, 20, 1000)[1] == 114
 
 
+def test_what_is_done_once_does_not_grow_with_the_steps() -> None:
+    """Three plans in 37.5 s, of which each spends 7.5 s before it trains at a sixteenth of a second a step."""
+    plans = [costing() for _ in range(3)]
+    for plan in plans:
+        plan.user_attrs |= {"train_seconds": 8.0, "seconds": 8.0, "own_train_seconds": 8.0, "step_seconds": 1 / 16}
+    assert stages._fit(plans, 37.5, 20, 1000)[1] == 80
+
+
 @given(st.integers(1, 60), st.sampled_from(["9trials", "9m"]))
 def test_the_rungs_of_a_stage_are_fewer_plans_each_and_add_up_under_a_budget_of_trials(count: int, budget: str) -> None:
     rungs = [stages.trials_at("recover", rung, count, parse_budget(budget)) for rung in range(stages.RUNGS["recover"])]
@@ -73,7 +81,7 @@ def test_the_rungs_of_a_stage_are_fewer_plans_each_and_add_up_under_a_budget_of_
 
 def costing(resumable: int = 0) -> Any:
     times = {"train_seconds": 1.0, "seconds": 1.0, "own_train_seconds": 1.0}
-    steps = {"effort": 8, "trained_steps": 8, "resumable_steps": resumable}
+    steps = {"effort": 8, "trained_steps": 8, "step_seconds": 0.125, "resumable_steps": resumable}
     return SimpleNamespace(user_attrs={**times, **steps, "examples": 100})
 
 
