@@ -98,7 +98,13 @@ def test_samplers_are_known_by_name_or_given_as_a_function() -> None:
 
 
 @pytest.mark.parametrize(
-    "sampler", ["nsga2", "gp", lambda seed: TPESampler(seed=seed, n_startup_trials=2)], ids=["nsga2", "gp", "own"]
+    "sampler",
+    [
+        pytest.param("nsga2", marks=pytest.mark.slow),
+        "gp",
+        lambda seed: TPESampler(seed=seed, n_startup_trials=2),
+    ],
+    ids=["nsga2", "gp", "own"],
 )
 def test_a_search_runs_with_any_sampler(sampler: Any, run_search: RunSearch, tmp_path: Path) -> None:
     result = run_search(sampler=sampler, budget="10trials", out=tmp_path / "run")
