@@ -105,6 +105,8 @@ def decide(
     effort = max(1, limits.effort // LONGER) if first else limits.effort
     if deadline is not None and space.trains and chosen:
         floor = 2 * space.stages["screen"].effort if first else _effort(source)
+        if stage == "confirm":  # a front of several plans is worth more than training few of them for twice as long
+            floor //= 2
         seconds = deadline - clock.spent
         if stage == "confirm":  # every candidate has its folder, and the further formats are scored
             others = new * _folder_seconds(problem, processes) + (new - len(chosen)) * _scoring_seconds(source)
