@@ -25,7 +25,6 @@ from autolite.errors import PlanError, SpaceError, unknown
 from autolite.plan import Plan, make_step
 
 if TYPE_CHECKING:
-    import numpy as np
     from optuna import Trial
 
 Stage = Literal["screen", "recover", "confirm"]
@@ -86,21 +85,6 @@ class Setting(BaseModel):
         if isinstance(low, int) and isinstance(high, int) and isinstance(step or 1, int):
             return trial.suggest_int(name, low, high, step=int(step or 1), log=self.log)
         return trial.suggest_float(name, low, high, step=step, log=self.log)
-
-    def draw(self, rng: np.random.Generator) -> Scalar:
-        """Draw a value evenly; of choices one that is the same for all layers."""
-        if self.choices is not None:
-            return self.levels[rng.integers(len(self.levels))]
-        assert self.low is not None
-        assert self.high is not None
-        whole = all(isinstance(each, int) for each in (self.low, self.high, self.step or 1))
-        step = self.step or (1 if whole else None)
-        if step is not None and not self.log:
-            value = self.low + step * int(rng.integers(int((self.high - self.low) / step) + 1))
-            return int(value) if whole else value
-        part = rng.random()
-        value = self.low * (self.high / self.low) ** part if self.log else self.low + (self.high - self.low) * part
-        return round(value) if whole else float(value)
 
     def extremes(self) -> tuple[Scalar, ...]:
         """Return every choice, or both ends of the range."""

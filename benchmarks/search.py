@@ -31,6 +31,7 @@ from autolite.report.live import watch
 from autolite.report.tables import front_table
 from autolite.search.scoring import Score, kept, score
 from autolite.search.studies import read_trials
+from autolite.store import database_of
 from autolite.tasks.base import DataSpec, Split
 from autolite.techniques.base import Student
 
@@ -107,8 +108,7 @@ def lines(result: Result, judge: Judge) -> Iterator[str]:
 def share_of_trials(run: Path) -> float:
     """Return which part of the processes' time was training, emitting, scoring and measuring of trials; the rest is the
     start, the teacher and its estimates, the test split, and the engine itself."""
-    name = (run / ".name").read_text(encoding="utf-8")
-    trials = [t for each in read_trials(f"sqlite:///{(run / 'study.db').resolve()}", name).values() for t in each]
+    trials = [trial for stage in read_trials(*database_of(run, None)).values() for trial in stage]
     processes = len({t.user_attrs["worker"] for t in trials})
     return sum(t.user_attrs["seconds"] for t in trials) / (processes * float(read_front(run).budget["spent_seconds"]))
 

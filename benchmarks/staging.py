@@ -22,6 +22,7 @@ from autolite import registry
 from autolite.plan import Plan
 from autolite.search.studies import read_trials
 from autolite.space import Stage
+from autolite.store import database_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -40,12 +41,13 @@ def untrained(trial: FrozenTrial) -> str:
 
 
 def rungs(trials: dict[Stage, list[FrozenTrial]]) -> dict[str, list[FrozenTrial]]:
-    """Return the trials of each stage, and of one that trains in rungs those of each."""
+    """Return the trials of each stage, and of one that trains in rungs those of each: the shortest training first."""
     found: dict[str, list[FrozenTrial]] = {}
     for stage, each in trials.items():
         efforts = sorted({int(t.user_attrs["effort"]) for t in each})
-        for effort in efforts:
-            found[f"{stage}, {effort} steps"] = [t for t in each if int(t.user_attrs["effort"]) == effort]
+        for number, effort in enumerate(efforts, 1):
+            name = stage if len(efforts) == 1 else f"{stage} {number}"
+            found[name] = [t for t in each if int(t.user_attrs["effort"]) == effort]
     return found
 
 
@@ -67,12 +69,16 @@ def correlation(points: list[tuple[float, float]]) -> str:
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 def main(runs: tuple[Path, ...]) -> None:
+    together: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for run in runs:
-        name = (run / ".name").read_text(encoding="utf-8")
-        trials = rungs(read_trials(f"sqlite:///{(run / 'study.db').resolve()}", name))
+        trials = rungs(read_trials(*database_of(run, None)))
         for earlier, later in combinations(trials, 2):
             points = pairs(trials[earlier], trials[later])
+            together.setdefault((earlier, later), []).extend(points)
             click.echo(f"{run.name}: {earlier} to {later}: {correlation(points)}")
+    if len(runs) > 1:
+        for (earlier, later), points in together.items():
+            click.echo(f"all: {earlier} to {later}: {correlation(points)}")
 
 
 if __name__ == "__main__":

@@ -7,23 +7,28 @@ with one or two levels switched.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import optuna
 from numpy.typing import NDArray
 
 from autolite import registry
 from autolite.errors import PlanError
 from autolite.pareto import gains, nondominated
-from autolite.search.frontier import Frontier, Structure, by_layer, choose, total
+from autolite.search.frontier import Frontier, Structure, by_layer, choose, part_of, total
+from autolite.search.samplers import SAMPLERS
 from autolite.search.sensitivity import Damages
 from autolite.space import FRONTIER, Params, Scalar
+from autolite.techniques.base import Part
 
 SPREAD = 1.0  # of a cost about its estimate, as a part of it
 UNKNOWN = 0.02  # the spread of a cost that there is no estimate of
 LEAST = 1e-3  # and of one whose estimate is zero
+PRECISE = 3e-3  # the least standard error of a plan's quality
 MISFIT = 0.1  # costs do not quite add up: spread of what was observed about the sum, as a part of it
 WORST = 0.15  # of the quality lost, from which on a plan is worth nothing, if most lose less
 OPTIMISM = (1.0, 0.5, 0.25, 0.1)  # factors of what plans are predicted to lose, if none is predicted to add anything
@@ -114,61 +119,46 @@ class Costs:
 def learn(frontier: Frontier, seen: Sequence[Observation], rng: np.random.Generator | None = None) -> Costs:
     """Return the costs that the evaluated plans make likely, or with `rng` a draw of them (`corrected`)."""
     damage = frontier.damage
-    worst = _of_removal(damage)
-    index: dict[Feature, int] = {}
-    estimates: list[float] = []
-    unknown: list[float] = []
-    for name, table in damage.items():
-        for level, row in enumerate(table):
-            for layer, estimate in enumerate(row):
-                index[f"level {level}", name, layer] = len(estimates)
-                estimates.append(float(estimate))
-                unknown.append(LEAST)
-    rows = []
-    for each in seen:
-        structure = frontier.structure(each.params)
-        row = {**_levels(frontier, each.params, structure), **_others(frontier, each.params, structure)}
-        for feature in row:
-            if feature not in index:
-                index[feature] = len(estimates)
-                kind, name, layer = feature
-                known = kind in ("gone", "shared")
-                estimates.append(float(worst[name][layer]) if known else 0.0)
-                unknown.append(LEAST if known else UNKNOWN)
-        rows.append(row)
+    estimates: dict[Feature, float] = {
+        (f"level {level}", name, layer): float(estimate)
+        for name, table in damage.items()
+        for (level, layer), estimate in np.ndenumerate(table)
+    }
+    for (part, layer), estimate in _of_removal(damage).items():
+        estimates |= {("gone", part, layer): estimate, ("shared", part, layer): estimate}
+    structures = [frontier.structure(each.params) for each in seen]
+    rows = [
+        {**_levels(frontier, each.params, structure), **_others(frontier, each.params, structure)}
+        for each, structure in zip(seen, structures, strict=True)
+    ]
+    for feature in itertools.chain(*rows):
+        estimates.setdefault(feature, 0.0)
+    index = {feature: place for place, feature in enumerate(estimates)}
     used = np.zeros((len(seen), len(index)))
     for place, row in enumerate(rows):
         for feature, much in row.items():
             used[place, index[feature]] = much
-    lost, errors = (np.array([getattr(each, name) for each in seen]) for name in ("lost", "error"))
-    costs = corrected(np.array(estimates), np.array(unknown), used, np.maximum(lost, 0), np.maximum(errors, 3e-3), rng)
-    levels = {name: costs[[[index[f"level {i}", name, layer] for layer in range(table.shape[1])]
-              for i in range(len(table))]] for name, table in damage.items()}  # fmt: skip
-    # What no plan had yet costs its estimate, at the scale of all.
-    scale = float(costs.sum() / max(sum(estimates), 1e-12)) if len(seen) else 1.0
-    others: dict[Feature, float] = {
-        (kind, part, layer): scale * float(row[layer])
-        for part, row in worst.items()
-        for layer in range(len(row))
-        for kind in ("gone", "shared")
-    }
-    others |= {feature: float(costs[place]) for feature, place in index.items() if not feature[0].startswith("level")}
-    return Costs(levels, others)
-
-
-def _of_removal(damage: Damages) -> dict[str, NDArray[np.float64]]:
-    """Return, for each part, an estimate of what it costs to lose a layer's [teacher's layers]: that of its strongest
-    levels."""
-    found: dict[str, NDArray[np.float64]] = {}
+    unknown = np.array([UNKNOWN if feature[0].startswith("value") else LEAST for feature in index])
+    lost = np.array([max(each.lost, 0.0) for each in seen])
+    errors = np.array([max(each.error, PRECISE) for each in seen])
+    costs = corrected(np.array(list(estimates.values())), unknown, used, lost, errors, rng)
+    found, begin = {}, 0
     for name, table in damage.items():
-        part = _part(name)
-        found[part] = found.get(part, 0) + table.max(0)
+        found[name] = costs[begin : begin + table.size].reshape(table.shape)
+        begin += table.size
+    others = {feature: float(costs[place]) for feature, place in index.items() if place >= begin}
+    return Costs(found, others)
+
+
+def _of_removal(damage: Damages) -> dict[tuple[Part, int], float]:
+    """Return, for each part of each of the teacher's layers, an estimate of what it costs to lose it: that of its
+    strongest levels."""
+    found: dict[tuple[Part, int], float] = {}
+    for name, table in damage.items():
+        for layer, estimate in enumerate(table.max(0)):
+            key = part_of(name), layer
+            found[key] = found.get(key, 0.0) + float(estimate)
     return found
-
-
-def _part(name: str) -> str:
-    technique, _, key = name.partition(".")
-    return str(registry.get("technique", technique).layered[key])
 
 
 def _levels(frontier: Frontier, params: Mapping[str, Any], structure: Structure) -> dict[Feature, float]:
@@ -242,8 +232,8 @@ def propose(
         within: limits of latency and size, as parts of the teacher's.
         rng: the source of randomness.
     """
-    costs = learn(frontier, seen, rng if draws(len(seen)) else None)
     believed = learn(frontier, seen)
+    costs = learn(frontier, seen, rng) if draws(len(seen)) else believed
     points = np.array([[_smoothed(frontier, believed, each), *each.prices] for each in seen]).reshape(-1, 3)
     best = nondominated(points[:, columns]) if len(seen) else np.zeros(0, bool)
     parents = [each for each, good in zip(seen, best, strict=True) if good]
@@ -350,10 +340,14 @@ def _structures(frontier: Frontier, parents: Sequence[Observation], rng: np.rand
 
     for params in (*(each.params for each in parents), *space.start, {}):
         add(params)
-    mothers = list(found.values())
-    for _ in range(STRUCTURES):
-        params = dict(mothers[rng.integers(len(mothers))])
-        name = sorted(params)[rng.integers(len(params))] if params else ""
-        if name:
-            add({**params, name: space.settings[name].draw(rng)})
+    mothers, trial = list(found.values()), _random_trial(rng)
+    for number in range(STRUCTURES if mothers[0] else 0):
+        params = mothers[rng.integers(len(mothers))]
+        name = sorted(params)[rng.integers(len(params))]
+        add({**params, name: space.settings[name].suggest(trial, f"{number} {name}")})
     return list(found.values())
+
+
+def _random_trial(rng: np.random.Generator) -> optuna.Trial:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.create_study(sampler=SAMPLERS["random"](int(rng.integers(2**31)))).ask()

@@ -25,12 +25,11 @@ from autolite.plan import Plan
 from autolite.search.confirm import confirm
 from autolite.search.evaluate import Evaluation, evaluate, price
 from autolite.search.leases import Lease, LeaseLostError, Leases, Pauses
-from autolite.search.prices import Prices
 from autolite.search.problem import Problem
 from autolite.search.progress import Clock, FrontRow, Observer, Snapshot
 from autolite.search.proposal import proposal
 from autolite.search.racing import Behind, surely_behind
-from autolite.search.record import REFUSED, of_evaluation, of_training
+from autolite.search.record import a_step, of_evaluation, of_training
 from autolite.search.scoring import Score, kept
 from autolite.search.stages import RUNGS, Decision, decide, expected_seconds, objectives
 from autolite.search.studies import LEVELS, StageStudy
@@ -203,8 +202,8 @@ class Engine:
             plan = problem.plan(params, decision.effort)
             shape = problem.shape(plan)
         except PlanError as error:
-            prices = price(problem, problem.teacher.shape)
-            self._tell_infeasible(stage, trial, lease, plan, prices, {"plan": 1.0}, str(error))
+            whole = price(problem, problem.teacher.shape)
+            self._tell_infeasible(stage, trial, lease, plan, whole, {"plan": 1.0}, str(error))
             return False
         plan = canonical(plan, problem.teacher.shape)
         with self.leases.holding(f"asking {stage}"):  # or two processes might begin the same plan at once
@@ -221,8 +220,8 @@ class Engine:
             reason = "the predicted price is above the limit"
             self._tell_infeasible(stage, trial, lease, plan, predicted, violated, reason)
             return False
-        elsewhere = [_elsewhere(each, plan) for each in problem.others]
-        own = [predicted["latency_ms"].value, predicted["size_bytes"].value, *elsewhere]
+        prices = [predicted["latency_ms"].value, predicted["size_bytes"].value]
+        prices += [each.latency(plan) for each in problem.others]
         self.show(stage=stage, doing=f"trial {trial.number}", step=0, steps=decision.effort, trials=self._counts())
         candidate: Candidate | None = None
         students = problem.settings.out / "students"
@@ -247,13 +246,13 @@ class Engine:
                         problem, plan, progress, mark=_mark(lease), check=lambda: self.leases.check(lease, asking=True)
                     )
                 else:
-                    folder, behind = self._scratch(stage, lease), self._behind(stage, own)
+                    folder, behind = self._scratch(stage, lease), self._behind(stage, prices)
                     evaluation = evaluate(problem, plan, SPLITS[stage], folder, progress, behind)
                 seconds = time.monotonic() - begun
         except PlanError as error:  # what only training shows, such as a loss that diverges
             self._tell_infeasible(stage, trial, lease, plan, predicted, {"plan": 1.0}, str(error))
             return False
-        self._tell(stage, trial, lease, plan, decision, evaluation, candidate, own, seconds, _a_step(marks))
+        self._tell(stage, trial, lease, plan, decision, evaluation, candidate, prices, seconds, a_step(marks))
         return True
 
     def _behind(self, stage: Stage, prices: list[float]) -> Behind | None:
@@ -296,7 +295,7 @@ class Engine:
         candidate: Candidate | None,
         prices: list[float],
         seconds: float,
-        a_step: float | None,
+        step_seconds: float | None,
     ) -> None:
         problem = self.problem
         self.leases.check(lease, asking=True)
@@ -313,7 +312,7 @@ class Engine:
         before, beside = self.studies["recover"].trials(), self.studies[stage].trials()
         attributes = {
             **of_evaluation(stage, plan, fraction, len(found.seen), latency.value, prices),
-            **of_training(stage, plan, decision.effort, found.train_seconds, a_step, before, beside),
+            **of_training(stage, plan, decision.effort, found.train_seconds, step_seconds, before, beside),
             "worker": self.leases.owner,
             "seconds": seconds,
             "measurements": self.store.add_measurements(plan.digest, stage, measurements),
@@ -392,19 +391,5 @@ def _mark(lease: Lease) -> str:
     return f"-{lease.key.rpartition(' ')[2]}-{lease.token}"
 
 
-def _a_step(marks: list[tuple[float, int]]) -> float | None:
-    """Seconds that a step took, by when so many were done; None if too few were made to say."""
-    steps = marks[-1][1] - marks[0][1] if marks else 0
-    return (marks[-1][0] - marks[0][0]) / steps if steps > 0 else None
-
-
 def _opened(stage: Stage, decision: Decision) -> dict[str, Any]:
     return {"stage": stage, "decision": decision.to_json()}
-
-
-def _elsewhere(prices: Prices, plan: Plan) -> float:
-    """The latency in milliseconds on another target, `REFUSED` if the plan cannot run there."""
-    try:
-        return float(prices.of(plan, 0.0)["latency_ms"].value)
-    except TargetError:
-        return REFUSED

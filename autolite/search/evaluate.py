@@ -56,11 +56,12 @@ def evaluate(
     begun = time.monotonic()
     # Plans of the screen are many, and trained for a few steps only.
     trunks = None if split == "screen" else problem.settings.out / "cache" / "trunks"
-    context = replace(problem.context, seed=plan.seed, progress=progress, trunks=trunks)
+    last = split == "selection"
+    context = replace(problem.context, seed=plan.seed, progress=progress, trunks=trunks, last=last)
     student = compress(plan, context, students=problem.settings.out / "students")
     trained = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    files = problem.emit(student, folder, final=split == "selection")
+    files = problem.emit(student, folder, final=last)
     runner = problem.runtime.load(files[0], threads=scoring_threads())
     if student.vocabulary is None:
         examples, pad_id = problem.split(split), problem.context.pad_id

@@ -144,8 +144,10 @@ class Frontier:
 
     def grid(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the pairs of prices that a sweep tries, [prices] each."""
-        settings = (self.space.settings[f"{FRONTIER}.{price}"] for price in PRICES)
-        axes = [np.geomspace(s.low, s.high, _GRID[price]) for s, price in zip(settings, PRICES, strict=True)]  # type: ignore[arg-type]
+        axes = []
+        for price in PRICES:
+            low, high = map(float, self.space.settings[f"{FRONTIER}.{price}"].extremes())
+            axes.append(np.geomspace(low, high, _GRID[price]))
         latency, size = (each.ravel() for each in np.meshgrid(*axes, indexing="ij"))
         return latency, size
 
@@ -211,9 +213,10 @@ class Frontier:
         return found
 
     def _part(self, shape: ModelShape) -> NDArray[np.float64]:
-        if "price" not in self.context.memory:
-            self.context.memory["price"] = np.array(self.price(self.context.teacher.shape))
-        found: NDArray[np.float64] = np.array(self.price(shape)) / self.context.memory["price"]
+        key = "frontier-whole"
+        if key not in self.context.memory:
+            self.context.memory[key] = np.array(self.price(self.context.teacher.shape))
+        found: NDArray[np.float64] = np.array(self.price(shape)) / self.context.memory[key]
         return found
 
     def _options(self, given: Plan, plan: Plan, base: ModelShape, mildest: Mapping[str, Scalar]) -> tuple[Options, ...]:
@@ -222,32 +225,33 @@ class Frontier:
         known: dict[object, NDArray[np.float64]] = {}
         made = []
         for block in blocks_of(base):
-            names = tuple(name for name in layered if _part(name) == block.part)
+            names = tuple(name for name in layered if part_of(name) == block.part)
             if not names:
                 continue
             combinations = tuple(product(*(layered[name].levels for name in names)))
             places = [[layered[n].levels.index(v) for n, v in zip(names, each, strict=True)] for each in combinations]
             alike = (block.part, count - 1 in block.layers, *(_sizes(base.stacks[0].layers[i]) for i in block.layers))
             if alike not in known:
-                plans = (_with(given, plan, names, each, mildest, block, count) for each in combinations)
-                shapes = (shape_after(resolve(each, self.context), teacher) for each in plans)
-                known[alike] = np.array([self._part(shape) for shape in shapes]) - now
+                rows = (_in_block(block, count, dict(zip(names, each, strict=True)), mildest) for each in combinations)
+                known[alike] = np.array([self._leveled_price(given, plan, levels) for levels in rows]) - now
             third = THIRDS[min(3 * block.layers[0] // count, 2)]
             sources = tuple(origins(block, teacher))
             made.append(
                 Options(block.part, block.layers, sources, third, names, combinations, np.array(places), known[alike])
             )
-        return self._anchored(made, given, now)
+        # What is fused or cached does not quite add up, and where little is left, a little less than nothing would be:
+        # changes of latency are scaled so that the fastest plan has its own.
+        fastest = np.array([[int(each.prices[:, 0].argmin()) for each in made]])
+        exact = self._leveled_price(given, plan, by_layer(made, fastest[0])) - now
+        change = total([each.prices for each in made], fastest)[0]
+        factors = np.array([exact[0] / change[0] if change[0] < 0 else 1.0, 1.0])
+        return tuple(replace(each, prices=each.prices * factors) for each in made)
 
-    def _anchored(self, options: list[Options], given: Plan, whole: NDArray[np.float64]) -> tuple[Options, ...]:
-        """Scale the changes of latency so that the fastest plan has its own: what is fused or cached does not quite add
-        up, and where little is left, a little less than nothing would be."""
-        fastest = np.array([[int(each.prices[:, 0].argmin()) for each in options]])
-        steps = _leveled(given, by_layer(options, fastest[0]))
-        exact = self._part(shape_after(resolve(steps, self.context), self.context.teacher.shape))
-        change = total([each.prices for each in options], fastest)[0, 0]
-        factor = (exact[0] - whole[0]) / change if change < 0 else 1.0
-        return tuple(replace(each, prices=each.prices * np.array([factor, 1.0])) for each in options)
+    def _leveled_price(
+        self, given: Plan, resolved: Plan, levels: Mapping[str, Sequence[Scalar]]
+    ) -> NDArray[np.float64]:
+        plan = resolve(_leveled(given, resolved, levels), self.context)
+        return self._part(shape_after(plan, self.context.teacher.shape))
 
 
 def seeds(frontier: Frontier, count: int) -> list[Params]:
@@ -272,7 +276,8 @@ def seeds(frontier: Frontier, count: int) -> list[Params]:
     return [*fixed, *in_turn][:count]
 
 
-def _part(name: str) -> Part:
+def part_of(name: str) -> Part:
+    """Return the part of the layers that a setting with levels by layer changes."""
     technique, _, key = name.partition(".")
     part: Part = registry.get("technique", technique).layered[key]
     return part
@@ -282,35 +287,20 @@ def _sizes(layer: LayerShape) -> LayerShape:
     return replace(layer, attention=0, feed_forward=0)
 
 
-def _with(
-    given: Plan,
-    resolved: Plan,
-    names: Sequence[str],
-    levels: Sequence[Scalar],
-    others: Mapping[str, Scalar],
-    block: Block,
-    count: int,
-) -> Plan:
-    """Return a plan in which the layers of a block have these levels, and the others theirs. Only the steps that have
-    levels are still to be resolved: what has no effect at one level may have at another."""
-    wanted = dict(zip(names, levels, strict=True))
+def _in_block(
+    block: Block, count: int, levels: Mapping[str, Scalar], others: Mapping[str, Scalar]
+) -> dict[str, list[Scalar]]:
+    """Return the levels of `count` layers of which those of the block have `levels`, and the rest `others`."""
+    return {name: [v if i in block.layers else others[name] for i in range(count)] for name, v in levels.items()}
+
+
+def _leveled(given: Plan, resolved: Plan, levels: Mapping[str, Sequence[Scalar]]) -> Plan:
+    """Return a plan with these levels, one for each layer. Only the steps that have some are still to be resolved: what
+    has no effect at one level may have at another."""
     steps = []
     for before, after in zip(given.steps, resolved.steps, strict=True):
-        changes = {
-            name.partition(".")[2]: tuple(level if i in block.layers else others[name] for i in range(count))
-            for name, level in wanted.items()
-            if name.partition(".")[0] == before.technique
-        }
-        steps.append(make_step(before.technique, {**before.config.model_dump(), **changes}) if changes else after)
-    return replace(given, steps=tuple(steps))
-
-
-def _leveled(given: Plan, levels: Mapping[str, tuple[Scalar, ...]]) -> Plan:
-    """Return a plan with these levels, one for each layer."""
-    steps = []
-    for step in given.steps:
-        mine = {n.partition(".")[2]: row for n, row in levels.items() if n.partition(".")[0] == step.technique}
-        steps.append(make_step(step.technique, {**step.config.model_dump(), **mine}) if mine else step)
+        mine = {n.partition(".")[2]: tuple(row) for n, row in levels.items() if n.partition(".")[0] == before.technique}
+        steps.append(make_step(before.technique, {**before.config.model_dump(), **mine}) if mine else after)
     return replace(given, steps=tuple(steps))
 
 

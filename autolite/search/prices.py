@@ -16,6 +16,8 @@ from autolite.measure import Measurement, Workload
 from autolite.plan import Plan
 from autolite.search.choose import blocked, choose
 
+NEVER = 1e30  # milliseconds of a plan on a target that cannot run it
+
 
 @dataclass(frozen=True)
 class Prices:
@@ -52,6 +54,13 @@ class Prices:
             )
         found["size_bytes"] = replace(found["size_bytes"], value=size, low=size, high=size, source="measured")
         return found | {"faster": predict_faster(self.teacher, shape, profile, self.workload)}
+
+    def latency(self, plan: Plan) -> float:
+        """Predict a plan's latency in milliseconds; `NEVER` if it cannot run here."""
+        try:
+            return float(self.of(plan, 0.0)["latency_ms"].value)
+        except TargetError:
+            return NEVER
 
     def here(self, candidate: Candidate) -> Candidate:
         """Return a candidate with its prices on this target; raises what `of` raises."""

@@ -22,7 +22,7 @@ def proposal(problem: Problem, study: StageStudy, effort: int) -> Params | None:
     frontier = problem.frontier
     base = price(problem, problem.teacher.shape)
     latency, size = base["latency_ms"].value, base["size_bytes"].value
-    evaluated = {t.number: t for t in study.trials()}
+    evaluated = {t.number for t in study.trials()}
     seen, running = [], []
     asked = study.asked()
     known = {digest for t in asked if (digest := t.user_attrs.get("plan_digest"))}

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from autolite.compress import student_plan, training, untrained
 from autolite.front import Interval
 from autolite.hardware.local import cpu_name
 from autolite.plan import Plan
+from autolite.search.prices import NEVER
 from autolite.space import Stage
 from autolite.techniques.schedules import stable_steps
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
-
-REFUSED = 1e30  # milliseconds on a target that cannot run a plan
 
 
 def of_evaluation(
@@ -29,7 +29,7 @@ def of_evaluation(
         kept: of the teacher's quality.
         examples: that were scored.
         latency: in milliseconds on the first target, measured or predicted.
-        prices: predicted before: latency on the first target, bytes, and the latencies on the others or `REFUSED`.
+        prices: predicted before: latency on the first target, bytes, and the latencies on the others or `NEVER`.
     """
     return {
         "stage": stage,
@@ -41,7 +41,7 @@ def of_evaluation(
         "kept_low": kept.low,
         "examples": examples,
         "latency_ms": latency,
-        "latency_elsewhere": [None if each == REFUSED else each for each in prices[2:]],
+        "latency_elsewhere": [None if each == NEVER else each for each in prices[2:]],
         "prices": list(prices),
     }
 
@@ -51,7 +51,7 @@ def of_training(
     plan: Plan,
     effort: int,
     seconds: float,
-    a_step: float | None,
+    step_seconds: float | None,
     before: Sequence[FrozenTrial],
     beside: Sequence[FrozenTrial],
 ) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def of_training(
         plan: canonical.
         effort: training steps.
         seconds: that compression took now.
-        a_step: seconds that a training step took now, if any were made; the rest of `seconds` is work done once.
+        step_seconds: what a training step took of that (`a_step`); the rest is work done once.
         before: trials whose training may have been gone on from.
         beside: trials of this stage, which may have the same student.
     """
@@ -71,7 +71,7 @@ def of_training(
     shorter = [t.user_attrs for t in before if t.user_attrs["trunk"] == trunk and t.user_attrs["effort"] < effort]
     resumed = max((each["resumable_steps"] for each in shorter), default=0)
     siblings = [t.user_attrs for t in beside if t.user_attrs["student"] == student]
-    rate = seconds / max(effort - resumed, 1) if a_step is None else a_step
+    rate = seconds / max(effort - resumed, 1) if step_seconds is None else step_seconds
     costs = [(seconds, effort - resumed, rate)]
     costs += [(each["train_seconds"], each["trained_steps"], each["step_seconds"]) for each in siblings]
     dearest, steps, rate = max(costs)
@@ -85,3 +85,11 @@ def of_training(
         "step_seconds": rate,
         "resumable_steps": 0 if stage == "screen" or not training(plan) else stable_steps(effort),
     }
+
+
+def a_step(marks: Sequence[tuple[float, int]]) -> float | None:
+    """Return the seconds that a training step takes, by when so many were done; None if too few were made to say. Where
+    a training begins, its number of steps starts again."""
+    spans = [(later - before, more - steps) for (before, steps), (later, more) in pairwise(marks) if more > steps]
+    seconds, steps = (sum(each) for each in zip(*spans, strict=True)) if spans else (0.0, 0)
+    return seconds / steps if steps else None

@@ -13,7 +13,6 @@ import numpy as np
 
 from autolite.compress import canonical, student_plan
 from autolite.errors import PlanError
-from autolite.hardware.predict import predict
 from autolite.pareto import nondominated, spread_subset
 from autolite.search.additive import worst
 from autolite.search.confirm import TIMING_SECONDS
@@ -37,7 +36,7 @@ FEWER, LONGER = 2, 3  # times fewer plans, and times as long a training, at the 
 UNTRAINED_SCREEN = 0.8  # nothing is trained, so the screen's scores are final and most of the time is its
 TRIAL_SHARES: dict[Stage, float] = {"recover": 0.3, "confirm": 0.2}
 FEWEST = 2
-REFUSED = math.log(10.0)  # the log latency of what a further target cannot run: as if ten times the baseline's
+UNRUNNABLE = math.log(10.0)  # the log latency of what a further target cannot run: as if ten times the baseline's
 OPEN_SHARE = 1 / 3  # of the first rung that trains: plans whose training settings are drawn; the others have defaults
 FINALISTS_SHARE = 0.5  # of the confirm trials; the others are further number formats of the finalists' students
 
@@ -95,33 +94,14 @@ def decide(
         return Decision(name, 0, 0, None)
     count = limits.trials if budget.trials is None else trials_for(stage, budget.trials, space.trains)
     new = trials_at(stage, rung, count, budget)
-    recovered = [] if stage == "screen" or (stage, rung) == ("recover", 0) else latest(studies["recover"].trials())
-    source = [] if stage == "screen" else recovered or studies["screen"].trials()
+    source = _source(stage, rung, studies)
     deadline = _deadline(stage, rung, problem, source, clock)
-    first = stage == "recover" and rung == 0
-    wanted = new if stage == "recover" else math.ceil(new * FINALISTS_SHARE)
-    distinct = math.ceil(new * (1 - OPEN_SHARE)) if first else wanted
-    chosen = promote(problem, source, distinct, keep_floor=bool(recovered))
-    effort = max(1, limits.effort // LONGER) if first else limits.effort
-    if deadline is not None and space.trains and chosen:
-        floor = 2 * space.stages["screen"].effort if first else _effort(source)
-        if stage == "confirm":  # a front of several plans is worth more than training few of them for twice as long
-            floor //= 2
-        seconds = deadline - clock.spent
-        if stage == "confirm":  # every candidate has its folder, and the further formats are scored
-            others = new * _folder_seconds(problem, processes) + (new - len(chosen)) * _scoring_seconds(source)
-            seconds -= others / processes
-        share = len(chosen) / max(wanted, len(chosen))  # some are trained again, with other settings
-        resumes = (problem.settings.out / "cache" / "trunks").is_dir()  # else a finished run goes on
-        chosen, effort = _fit(chosen, seconds * share, floor, limits.max_effort, processes, resumes=resumes)
-        if stage == "confirm":
-            effort = max(effort, _effort(chosen))
-    queue: list[Params] = [problem.frontier.settled(params_of(t)) for t in chosen] or _first(problem, new)
-    if stage != "screen":
-        again = queue[: min(wanted - len(queue), math.ceil(len(queue) / 2))] if first else []
-        queue = [space.complete(params) for params in queue] + again
-    if stage == "confirm":
-        queue += _formats(problem, queue, new - len(queue))
+    if source:
+        seconds = None if deadline is None else deadline - clock.spent
+        chosen, effort = _chosen(stage, rung, problem, source, new, seconds, processes)
+        queue = _queue(stage, rung, problem, chosen, new)
+    else:
+        queue, effort = _first(problem, new), limits.effort
     seen = {t.user_attrs["plan_digest"] for t in studies[stage].trials()}
     queue = [params for params in queue if _digest(problem, params, effort) not in seen]
     if budget.trials is None:
@@ -129,6 +109,54 @@ def decide(
     elif rung:
         new = count
     return Decision(name, new, effort, deadline, tuple(queue))
+
+
+def _source(stage: Stage, rung: int, studies: dict[Stage, StageStudy]) -> list[FrozenTrial]:
+    """The trials that a rung's plans are promoted from; none for the screen."""
+    if stage == "screen":
+        return []
+    recovered = latest(studies["recover"].trials()) if rung or stage == "confirm" else []
+    return recovered or studies["screen"].trials()
+
+
+def _chosen(
+    stage: Stage,
+    rung: int,
+    problem: Problem,
+    source: list[FrozenTrial],
+    new: int,
+    seconds: float | None,
+    processes: int,
+) -> tuple[list[FrozenTrial], int]:
+    """Promote plans for `new` trials, and say for how many steps each is trained: as many as there is time for."""
+    space, limits = problem.space, problem.space.stages[stage]
+    first = stage == "recover" and rung == 0
+    wanted = new if stage == "recover" else math.ceil(new * FINALISTS_SHARE)
+    distinct = math.ceil(new * (1 - OPEN_SHARE)) if first else wanted
+    chosen = promote(problem, source, distinct, keep_floor=source[0].user_attrs["stage"] != "screen")
+    if seconds is None or not space.trains:
+        return chosen, max(1, limits.effort // LONGER) if first else limits.effort
+    least = 4 * space.stages["screen"].effort if first else 2 * _effort(source)
+    if stage == "confirm":
+        # A front of several plans is worth more than training few of them for twice as long. Every candidate has its
+        # folder, and the further formats are scored.
+        least = _effort(source)
+        others = new * _folder_seconds(problem, processes) + (new - len(chosen)) * _scoring_seconds(source)
+        seconds -= others / processes
+    share = len(chosen) / max(wanted, len(chosen))  # some are trained again, with other settings
+    resumes = (problem.settings.out / "cache" / "trunks").is_dir()  # else a finished run goes on
+    chosen, effort = _fit(chosen, seconds * share, least, limits.max_effort, processes, resumes=resumes)
+    return chosen, max(effort, _effort(chosen)) if stage == "confirm" else effort
+
+
+def _queue(stage: Stage, rung: int, problem: Problem, chosen: list[FrozenTrial], new: int) -> list[Params]:
+    """The parameters of up to `new` trials: of the promoted plans, and at first of some again, with their settings of
+    training left to the sampler; or of further number formats of the finalists' students."""
+    found: list[Params] = [problem.frontier.settled(params_of(t)) for t in chosen]
+    queue = [problem.space.complete(params) for params in found]
+    if stage == "confirm":
+        return queue + _formats(problem, queue, new - len(queue))
+    return queue if rung else queue + found[: min(new - len(queue), math.ceil(len(queue) / 2))]
 
 
 def _first(problem: Problem, count: int) -> list[Params]:
@@ -149,7 +177,7 @@ def latest(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Return of the trials of one plan the one that was trained longest."""
     found: dict[str, FrozenTrial] = {}
     for trial in sorted(trials, key=lambda t: int(t.user_attrs["effort"])):
-        found[trial.user_attrs.get("recipe", trial.user_attrs["plan_digest"])] = trial
+        found[trial.user_attrs["recipe"]] = trial
     return list(found.values())
 
 
@@ -220,8 +248,8 @@ def promote(problem: Problem, trials: list[FrozenTrial], count: int, *, keep_flo
     """Choose the trials that together dominate the most of (quality, log latency, log size), the best first.
 
     What lies far below the others counts nothing; with `keep_floor` (qualities after recovery), what lies far below the
-    quality asked for. Plans that
-    differ only in number formats share a student, so each student is chosen once as long as there are others.
+    quality asked for. Plans that differ only in number formats share a student, so each student is chosen once as long
+    as there are others.
     """
     if not trials or count < 1:
         return []
@@ -250,17 +278,17 @@ def objectives(problem: Problem, trials: Sequence[FrozenTrial]) -> np.ndarray:
     }
     found = [columns[name] for name in problem.settings.objectives]
     for i, prices in enumerate(problem.others if "latency" in problem.settings.objectives else ()):
-        whole = predict(prices.teacher, prices.profile, prices.workload)["latency_ms"].value
+        whole = prices.of_shape(prices.teacher)["latency_ms"].value
         there = [t.user_attrs["latency_elsewhere"][i] for t in trials]
-        found.append([REFUSED if each is None else math.log(each / whole) for each in there])
+        found.append([UNRUNNABLE if each is None else math.log(each / whole) for each in there])
     return np.array(found).T
 
 
 def _fit(
-    chosen: list[FrozenTrial], seconds: float, floor: int, ceiling: int, processes: int = 1, *, resumes: bool = True
+    chosen: list[FrozenTrial], seconds: float, least: int, most: int, processes: int = 1, *, resumes: bool = True
 ) -> tuple[list[FrozenTrial], int]:
-    """Drop the last plans until the others can be trained for twice `floor` steps in the time there is, but keep two:
-    what looks best now may not stay so. What a plan has been trained for already is not done again, if it `resumes`.
+    """Drop the last plans until the others can be trained for `least` steps in the time there is, but keep two: what
+    looks best now may not stay so. What a plan has been trained for already is not done again, if it `resumes`.
     Each of several processes trains whole plans, one after the other."""
     while True:
         each = [float(t.user_attrs["step_seconds"]) for t in chosen]
@@ -268,8 +296,8 @@ def _fit(
         overhead = len(chosen) * _scoring_seconds(chosen) + sum(map(_once, chosen))
         rounds = math.ceil(len(chosen) / processes)
         effort = int((seconds * len(chosen) / rounds - overhead + done) / max(sum(each), 1e-6))
-        if effort >= 2 * floor or len(chosen) <= FEWEST:
-            return chosen, max(min(effort, ceiling), 1)
+        if effort >= least or len(chosen) <= FEWEST:
+            return chosen, max(min(effort, most), 1)
         chosen = chosen[:-1]
 
 

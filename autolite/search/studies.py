@@ -97,7 +97,7 @@ class StageStudy:
         for place, params in enumerate(queue):
             name = f"{key} {place}"
             if name not in known:
-                levels = {name: list(value) for name, value in params.items() if isinstance(value, list | tuple)}
+                levels = {setting: list(value) for setting, value in params.items() if isinstance(value, list | tuple)}
                 attributes = {"queued": name} | ({LEVELS: levels} if levels else {})
                 self.study.enqueue_trial({**params, **dict.fromkeys(levels, BY_LAYER)}, user_attrs=attributes)
 

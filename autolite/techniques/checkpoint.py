@@ -87,11 +87,12 @@ class Trunk:
     """What runs of different lengths have in common, as checkpoints at some of its steps: a longer run goes on from a
     shorter one's and ends with the same bits.
 
-    `name` must say everything that the steps in common depend on.
+    `name` must say everything that the steps in common depend on. The `last` run is gone on from by no other.
     """
 
     folder: Path
     name: str
+    last: bool = False
 
     def at(self, step: int) -> Checkpoint:
         """Return the checkpoint at a step."""
@@ -108,6 +109,8 @@ class Trunk:
 
     def save(self, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         """Write the checkpoint at a step, in the place of earlier ones; a full disk only costs time later."""
+        if self.last:
+            return
         with suppress(StorageError):
             self.at(step).save(step, parameters, optimizer)
             for file in self.folder.glob(f"{self.name}-*.safetensors"):

@@ -268,7 +268,7 @@ def _trunk(student: Student, config: DistillConfig, context: Context) -> Trunk |
     """What runs of other lengths have in common with this one; nothing, if a weight goes to its end over the run."""
     if context.trunks is None or config.schedule != "constant":
         return None
-    return Trunk(context.trunks, _name(student, config.model_copy(update={"steps": 0}), context))
+    return Trunk(context.trunks, _name(student, config.model_copy(update={"steps": 0}), context), context.last)
 
 
 def _name(student: Student, config: DistillConfig, context: Context) -> str:

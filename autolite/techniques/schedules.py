@@ -32,10 +32,3 @@ def warm_up_stable_decay(step: int, steps: int) -> float:
     run begins as a shorter one does, and can go on from where that one's decay began."""
     stable = stable_steps(steps)
     return min((step + 1) / WARM_UP, 1.0, (steps - step) / max(1, steps - stable))
-
-
-def warm_up_and_decay(step: int, steps: int, warm_up: float) -> float:
-    """Return the learning rate's factor at `step` (from 0) of `steps`: up to 1 over the first `warm_up` of them, then
-    down to 0, both in a straight line."""
-    warm = max(1, round(warm_up * steps))
-    return min((step + 1) / warm, (steps - step) / max(1, steps - warm), 1.0)

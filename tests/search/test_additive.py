@@ -23,9 +23,9 @@ from autolite.search.additive import (
 )
 from autolite.search.frontier import Frontier
 from autolite.space import Params, Space
-from tests.search.test_frontier import context_of, own_cache, price, space
+from tests.search.layers import context_of, price
 
-__all__ = ["own_cache", "space"]  # fixtures
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @given(st.integers(0, 1000), st.integers(1, 12))

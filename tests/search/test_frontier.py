@@ -10,60 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from autolite import contracts
 from autolite.architecture import ModelShape, shape_of
 from autolite.compress import resolve, shape_after
 from autolite.errors import SpaceError
-from autolite.hardware.predict import predict
-from autolite.hardware.profile import load_profile
-from autolite.measure import Workload
 from autolite.search.frontier import Frontier, seeds
 from autolite.search.sensitivity import damages
 from autolite.search.studies import read_trials
 from autolite.space import BY_LAYER, Params, Scalar, Space, load_space
 from autolite.surgery import clone, keep_layers
-from autolite.techniques.base import Context, Student
+from autolite.techniques.base import Student
 from autolite.techniques.importance import importance
 from autolite.techniques.prune import Prune
 from tests.conftest import RunSearch
+from tests.search.layers import SPACE, context_of, price
 
-PROFILE = load_profile("hardware_profiles/pixel8.yaml")
-SPACE = """
-name: layers
-description: Levels by layer.
-steps:
-  - share: {part: [none, ffn], groups: 2}
-  - prune: {heads: [by-layer, 1.0, 0.5], ffn: [by-layer, 1.0, 0.5, 0.25], depth: [1.0, 0.67], round_to: 8}
-  - distill: {batch_size: 16}
-  - quantize: {attention: [by-layer, int8, int4], ffn: [by-layer, int8], embedding: [int8, int4]}
-stages:
-  screen: {trials: 6, effort: 2}
-  recover: {trials: 3, effort: 4, max_effort: 20}
-  confirm: {trials: 4, effort: 6, max_effort: 40}
-start:
-  - {prune.heads: 1.0, prune.ffn: 1.0, quantize.attention: int8, quantize.ffn: int8}
-"""
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def space(tmp_path: Path) -> Space:
-    file = tmp_path / "layers.yaml"
-    file.write_text(SPACE, encoding="utf-8")
-    return load_space(str(file))
-
-
-def context_of(family: str = "bert") -> Context:
-    return contracts.tiny_context(family, contracts.tiny_task(family))
-
-
-def price(shape: ModelShape) -> tuple[float, float]:
-    found = predict(shape, PROFILE, Workload(tokens=16))
-    return found["latency_ms"].value, found["size_bytes"].value
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def shape_of_plan(frontier: Frontier, params: Params) -> ModelShape:
@@ -185,11 +146,9 @@ def test_a_setting_that_cannot_differ_between_layers_is_refused(tmp_path: Path) 
 
 @pytest.mark.parametrize("sampler", ["additive", "tpe"])
 def test_a_search_tries_levels_by_layer_and_ends_with_a_front(
-    sampler: str, run_search: RunSearch, tmp_path: Path
+    sampler: str, run_search: RunSearch, space_file: Path, tmp_path: Path
 ) -> None:
-    file = tmp_path / "layers.yaml"
-    file.write_text(SPACE, encoding="utf-8")
-    result = run_search(space=str(file), budget="14trials", sampler=sampler, out=tmp_path / "run")
+    result = run_search(space=str(space_file), budget="14trials", sampler=sampler, out=tmp_path / "run")
     assert len(result.front)
     assert {candidate.stage for candidate in result.front} == {"confirm"}
     trials = read_trials(f"sqlite:///{result.path / 'study.db'}", "run")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from autolite.plan import Plan, make_step
-from autolite.search.record import of_training
+from autolite.search.record import a_step, of_training
 
 
 def plan(steps: int, form: str = "int8", temperature: float = 4.0) -> Plan:
@@ -42,3 +42,9 @@ def test_other_number_formats_remember_what_their_student_cost() -> None:
 
 def test_what_the_screen_trains_is_not_gone_on_from() -> None:
     assert of_training("screen", plan(40), 40, 1.0, None, [], [])["resumable_steps"] == 0
+
+
+def test_a_step_takes_what_lies_between_two_looks_of_one_training() -> None:
+    assert a_step([(100.0, 10), (101.0, 20), (103.0, 40)]) == 0.1
+    assert a_step([(0.0, 10), (1.0, 20), (50.0, 10), (53.0, 40)]) == 0.1, "the second training began at 10 again"
+    assert a_step([(0.0, 10)]) is a_step([]) is None

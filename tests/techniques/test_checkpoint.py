@@ -123,9 +123,10 @@ def test_a_longer_run_goes_on_from_a_shorter_one_and_ends_with_the_same_bits(
     DISTILL.apply(narrow(), short, context)
     assert [file.stem.rpartition("-")[2] for file in tmp_path.iterdir()] == [str(stable_steps(STEPS // 3))]
     steps.clear()
-    longer = DISTILL.apply(narrow(), long, context)
+    longer = DISTILL.apply(narrow(), long, replace(context, last=True))
     assert steps[0] > stable_steps(STEPS // 3), "what was done is not done again"
     assert weights_digest(longer.model) == weights_digest(whole.model)
+    assert len(list(tmp_path.iterdir())) == 1, "the last run keeps nothing for longer ones"
     other = DISTILL.apply(narrow(), long.model_copy(update={"temperature": 2.0}), context)
     assert weights_digest(other.model) != weights_digest(whole.model)
 
