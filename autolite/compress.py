@@ -103,12 +103,19 @@ def _ends_of_training(plan: Plan) -> list[int]:
     return [i + 1 for i in range(len(plan.steps)) if not numeric[i] and numeric[i + 1]]
 
 
+def _begin_of_training(plan: Plan) -> int:
+    """Return the number of steps before the first that trains."""
+    trains = (training(replace(plan, steps=plan.steps[: i + 1])) > 0 for i in range(len(plan.steps)))
+    return next((i for i, each in enumerate(trains) if each), 0)
+
+
 def compress(plan: Plan, context: Context, students: Path | None = None) -> Student:
     """Return the student that `plan` makes of `context.teacher`; the plan's seed replaces the context's.
 
     With a folder `students`, one trained before is read from there, and one trained now is written there: the key is
     the teacher, the training data and the plan up to there. That is without its number formats, so that one student
-    serves them all; what is trained for its formats after that is kept too, each with its own.
+    serves them all; what is trained for its formats after that is kept too, each with its own. With `context.trunks`,
+    so is what training begins with, which runs of every length have in common.
 
     Raises:
         PlanError: if a step cannot be applied; before any work, unless only the training shows it.
@@ -117,10 +124,11 @@ def compress(plan: Plan, context: Context, students: Path | None = None) -> Stud
     context = replace(context, seed=plan.seed)
     plan = canonical(resolve(plan, context), context.teacher.shape)
     kept: list[tuple[int, Plan, Path]] = []
-    for end in _ends_of_training(plan):
+    for end in sorted({_begin_of_training(plan), *_ends_of_training(plan)} - {0}):
         part = replace(plan, steps=plan.steps[:end])
-        if students is not None and training(part):
-            kept.append((end, part, _kept(part, context, students)))
+        folder = students if training(part) else context.trunks
+        if folder is not None:
+            kept.append((end, part, _kept(part, context, folder)))
     done, student = 0, context.teacher
     for end, part, file in reversed(kept):
         found = read_weights(file, part, context.teacher)

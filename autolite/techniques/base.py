@@ -49,8 +49,8 @@ class Context:
     """What a technique may use besides the student. `memory` keeps what is computed once and reused by every
     trial of this process (the teacher's outputs, importances), by a name of the technique's own; `cache` is a folder
     that keeps such things across processes (it belongs to one teacher and one data set), the teacher's outputs up to
-    `cache_limit` bytes. In a folder `trunks`, training keeps what longer runs of the same plan can go on from,
-    unless this is the `last` one.
+    `cache_limit` bytes. In a folder `trunks` is kept what longer runs of the same plan can go on from: what training
+    begins with, and its checkpoints, unless this is the `last` one.
 
     `train` has labels throughout. Distillation trains on it and on `unlabelled`, as `augment` changes them for each
     epoch; what needs labels, or calibrates, looks at `train` alone. `tokenizer` made the ids of all of them, if there
