@@ -100,6 +100,13 @@ def main() -> None:
 @click.option("--out", type=click.Path(), help="Folder of the run.  [default: runs/MODEL-TARGET]")
 @click.option("--storage", help="Any SQLAlchemy URL for the study.  [default: SQLite in the run's folder]")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Train each finalist with so many, and keep the best.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where training runs: cpu, cuda.")
 @click.option(
     "--sampler",

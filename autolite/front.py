@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MEASURED = ("latency_ms", "p90_ms", "faster", "size_bytes", "memory_bytes", "energy_mj", "ttft_ms", "tokens_per_second")
+_LISTS = ("artifacts", "seeds", "kept_of_seeds", "ties")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,8 @@ class Candidate:
     """One compressed model, confirmed: its folder, what was done to it, and what it is worth.
 
     `ties` are the candidates of the front whose intervals of quality kept overlap with this one's: between them the
-    data cannot tell which is better.
+    data cannot tell which is better. `seeds` are those that its plan was trained with; if they are several, the plan
+    has that of the best student by the *search* split, and `kept_of_seeds` says what each keeps on *selection*.
     """
 
     id: str
@@ -104,6 +106,7 @@ class Candidate:
     ties: tuple[str, ...] = ()
     artifacts: tuple[dict[str, Any], ...] = ()
     seeds: tuple[int, ...] = (0,)
+    kept_of_seeds: tuple[float, ...] = ()
     stage: str = "confirm"
 
     def to_json(self) -> dict[str, Any]:
@@ -114,7 +117,7 @@ class Candidate:
             value = getattr(self, field.name)
             if field.name not in ("id", "path", "plan"):
                 data[field.name] = asdict(value) if hasattr(value, "__dataclass_fields__") else value
-        return {**data, "artifacts": list(self.artifacts), "seeds": list(self.seeds), "ties": list(self.ties)}
+        return {**data, **{name: list(getattr(self, name)) for name in _LISTS}}
 
     def measurements(self) -> list[Measurement]:
         """Return every number that it has."""
@@ -134,6 +137,7 @@ class Candidate:
             kept=Interval(**data["kept"]),
             artifacts=tuple(data["artifacts"]),
             seeds=tuple(data["seeds"]),
+            kept_of_seeds=tuple(data.get("kept_of_seeds", ())),  # fronts of before have none
             ties=tuple(data["ties"]),
             stage=data["stage"],
             **measured,

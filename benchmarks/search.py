@@ -76,7 +76,9 @@ ABLATIONS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "estimates": lambda: patch("autolite.search.frontier.damages", _even),
     "racing": lambda: patch("autolite.search.engine.Engine._behind", lambda engine, stage, prices: None),
     "start": lambda: patch("autolite.search.stages._first", lambda problem, count: []),
-    "sharing": lambda: patch("autolite.search.evaluate.compress", lambda plan, context, students: compress(plan, context)),
+    "sharing": lambda: patch(
+        "autolite.search.evaluate.compress", lambda plan, context, students: compress(plan, context)
+    ),
 }
 
 

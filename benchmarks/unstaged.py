@@ -3,21 +3,21 @@
     python benchmarks/unstaged.py --teacher teacher-sst2/ --data sst2/ --budget 1h --sampler random
     python benchmarks/unstaged.py --teacher teacher-sst2/ --data sst2/ --budget 1h --sampler tpe
 
-What `benchmarks/search.py` is compared with: one level for all layers (`uniform`), its start plans first, no estimates, no
-stages and no shared students. Training, emission, scoring and timing are those of the search's own finalists.
+What `benchmarks/search.py` is compared with: one level for all layers (`uniform`), its start plans first, no estimates,
+no stages and no shared students. Training, emission, scoring and timing are those of the search's own finalists.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import optuna
 import torch
+from search import TASK, judge_of, lines
 
 from autolite.errors import PlanError
 from autolite.front import Constraints
@@ -28,7 +28,6 @@ from autolite.search.settings import Settings, parse_budget
 from autolite.space import load_space
 from autolite.store import Store, storage_url
 from autolite.tasks.base import DataSpec
-from search import TASK, judge_of, lines
 
 if TYPE_CHECKING:
     from autolite.front import Candidate
@@ -45,7 +44,7 @@ def problem_of(settings: Settings) -> Problem:
 
 
 def tried(problem: Problem, sampler: str, steps: int, ends: float) -> list[Candidate]:
-    """Return the candidates of the plans that a sampler asks for until there is no time for another like the longest."""
+    """Return the candidates of the plans that a sampler asks for, until there is no time for another as long."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(directions=["minimize"] * 3, sampler=SAMPLERS[sampler](problem.settings.seed))
     for start in problem.space.start:
@@ -77,9 +76,7 @@ def tried(problem: Problem, sampler: str, steps: int, ends: float) -> list[Candi
 @click.option("--steps", default=400, show_default=True, help="Of distillation, for each plan.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", default="runs/unstaged", show_default=True, type=click.Path(path_type=Path))
-def main(
-    teacher: Path, data: Path, budget: str, target: str, sampler: str, steps: int, seed: int, out: Path
-) -> None:
+def main(teacher: Path, data: Path, budget: str, target: str, sampler: str, steps: int, seed: int, out: Path) -> None:
     seconds = parse_budget(budget).seconds
     if seconds is None:
         raise click.BadParameter("a time is needed", param_hint="--budget")

@@ -74,6 +74,9 @@ def front_table(front: Front, was: Mapping[str, str] | None = None) -> Group:
             f"{whole / c.size_bytes.value:.2f}x",
         )
     notes = [f"{c.id}  {c.plan.describe()}" for c in front]
+    for c in (each for each in front if each.kept_of_seeds):
+        shares = ", ".join(f"{one:.1%}" for one in c.kept_of_seeds)
+        notes.append(f"{c.id}  is seed {c.plan.seed}; on selection, seeds {c.seeds[0]} to {c.seeds[-1]} keep {shares}")
     tied = sorted({c.id for c in front if c.ties})
     if tied:
         notes.append(f"In quality the data cannot tell these apart: {', '.join(tied)}")

@@ -45,6 +45,7 @@ def search(
     storage: str | None = None,
     runtime: str = "onnxruntime",
     seed: int = 0,
+    seeds: int = 1,
     device: str = "cpu",
     sampler: str | MakeSampler = "additive",
     workers: int = 0,
@@ -88,6 +89,8 @@ def search(
         storage: any SQLAlchemy URL; by default a SQLite file in the run's folder.
         runtime: what the candidates run on: "onnxruntime", "openvino", or "auto", the faster of both on this machine.
         seed: of everything random.
+        seeds: that each finalist is trained with, this one and the next: the best student by the *search* split becomes
+            the candidate, and `kept_of_seeds` says what each of them keeps.
         device: where training runs ("cpu", "cuda").
         sampler: what proposes plans that are not queued: "additive" (a model of what levels by layer cost, corrected by
             each trial; TPE where a space has none), "tpe", "gp", "nsga2", "random", or a function that makes an Optuna
@@ -120,6 +123,8 @@ def search(
     if (model is None) != (data is None):
         missing = "data" if data is None else "model"
         raise InputError(f"{missing} is missing: give both a model and data, or neither for the embedded demo")
+    if seeds < 1:
+        raise InputError(f"seeds: each finalist is trained with at least 1, but got {seeds}")
     first, *others = parse_targets(target)
     settings = Settings(
         target=first,
@@ -150,6 +155,7 @@ def search(
         runtime=runtime,
         storage=storage,
         seed=seed,
+        seeds=seeds,
         device=device,
         loss=loss,
         metric=metric,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from transformers import AutoTokenizer
 
 from autolite import export
+from autolite.compress import training
 from autolite.front import Candidate, Quality
 from autolite.hardware.predict import predict_faster
 from autolite.measure import Measurement, faster, random_texts, time_interleaved, timing_to_measurements
@@ -28,18 +30,28 @@ def confirm(
     stage: str = "confirm",
     mark: str = "",
     check: Callable[[], None] = lambda: None,
+    seeds: int = 1,
 ) -> tuple[Candidate, Evaluation]:
     """Make a candidate of a plan: its whole folder under `candidates/`, and its entry for the front.
+
+    With several `seeds` the plan is trained with its own and the next ones, and the student that is best on the
+    *search* split becomes the candidate, whose `kept_of_seeds` says what each keeps.
 
     The folder appears under its name only when it is complete and `check` raises nothing; until then `mark` keeps it
     apart from that of another process. On a target that is this machine, latency is measured,
     interleaved with the baseline; elsewhere it is predicted.
     """
     settings = problem.settings
-    name = plan.digest[:8]
-    part = settings.out / "candidates" / f".{name}{mark}"
+    part = settings.out / "candidates" / f".{plan.digest[:8]}{mark}"
     shutil.rmtree(part, ignore_errors=True)
-    found = evaluate(problem, plan, "selection", part, progress)
+    trials = []
+    if seeds > 1 and training(plan):
+        trials = [_trial(problem, replace(plan, seed=plan.seed + i), part, progress) for i in range(seeds)]
+    plan = max(trials, key=lambda trial: trial.searched).plan if trials else plan
+    name = plan.digest[:8]
+    shutil.rmtree(part, ignore_errors=True)
+    found = evaluate(problem, plan, "selection", part, progress, final=True)
+    found = replace(found, train_seconds=found.train_seconds + sum(trial.seconds for trial in trials))
     teacher = problem.teacher_score("selection")
     used = problem.runtime_of(found.files[0])
     runtime = f"{used.name} {used.version}"
@@ -66,7 +78,8 @@ def confirm(
         tokens_per_second=numbers.get("tokens_per_second"),
         p90_ms=numbers.get("p90_ms"),
         artifacts=({"runtime": used.name, "version": used.version, "files": files},),
-        seeds=(plan.seed,),
+        seeds=tuple(trial.plan.seed for trial in trials) or (plan.seed,),
+        kept_of_seeds=tuple(trial.selected for trial in trials),
         stage=stage,
     )
     with storage_errors(str(part)):
@@ -76,6 +89,27 @@ def confirm(
     shutil.rmtree(final, ignore_errors=True)
     part.replace(final)
     return candidate, found
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A plan with one of several seeds: what it keeps on the *search* and the *selection* split, and seconds of
+    training."""
+
+    plan: Plan
+    searched: float
+    selected: float
+    seconds: float
+
+
+def _trial(problem: Problem, plan: Plan, folder: Path, progress: Callable[[int, int], None]) -> _Trial:
+    found = {split: evaluate(problem, plan, split, folder, progress) for split in ("search", "selection")}
+    fractions = {
+        split: kept(each.score, problem.teacher_score(split), problem.task, problem.settings.seed).value
+        for split, each in found.items()
+    }
+    seconds = sum(each.train_seconds for each in found.values())
+    return _Trial(plan, fractions["search"], fractions["selection"], seconds)
 
 
 def score_on_test(problem: Problem, candidate: Candidate, store: Store) -> Quality:

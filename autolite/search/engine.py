@@ -243,7 +243,12 @@ class Engine:
                 begun = time.monotonic()
                 if stage == "confirm":
                     candidate, evaluation = confirm(
-                        problem, plan, progress, mark=_mark(lease), check=lambda: self.leases.check(lease, asking=True)
+                        problem,
+                        plan,
+                        progress,
+                        mark=_mark(lease),
+                        check=lambda: self.leases.check(lease, asking=True),
+                        seeds=problem.settings.seeds,
                     )
                 else:
                     folder, behind = self._scratch(stage, lease), self._behind(stage, prices)

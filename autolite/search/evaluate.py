@@ -46,9 +46,11 @@ def evaluate(
     folder: Path,
     progress: Callable[[int, int], None],
     behind: Behind | None = None,
+    *,
+    final: bool = False,
 ) -> Evaluation:
     """Compress by `plan`, emit the artifact into `folder` and score that artifact on a split: in growing parts until
-    it is `behind`, if that is given.
+    it is `behind`, if that is given. A `final` one is trained no further, and its artifact is the fastest of its kind.
 
     Raises:
         PlanError: if the plan cannot be applied.
@@ -56,12 +58,11 @@ def evaluate(
     begun = time.monotonic()
     # Plans of the screen are many, and trained for a few steps only.
     trunks = None if split == "screen" else problem.settings.out / "cache" / "trunks"
-    last = split == "selection"
-    context = replace(problem.context, seed=plan.seed, progress=progress, trunks=trunks, last=last)
+    context = replace(problem.context, seed=plan.seed, progress=progress, trunks=trunks, last=final)
     student = compress(plan, context, students=problem.settings.out / "students")
     trained = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    files = problem.emit(student, folder, final=last)
+    files = problem.emit(student, folder, final=final)
     runner = problem.runtime.load(files[0], threads=scoring_threads())
     if student.vocabulary is None:
         examples, pad_id = problem.split(split), problem.context.pad_id

@@ -186,6 +186,7 @@ def run_identity(settings: Settings, space: Space) -> dict[str, str]:
         "seed": str(settings.seed),
         "layout": LAYOUT,
         **({"other targets": ",".join(map(_target_identity, settings.others))} if settings.others else {}),
+        **({"seeds": str(settings.seeds)} if settings.seeds > 1 else {}),
         **unlabelled,
         **{what: name for what, name in own.items() if name},
     }

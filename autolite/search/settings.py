@@ -162,6 +162,7 @@ class Settings:
     objectives: tuple[str, ...] = OBJECTIVES
     others: tuple[str, ...] = ()  # targets beside the first, for which plans are searched too
     workers: int = 0  # further processes that this one starts
+    seeds: int = 1  # that each finalist is trained with
 
     @property
     def storage_url(self) -> str:
@@ -193,6 +194,7 @@ class Settings:
             "objectives": self.objectives,
             "others": [_absolute_target(each) for each in self.others],
             "sampler": self.sampler if isinstance(self.sampler, str) else "additive",
+            "seeds": self.seeds,
             "own_functions": self.own_functions,
         }
 

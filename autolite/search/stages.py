@@ -141,8 +141,10 @@ def _chosen(
         # A front of several plans is worth more than training few of them for twice as long. Every candidate has its
         # folder, and the further formats are scored.
         least = _effort(source)
-        others = new * _folder_seconds(problem, processes) + (new - len(chosen)) * _scoring_seconds(source)
-        seconds -= others / processes
+        seeds = problem.settings.seeds
+        scored = (new if seeds == 1 else new * (1 + 2 * seeds)) - len(chosen)
+        seconds -= (new * _folder_seconds(problem, processes) + scored * _scoring_seconds(source)) / processes
+        seconds /= seeds
     share = len(chosen) / max(wanted, len(chosen))  # some are trained again, with other settings
     resumes = (problem.settings.out / "cache" / "trunks").is_dir()  # else a finished run goes on
     begins = first or not resumes

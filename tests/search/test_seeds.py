@@ -1,0 +1,66 @@
+"""Finalists trained with several seeds: the best by *search* is the candidate, and what each keeps is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from autolite.errors import InputError, RunError
+from autolite.front import Candidate, Result
+from autolite.plan import Plan
+from autolite.report.tables import front_table
+from autolite.search import confirm
+from autolite.search.confirm import _Trial
+from tests.conftest import RunSearch
+from tests.search.test_run import completed
+
+
+@pytest.fixture(scope="module")
+def two(run_search: RunSearch, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    return run_search(seeds=2, seed=5, budget="6trials", out=tmp_path_factory.mktemp("seeds") / "run")
+
+
+def trained(result: Result) -> list[Candidate]:
+    return [each for each in result.front if each.kept_of_seeds]
+
+
+def test_each_finalist_that_is_trained_says_what_its_seeds_keep(two: Result) -> None:
+    assert trained(two)
+    for each in trained(two):
+        assert each.seeds == (5, 6)
+        assert each.plan.seed in each.seeds
+        assert each.id == each.plan.digest[:8]
+        assert each.kept_of_seeds[each.seeds.index(each.plan.seed)] == each.kept.value
+
+
+def test_the_table_tells_which_seed_it_is(two: Result) -> None:
+    told = " ".join(map(str, front_table(two.front).renderables[1:]))
+    for each in trained(two):
+        assert f"{each.id}  is seed {each.plan.seed}" in told
+
+
+def test_the_same_again_finds_it_finished_and_another_number_of_seeds_is_another_run(
+    two: Result, run_search: RunSearch
+) -> None:
+    before = completed(two.path)
+    again = run_search(seeds=2, seed=5, budget="6trials", out=two.path)
+    assert [each.to_json() for each in again.front] == [each.to_json() for each in two.front]
+    assert completed(two.path) == before
+    with pytest.raises(RunError, match="seeds"):
+        run_search(seeds=3, seed=5, budget="6trials", out=two.path)
+    with pytest.raises(InputError, match=r"seeds.* 0"):
+        run_search(seeds=0, out=two.path)
+
+
+def test_the_best_by_the_search_split_is_taken_whatever_the_selection_split_says(
+    run_search: RunSearch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def tried(problem: object, plan: Plan, *_: object) -> _Trial:
+        return _Trial(plan, searched=float(plan.seed == 1), selected=-plan.seed / 10, seconds=0.0)
+
+    monkeypatch.setattr(confirm, "_trial", tried)
+    found = run_search(seeds=3, budget="6trials", out=tmp_path / "run").front
+    assert {(c.plan.seed, c.seeds, c.kept_of_seeds) for c in found if c.kept_of_seeds} == {
+        (1, (0, 1, 2), (0.0, -0.1, -0.2))
+    }
