@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load, save
 
 from autolite import registry
 from autolite.architecture import ModelShape
-from autolite.errors import ModelError
+from autolite.errors import ModelError, StorageError
 from autolite.files import write_atomically
 from autolite.formats import Encoded
 from autolite.plan import Plan, Step
@@ -138,8 +139,12 @@ def compress(plan: Plan, context: Context, students: Path | None = None) -> Stud
     for end, _, file in kept:
         if end > done:
             student = _apply(plan.steps[done:end], student, context)
-            write_weights(student, file, context.teacher)
             done = end
+            if file.parent != context.trunks:
+                write_weights(student, file, context.teacher)
+            elif not context.last:
+                with suppress(StorageError):  # it only costs time later
+                    write_weights(student, file, context.teacher)
     return _apply(plan.steps[done:], student, context)
 
 

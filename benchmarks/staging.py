@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from itertools import combinations
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING
 
 import click
@@ -29,9 +30,17 @@ if TYPE_CHECKING:
 
 
 def pairs(earlier: list[FrozenTrial], later: list[FrozenTrial]) -> list[tuple[float, float]]:
-    """Return what was kept before and after, of each later trial whose plan an earlier one tried, with any training."""
-    before = {untrained(trial): trial.user_attrs["kept"] for trial in reversed(earlier)}
-    return [(before[plan], t.user_attrs["kept"]) for t in later if (plan := untrained(t)) in before]
+    """Return what was kept before and after, of each plan that both tried, with any training; the mean of several."""
+    before, after = kept(earlier), kept(later)
+    return [(mean(before[plan]), mean(after[plan])) for plan in after if plan in before]
+
+
+def kept(trials: list[FrozenTrial]) -> dict[str, list[float]]:
+    """Return what was kept in each trial of each plan."""
+    found: dict[str, list[float]] = {}
+    for trial in trials:
+        found.setdefault(untrained(trial), []).append(trial.user_attrs["kept"])
+    return found
 
 
 def untrained(trial: FrozenTrial) -> str:

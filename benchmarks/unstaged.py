@@ -4,19 +4,17 @@
     python benchmarks/unstaged.py --teacher teacher-sst2/ --data sst2/ --budget 1h --sampler tpe
 
 What `benchmarks/search.py` is compared with: one level for all layers (`uniform`), its start plans first, no estimates,
-no stages and no shared students. Training, emission, scoring and timing are those of the search's own finalists.
+and no stages. Training, emission, scoring and timing are those of the search's own finalists.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import optuna
-import torch
 from search import TASK, judge_of, lines
 
 from autolite.errors import PlanError
@@ -48,7 +46,7 @@ def tried(problem: Problem, sampler: str, steps: int, ends: float) -> list[Candi
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(directions=["minimize"] * 3, sampler=SAMPLERS[sampler](problem.settings.seed))
     for start in problem.space.start:
-        study.enqueue_trial(dict(start))
+        study.enqueue_trial(dict(problem.space.complete(start)))
     found: dict[str, Candidate] = {}
     longest = 0.0
     while (begun := time.monotonic()) + longest < ends:
@@ -80,8 +78,9 @@ def main(teacher: Path, data: Path, budget: str, target: str, sampler: str, step
     seconds = parse_budget(budget).seconds
     if seconds is None:
         raise click.BadParameter("a time is needed", param_hint="--budget")
+    if (out / f"{sampler}-{seed}").exists():
+        raise click.BadParameter("has students of an earlier run: choose another folder", param_hint="--out")
     judge = judge_of(teacher, data, out / "teacher")
-    torch.set_num_threads(os.cpu_count() or 1)
     ends = time.monotonic() + seconds
     problem = problem_of(
         Settings(

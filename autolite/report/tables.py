@@ -75,8 +75,8 @@ def front_table(front: Front, was: Mapping[str, str] | None = None) -> Group:
         )
     notes = [f"{c.id}  {c.plan.describe()}" for c in front]
     for c in (each for each in front if each.kept_of_seeds):
-        shares = ", ".join(f"{one:.1%}" for one in c.kept_of_seeds)
-        notes.append(f"{c.id}  is seed {c.plan.seed}; on selection, seeds {c.seeds[0]} to {c.seeds[-1]} keep {shares}")
+        shares = ", ".join(f"{seed}: {one:.1%}" for seed, one in zip(c.seeds, c.kept_of_seeds, strict=True))
+        notes.append(f"{c.id}  is seed {c.plan.seed}; on selection the seeds keep {shares}")
     tied = sorted({c.id for c in front if c.ties})
     if tied:
         notes.append(f"In quality the data cannot tell these apart: {', '.join(tied)}")

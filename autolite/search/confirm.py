@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from autolite import export
 from autolite.compress import training
+from autolite.errors import PlanError
 from autolite.front import Candidate, Quality
 from autolite.hardware.predict import predict_faster
 from autolite.measure import Measurement, faster, random_texts, time_interleaved, timing_to_measurements
@@ -44,13 +45,10 @@ def confirm(
     settings = problem.settings
     part = settings.out / "candidates" / f".{plan.digest[:8]}{mark}"
     shutil.rmtree(part, ignore_errors=True)
-    trials = []
-    if seeds > 1 and training(plan):
-        trials = [_trial(problem, replace(plan, seed=plan.seed + i), part, progress) for i in range(seeds)]
+    trials = _trials(problem, plan, seeds, part, progress) if seeds > 1 and training(plan) else []
     plan = max(trials, key=lambda trial: trial.searched).plan if trials else plan
     name = plan.digest[:8]
-    shutil.rmtree(part, ignore_errors=True)
-    found = evaluate(problem, plan, "selection", part, progress, final=True)
+    found = evaluate(problem, plan, "selection", part, progress, last=True, final=True)
     found = replace(found, train_seconds=found.train_seconds + sum(trial.seconds for trial in trials))
     teacher = problem.teacher_score("selection")
     used = problem.runtime_of(found.files[0])
@@ -102,8 +100,24 @@ class _Trial:
     seconds: float
 
 
+def _trials(
+    problem: Problem, plan: Plan, seeds: int, folder: Path, progress: Callable[[int, int], None]
+) -> list[_Trial]:
+    """Try a plan with its seed and the next ones, but for those with which it cannot be trained."""
+    found, failed = [], None
+    for seed in range(plan.seed, plan.seed + seeds):
+        try:
+            found.append(_trial(problem, replace(plan, seed=seed), folder, progress))
+        except PlanError as error:  # a loss that diverges
+            failed = error
+    shutil.rmtree(folder, ignore_errors=True)
+    if failed is not None and not found:
+        raise failed
+    return found
+
+
 def _trial(problem: Problem, plan: Plan, folder: Path, progress: Callable[[int, int], None]) -> _Trial:
-    found = {split: evaluate(problem, plan, split, folder, progress) for split in ("search", "selection")}
+    found = {split: evaluate(problem, plan, split, folder, progress, last=True) for split in ("search", "selection")}
     fractions = {
         split: kept(each.score, problem.teacher_score(split), problem.task, problem.settings.seed).value
         for split, each in found.items()

@@ -23,6 +23,7 @@ from autolite.measure import Measurement
 from autolite.pareto import nondominated
 from autolite.plan import Plan
 from autolite.search.confirm import confirm
+from autolite.search.costs import Costs, expected_seconds
 from autolite.search.evaluate import Evaluation, evaluate, price
 from autolite.search.leases import Lease, LeaseLostError, Leases, Pauses
 from autolite.search.problem import Problem
@@ -31,8 +32,8 @@ from autolite.search.proposal import proposal
 from autolite.search.racing import Behind, surely_behind
 from autolite.search.record import a_step, of_evaluation, of_training
 from autolite.search.scoring import Score, kept
-from autolite.search.stages import RUNGS, Decision, decide, expected_seconds, objectives
-from autolite.search.studies import LEVELS, StageStudy
+from autolite.search.stages import RUNGS, Decision, decide, objectives
+from autolite.search.studies import LEVELS, PROPOSED, StageStudy
 from autolite.space import STAGES, Stage
 from autolite.store import Store
 
@@ -43,6 +44,7 @@ SPLITS: dict[Stage, str] = {"screen": "screen", "recover": "search", "confirm": 
 EXPLORE_AFTER = 5  # fruitless trials in a row before the sampler is replaced by a random one
 MAX_FRUITLESS = 50  # after which a space is taken to be exhausted
 OPEN = "open stage"  # the fact with the stage that all processes work on now, and its decision
+SINCE = "checkpoints since"  # the fact with the number of the first trial of recovery whose checkpoints are there
 WORKER = "worker "  # before the owner, in the keys of the leases by which workers say that they are there
 
 
@@ -98,9 +100,14 @@ class Engine:
         if known is not None:
             return Decision.from_json(known)
         processes = 1 + len(self.store.leases(WORKER))
-        decision = decide(stage, rung, self.problem, self.studies, self.clock, processes)
+        decision = decide(stage, rung, self.problem, self.studies, self.clock, processes, self._since)
         self.store.put(key, decision.to_json())
         return Decision.from_json(self.store.get(key))  # as any other process reads it
+
+    @property
+    def _since(self) -> int:
+        """The number of the first trial of recovery whose checkpoints are still there."""
+        return int(self.store.get(SINCE, 0))
 
     def work(self, stage: Stage, decision: Decision, goes_on: Callable[[], bool] | None = None) -> int:
         """Run trials of a stage, new ones and those of processes that died, until it is closed; returns how many.
@@ -144,6 +151,8 @@ class Engine:
                 if self._in_time(stage, decision):
                     return trial, lease
                 self._finish(stage, trial, lease, state=TrialState.FAIL)
+            while study.waiting() and not self._in_time(stage, decision):
+                study.drop_next()  # what is queued behind it may be cheaper
             if fruitless >= MAX_FRUITLESS or not self._time_for_another(stage, decision):
                 if closing and not running:  # as of before the count: whoever ends in between may make room
                     self.leases.check(asking, asking=True)
@@ -152,7 +161,7 @@ class Engine:
             explore = fruitless >= EXPLORE_AFTER
             if stage == "screen" and self.problem.additive and not explore and not study.waiting():
                 proposed = proposal(self.problem, study, decision.effort)
-                study.enqueue([] if proposed is None else [proposed], f"additive {study.next_number()}")
+                study.enqueue([] if proposed is None else [proposed], f"{PROPOSED} {study.next_number()}")
             trial = study.ask(explore)
             self.problem.space.suggest(trial, stage)  # so that the next proposal knows of it
             lease = self.leases.take(f"trial {stage} {trial.number}")
@@ -179,7 +188,8 @@ class Engine:
         still ends with a model."""
         if decision.deadline is None or not self.studies[stage].trials():
             return True
-        expected = expected_seconds(self.problem, self.studies[stage], decision)
+        trials = [*self.studies["screen"].trials(), *self.studies["recover"].trials()]
+        expected = expected_seconds(self.problem, self.studies[stage], decision, Costs(trials, self._since))
         return self.clock.spent + expected <= decision.deadline
 
     def _run_trial(self, stage: Stage, trial: Trial, lease: Lease, decision: Decision) -> bool:
@@ -234,8 +244,11 @@ class Engine:
             self.leases.check(lease)
             self._progress(done, total)
 
+        seeds = problem.settings.seeds if stage == "confirm" else 1
+
         def trained() -> bool:
-            return is_trained(plan, problem.context, students)
+            every = (replace(plan, seed=plan.seed + i) for i in range(seeds))
+            return all(is_trained(each, problem.context, students) for each in every)
 
         try:
             # A student that another process trains just now is waited for, and then read from the disk.
@@ -248,7 +261,7 @@ class Engine:
                         progress,
                         mark=_mark(lease),
                         check=lambda: self.leases.check(lease, asking=True),
-                        seeds=problem.settings.seeds,
+                        seeds=seeds,
                     )
                 else:
                     folder, behind = self._scratch(stage, lease), self._behind(stage, prices)
@@ -313,14 +326,16 @@ class Engine:
             trial.set_user_attr("candidate", candidate.to_json())
             for file in found.files:
                 final = problem.settings.out / candidate.path / file.name
-                self.store.add_artifact(plan.digest, final, sha256(final))
-        before, beside = self.studies["recover"].trials(), self.studies[stage].trials()
+                self.store.add_artifact(candidate.plan.digest, final, sha256(final))
+        made = plan if candidate is None else candidate.plan  # with another seed, perhaps
+        before = [t for t in self.studies["recover"].trials() if t.number >= self._since]
+        beside = self.studies[stage].trials()
         attributes = {
             **of_evaluation(stage, plan, fraction, len(found.seen), latency.value, prices),
             **of_training(stage, plan, decision.effort, found.train_seconds, step_seconds, before, beside),
             "worker": self.leases.owner,
             "seconds": seconds,
-            "measurements": self.store.add_measurements(plan.digest, stage, measurements),
+            "measurements": self.store.add_measurements(made.digest, stage, measurements),
         }
         for key, value in attributes.items():
             trial.set_user_attr(key, value)

@@ -47,10 +47,12 @@ def evaluate(
     progress: Callable[[int, int], None],
     behind: Behind | None = None,
     *,
+    last: bool = False,
     final: bool = False,
 ) -> Evaluation:
     """Compress by `plan`, emit the artifact into `folder` and score that artifact on a split: in growing parts until
-    it is `behind`, if that is given. A `final` one is trained no further, and its artifact is the fastest of its kind.
+    it is `behind`, if that is given. The `last` student of its plan is trained no further; of a `final` one, the
+    artifact is the fastest of equivalent ones.
 
     Raises:
         PlanError: if the plan cannot be applied.
@@ -58,7 +60,7 @@ def evaluate(
     begun = time.monotonic()
     # Plans of the screen are many, and trained for a few steps only.
     trunks = None if split == "screen" else problem.settings.out / "cache" / "trunks"
-    context = replace(problem.context, seed=plan.seed, progress=progress, trunks=trunks, last=final)
+    context = replace(problem.context, seed=plan.seed, progress=progress, trunks=trunks, last=last)
     student = compress(plan, context, students=problem.settings.out / "students")
     trained = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)

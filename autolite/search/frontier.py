@@ -254,7 +254,7 @@ class Frontier:
         return self._part(shape_after(plan, self.context.teacher.shape))
 
 
-def seeds(frontier: Frontier, count: int) -> list[Params]:
+def first_plans(frontier: Frontier, count: int) -> list[Params]:
     """Return up to `count` parameters to begin a search with: the start plans of the space; and in turns, what a sweep
     finds in those that have levels by layer, and in the space's defaults. What cannot be applied to this model is left
     as it is: a trial will say why."""

@@ -12,6 +12,7 @@ from autolite.hardware.local import cpu_name
 from autolite.plan import Plan
 from autolite.search.prices import NEVER
 from autolite.space import Stage
+from autolite.techniques.distill import DistillConfig, begins_alike
 from autolite.techniques.schedules import stable_steps
 
 if TYPE_CHECKING:
@@ -83,8 +84,14 @@ def of_training(
         "train_seconds": dearest,
         "trained_steps": steps,
         "step_seconds": rate,
-        "resumable_steps": 0 if stage == "screen" or not training(plan) else stable_steps(effort),
+        "resumable_steps": stable_steps(effort) if stage == "recover" and _is_resumable(plan) else 0,
     }
+
+
+def _is_resumable(plan: Plan) -> bool:
+    """Whether a longer training goes on from what this one leaves."""
+    trained = [step.config for step in plan.steps if training(Plan((step,)))]
+    return bool(trained) and all(isinstance(each, DistillConfig) and begins_alike(each) for each in trained)
 
 
 def a_step(marks: Sequence[tuple[float, int]]) -> float | None:

@@ -23,7 +23,7 @@ from autolite.hardware.local import cpu_name
 from autolite.plan import Plan
 from autolite.search.choose import blocked, choose
 from autolite.search.confirm import confirm, score_on_test
-from autolite.search.engine import OPEN, WORKER, Engine
+from autolite.search.engine import OPEN, SINCE, WORKER, Engine
 from autolite.search.evaluate import price
 from autolite.search.leases import Leases
 from autolite.search.narrow import narrow
@@ -122,6 +122,7 @@ def _search_as_leader(
                 engine.run()
             engine.show(stage="finish", doing="scoring the finalists on the test split", step=0, steps=0)
             _write_front(problem, studies, store, clock, complete=True)
+            store.put(SINCE, len(studies["recover"].study.get_trials(deepcopy=False)))
             for trained in ("checkpoints", "trunks"):  # of runs that were given up, or that end here
                 shutil.rmtree(settings.out / "cache" / trained, ignore_errors=True)
             shutil.rmtree(settings.out / "scratch", ignore_errors=True)
@@ -266,7 +267,7 @@ def _write_front(
         nearest_misses=blocked(misses, limits),
         budget={
             "asked": str(problem.settings.budget),
-            "spent_seconds": round(clock.spent, 1),
+            "spent_seconds": 0.0,  # until it is written
             "trials": {stage: len(studies[stage].trials()) for stage in STAGES},
         },
         versions=versions(),
@@ -278,7 +279,9 @@ def _write_front(
         _make_folder(problem, candidate)
     tested = complete and any(found.candidates for found in fronts)
     for target, found in zip((None, *problem.settings.others), fronts, strict=True):
-        write_json(front_file(out, target), (_tested(problem, found, store) if tested else found).to_json())
+        scored = _tested(problem, found, store) if tested else found
+        spent = {**scored.budget, "spent_seconds": round(clock.spent, 1)}
+        write_json(front_file(out, target), replace(scored, budget=spent).to_json())
     if complete:
         for dominated in (c for c in candidates if c.id not in wanted):
             shutil.rmtree(out / dominated.path, ignore_errors=True)

@@ -6,24 +6,22 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autolite.compress import canonical, student_plan
+from autolite.compress import canonical
 from autolite.errors import PlanError
 from autolite.pareto import nondominated, spread_subset
 from autolite.search.additive import worst
-from autolite.search.confirm import TIMING_SECONDS
+from autolite.search.costs import Costs, fit, folder_seconds, scoring_seconds
 from autolite.search.evaluate import price
-from autolite.search.frontier import seeds
+from autolite.search.frontier import first_plans
 from autolite.search.problem import Problem
 from autolite.search.progress import Clock
 from autolite.search.settings import Budget
 from autolite.search.studies import StageStudy, params_of
 from autolite.space import Params, Stage
-from autolite.techniques.schedules import stable_steps
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -35,7 +33,6 @@ TIME_SHARES: dict[Stage, tuple[float, ...]] = {"screen": (0.25,), "recover": (0.
 FEWER, LONGER = 2, 3  # times fewer plans, and times as long a training, at the next rung
 UNTRAINED_SCREEN = 0.8  # nothing is trained, so the screen's scores are final and most of the time is its
 TRIAL_SHARES: dict[Stage, float] = {"recover": 0.3, "confirm": 0.2}
-FEWEST = 2
 UNRUNNABLE = math.log(10.0)  # the log latency of what a further target cannot run: as if ten times the baseline's
 OPEN_SHARE = 1 / 3  # of the first rung that trains: plans whose training settings are drawn; the others have defaults
 FINALISTS_SHARE = 0.5  # of the confirm trials; the others are further number formats of the finalists' students
@@ -81,9 +78,16 @@ def trials_at(stage: Stage, rung: int, count: int, budget: Budget) -> int:
 
 
 def decide(
-    stage: Stage, rung: int, problem: Problem, studies: dict[Stage, StageStudy], clock: Clock, processes: int = 1
+    stage: Stage,
+    rung: int,
+    problem: Problem,
+    studies: dict[Stage, StageStudy],
+    clock: Clock,
+    processes: int = 1,
+    since: int = 0,
 ) -> Decision:
-    """Plan a rung of a stage from what was found before and what it cost; `processes` work on it at once.
+    """Plan a rung of a stage from what was found before and what it cost; `processes` work on it at once, and trials
+    of recovery have left checkpoints from number `since` on.
 
     Under a time budget the number of trials is what is done already and as many more as the space allows: a finished
     run that gets more time tries more, and trains it longer.
@@ -98,7 +102,8 @@ def decide(
     deadline = _deadline(stage, rung, problem, source, clock)
     if source:
         seconds = None if deadline is None else deadline - clock.spent
-        chosen, effort = _chosen(stage, rung, problem, source, new, seconds, processes)
+        costs = Costs([*studies["screen"].trials(), *studies["recover"].trials()], since)
+        chosen, effort = _chosen(stage, rung, problem, source, new, seconds, processes, costs)
         queue = _queue(stage, rung, problem, chosen, new)
     else:
         queue, effort = _first(problem, new), limits.effort
@@ -127,6 +132,7 @@ def _chosen(
     new: int,
     seconds: float | None,
     processes: int,
+    costs: Costs,
 ) -> tuple[list[FrozenTrial], int]:
     """Promote plans for `new` trials, and say for how many steps each is trained: as many as there is time for."""
     space, limits = problem.space, problem.space.stages[stage]
@@ -136,20 +142,19 @@ def _chosen(
     chosen = promote(problem, source, distinct, keep_floor=source[0].user_attrs["stage"] != "screen")
     if seconds is None or not space.trains:
         return chosen, max(1, limits.effort // LONGER) if first else limits.effort
-    least = 4 * space.stages["screen"].effort if first else 2 * _effort(source)
+    queued = len(_queue(stage, rung, problem, chosen, new))
     if stage == "confirm":
         # A front of several plans is worth more than training few of them for twice as long. Every candidate has its
         # folder, and the further formats are scored.
-        least = _effort(source)
         seeds = problem.settings.seeds
-        scored = (new if seeds == 1 else new * (1 + 2 * seeds)) - len(chosen)
-        seconds -= (new * _folder_seconds(problem, processes) + scored * _scoring_seconds(source)) / processes
-        seconds /= seeds
-    share = len(chosen) / max(wanted, len(chosen))  # some are trained again, with other settings
-    resumes = (problem.settings.out / "cache" / "trunks").is_dir()  # else a finished run goes on
-    begins = first or not resumes
-    chosen, effort = _fit(chosen, seconds * share, least, limits.max_effort, processes, begins=begins)
-    return chosen, max(effort, _effort(chosen)) if stage == "confirm" else effort
+        scored = queued * (1 if seeds == 1 else 1 + 2 * seeds) - len(chosen)
+        seconds -= (queued * folder_seconds(problem, processes) + scored * scoring_seconds(source)) / processes
+        chosen, effort = fit(costs, chosen, seconds, _effort(source), limits.max_effort, processes, seeds)
+        # A shorter training than the last would be a step back, and hardly cheaper; not so with seeds that begin anew.
+        return chosen, max(effort, _effort(chosen)) if seeds == 1 else effort
+    least = 4 * space.stages["screen"].effort if first else 2 * _effort(source)
+    seconds *= len(chosen) / max(queued, 1)  # some are trained again, with other settings
+    return fit(costs, chosen, seconds, least, limits.max_effort, processes)
 
 
 def _queue(stage: Stage, rung: int, problem: Problem, chosen: list[FrozenTrial], new: int) -> list[Params]:
@@ -166,7 +171,7 @@ def _first(problem: Problem, count: int) -> list[Params]:
     """What a screen begins with: for the additive model the start plans alone, for a sampler that does not know the
     estimates a third of all."""
     few = len(problem.space.start) + 1 if problem.additive else math.ceil(count / 3)
-    return seeds(problem.frontier, min(few, count))
+    return first_plans(problem.frontier, min(few, count))
 
 
 def _digest(problem: Problem, params: Params, effort: int) -> str:
@@ -194,53 +199,8 @@ def _deadline(stage: Stage, rung: int, problem: Problem, source: Sequence[Frozen
     if stage == "confirm" and source:
         scored = len(problem.split("search" if trains else "screen"))
         finalists = math.ceil(problem.space.stages["confirm"].trials * FINALISTS_SHARE)
-        left -= min(left / 2, finalists * _scoring_seconds(source) * len(problem.data.test) / scored)
+        left -= min(left / 2, finalists * scoring_seconds(source) * len(problem.data.test) / scored)
     return clock.spent + max(left, 0.0) * share
-
-
-def _folder_seconds(problem: Problem, processes: int) -> float:
-    """What a confirmed candidate costs beside training and scoring: its folder, and on this machine its timing, for
-    which all processes stop."""
-    return 3.0 + (TIMING_SECONDS * processes if problem.profile.name == "local" else 0.0)
-
-
-def expected_seconds(problem: Problem, study: StageStudy, decision: Decision) -> float:
-    """What the next trial will cost, by the last ones: only scoring, if its student is trained already."""
-    done = study.trials()
-    if not done:
-        return 0.0
-    scoring = _scoring_seconds(done[-5:])
-    place = study.next_in_queue(decision.name)
-    if place is not None:
-        try:
-            plan = problem.plan(decision.queue[place], decision.effort)
-        except PlanError:  # it will be told as refused
-            return 0.0
-        student = student_plan(canonical(plan, problem.teacher.shape)).digest
-        if any(t.user_attrs["student"] == student for t in done):
-            return scoring
-    trained = [t for t in done if t.user_attrs["own_train_seconds"] > 0.1][-5:]
-    before = max((t.user_attrs["effort"] for t in done if t.user_attrs["effort"] < decision.effort), default=0)
-    if not trained:
-        return scoring
-    rate, once = mean(t.user_attrs["step_seconds"] for t in trained), 0.0 if before else mean(map(_once, trained))
-    return float(scoring + once + (decision.effort - stable_steps(before)) * rate)
-
-
-def _scoring_seconds(trials: Sequence[FrozenTrial]) -> float:
-    """The median of what trials cost beside training; those that were given up early say little."""
-    whole = max(t.user_attrs["examples"] for t in trials)
-    return median(
-        float(t.user_attrs["seconds"] - t.user_attrs["own_train_seconds"])
-        for t in trials
-        if t.user_attrs["examples"] == whole
-    )
-
-
-def _once(trial: FrozenTrial) -> float:
-    """Seconds of compression that more training steps do not add to, such as fitting again what pruning left."""
-    attributes = trial.user_attrs
-    return max(0.0, float(attributes["train_seconds"] - attributes["trained_steps"] * attributes["step_seconds"]))
 
 
 def _effort(trials: Sequence[FrozenTrial]) -> int:
@@ -285,23 +245,6 @@ def objectives(problem: Problem, trials: Sequence[FrozenTrial]) -> np.ndarray:
         there = [t.user_attrs["latency_elsewhere"][i] for t in trials]
         found.append([UNRUNNABLE if each is None else math.log(each / whole) for each in there])
     return np.array(found).T
-
-
-def _fit(
-    chosen: list[FrozenTrial], seconds: float, least: int, most: int, processes: int = 1, *, begins: bool
-) -> tuple[list[FrozenTrial], int]:
-    """Drop the last plans until the others can be trained for `least` steps in the time there is, but keep two: what
-    looks best now may not stay so. What a plan went through already is not done again, unless it `begins` anew. Each of
-    several processes trains whole plans, one after the other."""
-    while True:
-        each = [float(t.user_attrs["step_seconds"]) for t in chosen]
-        done = 0.0 if begins else sum(s * t.user_attrs["resumable_steps"] for s, t in zip(each, chosen, strict=True))
-        overhead = len(chosen) * _scoring_seconds(chosen) + (sum(map(_once, chosen)) if begins else 0.0)
-        rounds = math.ceil(len(chosen) / processes)
-        effort = int((seconds * len(chosen) / rounds - overhead + done) / max(sum(each), 1e-6))
-        if effort >= least or len(chosen) <= FEWEST:
-            return chosen, max(min(effort, most), 1)
-        chosen = chosen[:-1]
 
 
 def _formats(problem: Problem, queue: list[Params], count: int) -> list[Params]:

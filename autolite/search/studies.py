@@ -24,6 +24,7 @@ from autolite.store import change_lease, changed_rows, engine_kwargs, storage_er
 from autolite.tasks.base import Task
 
 OBJECTIVES = ("quality", "latency_ms", "size_bytes")
+PROPOSED = "additive"  # the key of what is queued one by one, by a model of the trials so far
 LEVELS = "levels"  # the attribute of a trial with the level of each layer, for settings that are "by-layer" in Optuna
 
 
@@ -104,8 +105,13 @@ class StageStudy:
     def drop_queued(self, key: str) -> None:
         """Give up what is queued under other keys than `key`: what an earlier rung did not get to."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            if not str(trial.user_attrs.get("queued")).startswith(f"{key} "):
+            if not str(trial.user_attrs.get("queued")).startswith((f"{key} ", f"{PROPOSED} ")):
                 self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+    def drop_next(self) -> None:
+        """Give up the trial that would be asked next."""
+        (first, *_) = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        self.storage.set_trial_state_values(first._trial_id, TrialState.FAIL)
 
     def running(self) -> list[FrozenTrial]:
         """Return the trials that were begun and not told yet, the teacher's left out."""

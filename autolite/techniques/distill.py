@@ -264,9 +264,13 @@ def _checkpoint(student: Student, config: DistillConfig, context: Context) -> Ch
     return Checkpoint(context.cache / "checkpoints" / f"{_name(student, config, context)}.safetensors")
 
 
+def begins_alike(config: DistillConfig) -> bool:
+    """Whether runs of other lengths begin as this one; not so if a weight goes to its end over the run."""
+    return config.schedule == "constant"
+
+
 def _trunk(student: Student, config: DistillConfig, context: Context) -> Trunk | None:
-    """What runs of other lengths have in common with this one; nothing, if a weight goes to its end over the run."""
-    if context.trunks is None or config.schedule != "constant":
+    if context.trunks is None or not begins_alike(config):
         return None
     return Trunk(context.trunks, _name(student, config.model_copy(update={"steps": 0}), context), context.last)
 

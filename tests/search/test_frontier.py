@@ -13,7 +13,7 @@ import torch
 from autolite.architecture import ModelShape, shape_of
 from autolite.compress import resolve, shape_after
 from autolite.errors import SpaceError
-from autolite.search.frontier import Frontier, seeds
+from autolite.search.frontier import Frontier, first_plans
 from autolite.search.sensitivity import damages
 from autolite.search.studies import read_trials
 from autolite.space import BY_LAYER, Params, Scalar, Space, load_space
@@ -104,7 +104,7 @@ def test_a_sweep_goes_from_the_slightest_to_the_strongest_cut(space: Space) -> N
     assert len(found) == len({str(frontier.levels(each)) for each in found})
     sizes = sorted(price(shape_of_plan(frontier, each))[1] for each in found)
     assert sizes[-1] > 1.1 * sizes[0]
-    first = seeds(frontier, 6)
+    first = first_plans(frontier, 6)
     assert first[0] == dict(space.start[0])
     assert len(first) == 6
 

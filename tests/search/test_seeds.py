@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from autolite.errors import InputError, RunError
+from autolite.errors import InputError, PlanError, RunError
 from autolite.front import Candidate, Result
 from autolite.plan import Plan
 from autolite.report.tables import front_table
@@ -64,3 +65,18 @@ def test_the_best_by_the_search_split_is_taken_whatever_the_selection_split_says
     assert {(c.plan.seed, c.seeds, c.kept_of_seeds) for c in found if c.kept_of_seeds} == {
         (1, (0, 1, 2), (0.0, -0.1, -0.2))
     }
+
+
+def test_a_seed_with_which_training_fails_is_left_out(
+    run_search: RunSearch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    original = confirm._trial
+
+    def fails(problem: Any, plan: Plan, *more: Any) -> _Trial:
+        if plan.seed == 0:
+            raise PlanError("distill: the loss is not finite")
+        return original(problem, plan, *more)
+
+    monkeypatch.setattr(confirm, "_trial", fails)
+    found = run_search(seeds=2, budget="6trials", out=tmp_path / "run").front
+    assert {c.seeds for c in found if c.kept_of_seeds} == {(1,)}

@@ -51,39 +51,12 @@ def test_one_student_is_promoted_once_while_there_are_others(problem: Any) -> No
     assert {t.user_attrs["student"] for t in chosen} == {"a", "b"}
 
 
-@pytest.mark.parametrize(("processes", "steps"), [(1, 100), (2, 150), (3, 300), (9, 300)])
-def test_several_processes_train_longer_as_far_as_whole_plans_can_be_shared_out(processes: int, steps: int) -> None:
-    """Three plans at an eighth of a second a step in 37.5 s: one after the other, in two rounds, or all at once."""
-    chosen, effort = stages._fit([costing() for _ in range(3)], 37.5, 40, 1000, processes, begins=True)
-    assert (len(chosen), effort) == (3, steps)
-
-
-def test_what_was_trained_before_is_not_paid_again() -> None:
-    """Three plans at an eighth of a second a step in 37.5 s, each with 14 of its steps done."""
-    assert stages._fit([costing(14) for _ in range(3)], 37.5, 40, 1000, begins=False)[1] == 114
-
-
-@pytest.mark.parametrize(("begins", "steps"), [(True, 80), (False, 200)])
-def test_what_is_done_once_does_not_grow_with_the_steps_nor_again_at_the_next_rung(begins: bool, steps: int) -> None:
-    """Three plans in 37.5 s, of which each spends 7.5 s before it trains at a sixteenth of a second a step."""
-    plans = [costing() for _ in range(3)]
-    for plan in plans:
-        plan.user_attrs |= {"train_seconds": 8.0, "seconds": 8.0, "own_train_seconds": 8.0, "step_seconds": 1 / 16}
-    assert stages._fit(plans, 37.5, 40, 1000, begins=begins)[1] == steps
-
-
 @given(st.integers(1, 60), st.sampled_from(["9trials", "9m"]))
 def test_the_rungs_of_a_stage_are_fewer_plans_each_and_add_up_under_a_budget_of_trials(count: int, budget: str) -> None:
     rungs = [stages.trials_at("recover", rung, count, parse_budget(budget)) for rung in range(stages.RUNGS["recover"])]
     assert rungs == sorted(rungs, reverse=True)
     assert rungs[0] > 0
     assert budget == "9m" or sum(rungs) == count
-
-
-def costing(resumable: int = 0) -> Any:
-    times = {"train_seconds": 1.0, "seconds": 1.0, "own_train_seconds": 1.0}
-    steps = {"effort": 8, "trained_steps": 8, "step_seconds": 0.125, "resumable_steps": resumable}
-    return SimpleNamespace(user_attrs={**times, **steps, "examples": 100})
 
 
 def test_objectives_are_relative_to_the_baseline(problem: Any) -> None:

@@ -1,0 +1,128 @@
+"""What trials will cost, by what they cost before: seconds of compression, scoring, folders and timing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+from typing import TYPE_CHECKING
+
+from autolite.compress import canonical, student_plan, untrained
+from autolite.errors import PlanError
+from autolite.search.confirm import TIMING_SECONDS
+from autolite.search.problem import Problem
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from autolite.search.stages import Decision
+    from autolite.search.studies import StageStudy
+
+FEWEST = 2
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What training plans that were tried before will cost. `trials` are those of the screen and of recovery; `since`
+    is the number of the first trial of recovery whose checkpoints are still there."""
+
+    trials: Sequence[FrozenTrial]
+    since: int = 0
+
+    def goes_on(self, trial: FrozenTrial) -> bool:
+        """Whether a longer training of this plan begins with what this one left."""
+        return trial.user_attrs["stage"] == "recover" and trial.number >= self.since
+
+    def step(self, trial: FrozenTrial) -> float:
+        """Seconds of a training step of a trial's plan; the least that was seen, since whoever trains longer than all
+        before waits for the teacher too, once."""
+        return min(float(t.user_attrs["step_seconds"]) for t in (trial, *self._alike(trial.user_attrs["trunk"])))
+
+    def once(self, trial: FrozenTrial) -> float:
+        """Seconds of compression that more training steps do not add to, such as fitting again what pruning left."""
+        recipe = trial.user_attrs["recipe"]
+        return max(map(_once, (trial, *(t for t in self.trials if t.user_attrs["recipe"] == recipe))))
+
+    def training(self, trial: FrozenTrial, steps: int, seeds: int = 1) -> float:
+        """Seconds that training a trial's plan for so many steps in all takes; with `seeds` beyond the first from the
+        beginning."""
+        step = self.step(trial)
+        begun = -step * trial.user_attrs["resumable_steps"] if self.goes_on(trial) else self.once(trial)
+        return begun + step * steps + (seeds - 1) * (self.once(trial) + step * steps if seeds > 1 else 0.0)
+
+    def like(self, trunk: str) -> FrozenTrial | None:
+        """Return the longest trained trial of a plan that is known by what its trainings have in common."""
+        return max(self._alike(trunk), key=lambda t: (self.goes_on(t), t.user_attrs["effort"]), default=None)
+
+    def _alike(self, trunk: str) -> list[FrozenTrial]:
+        return [t for t in self.trials if t.user_attrs["trunk"] == trunk]
+
+
+def fit(
+    costs: Costs,
+    chosen: list[FrozenTrial],
+    seconds: float,
+    least: int,
+    most: int,
+    processes: int = 1,
+    seeds: int = 1,
+) -> tuple[list[FrozenTrial], int]:
+    """Drop the last plans until the others can be trained for `least` steps in the time there is, but keep two: what
+    looks best now may not stay so. Each of several processes trains whole plans, one after the other."""
+    while True:
+        rounds = math.ceil(len(chosen) / processes)
+        fixed = sum(costs.training(t, 0, seeds) for t in chosen) + len(chosen) * scoring_seconds(chosen)
+        step = seeds * sum(map(costs.step, chosen))
+        effort = int((seconds * len(chosen) / rounds - fixed) / max(step, 1e-6))
+        if effort >= least or len(chosen) <= FEWEST:
+            return chosen, max(min(effort, most), 1)
+        chosen = chosen[:-1]
+
+
+def expected_seconds(problem: Problem, study: StageStudy, decision: Decision, costs: Costs) -> float:
+    """What the next trial of a stage will cost: only scoring, if its student is trained already; by what its plan took
+    before, if that was tried; else by the last trials."""
+    done = study.trials()
+    if not done:
+        return 0.0
+    scoring = scoring_seconds(done[-5:])
+    place = study.next_in_queue(decision.name)
+    if place is not None:
+        try:
+            plan = canonical(problem.plan(decision.queue[place], decision.effort), problem.teacher.shape)
+        except PlanError:  # it will be told as refused
+            return 0.0
+        student = student_plan(plan)
+        if any(t.user_attrs["student"] == student.digest for t in done):
+            return scoring
+        known = costs.like(untrained(student).digest)
+        if known is not None:
+            seeds = problem.settings.seeds if study.stage == "confirm" else 1
+            return scoring + costs.training(known, decision.effort, seeds)
+    trained = [t for t in done if t.user_attrs["own_train_seconds"] > 0.1][-5:]
+    if not trained:
+        return scoring
+    step, once = mean(t.user_attrs["step_seconds"] for t in trained), mean(map(_once, trained))
+    return float(scoring + once + decision.effort * step)
+
+
+def scoring_seconds(trials: Sequence[FrozenTrial]) -> float:
+    """The median of what trials cost beside training; those that were given up early say little."""
+    whole = max(t.user_attrs["examples"] for t in trials)
+    return median(
+        float(t.user_attrs["seconds"] - t.user_attrs["own_train_seconds"])
+        for t in trials
+        if t.user_attrs["examples"] == whole
+    )
+
+
+def folder_seconds(problem: Problem, processes: int) -> float:
+    """What a confirmed candidate costs beside training and scoring: its folder, and on this machine its timing, for
+    which all processes stop."""
+    return 3.0 + (TIMING_SECONDS * processes if problem.profile.name == "local" else 0.0)
+
+
+def _once(trial: FrozenTrial) -> float:
+    attributes = trial.user_attrs
+    return max(0.0, float(attributes["train_seconds"] - attributes["trained_steps"] * attributes["step_seconds"]))
