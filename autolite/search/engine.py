@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from autolite.architecture import ModelShape
 from autolite.compress import canonical, is_trained, student_plan
-from autolite.errors import PlanError, TargetError
+from autolite.errors import PlanError
 from autolite.files import sha256
 from autolite.front import Candidate
 from autolite.host_lock import give_way, working
@@ -26,6 +25,7 @@ from autolite.search.confirm import confirm
 from autolite.search.costs import Costs, expected_seconds
 from autolite.search.evaluate import Evaluation, evaluate, price
 from autolite.search.leases import Lease, LeaseLostError, Leases, Pauses
+from autolite.search.prices import beyond_on_all, least_excesses
 from autolite.search.problem import Problem
 from autolite.search.progress import Clock, FrontRow, Observer, Snapshot
 from autolite.search.proposal import proposal
@@ -225,7 +225,7 @@ class Engine:
             self._finish(stage, trial, lease, state=TrialState.PRUNED)
             return False
         predicted = price(problem, shape)
-        violated = self._certain_violations(shape)
+        violated = beyond_on_all(problem.prices, shape, problem.settings.constraints)
         if violated:
             reason = "the predicted price is above the limit"
             self._tell_infeasible(stage, trial, lease, plan, predicted, violated, reason)
@@ -340,7 +340,7 @@ class Engine:
         for key, value in attributes.items():
             trial.set_user_attr(key, value)
         if candidate is not None:
-            for name, excess in self._excesses(candidate).items():
+            for name, excess in least_excesses(candidate, problem.others, problem.settings.constraints).items():
                 trial.set_constraint(name, excess)
         # Some examples are harder than others: what was seen of a plan is compared with the teacher on the same ones.
         whole = problem.teacher_score(SPLITS[stage])
@@ -370,21 +370,6 @@ class Engine:
             trial.set_constraint(key, excess)
         values = [worst, predicted["latency_ms"].value, predicted["size_bytes"].value]
         self._finish(stage, trial, lease, values)
-
-    def _certain_violations(self, shape: ModelShape) -> dict[str, float]:
-        """What a shape is surely beyond on the first target, by the relative excess, if it is beyond something on every
-        target; none if one of them may take it."""
-        limits = self.problem.settings.constraints
-        first, *others = (prices.surely_beyond(shape, limits) for prices in self.problem.prices)
-        return first if all(others) else {}
-
-    def _excesses(self, candidate: Candidate) -> dict[str, float]:
-        """How far a candidate is beyond each limit, on the target where it is nearest to meeting them all."""
-        limits, found = self.problem.settings.constraints, [candidate]
-        for prices in self.problem.others:
-            with suppress(TargetError):  # it cannot run there
-                found.append(prices.here(candidate))
-        return limits.excesses(min(found, key=lambda each: sum(limits.violations(each).values())))
 
     def _progress(self, done: int, total: int) -> None:
         self.clock.save()

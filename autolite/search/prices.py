@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -82,6 +83,23 @@ class Prices:
     @property
     def _memory(self) -> float:
         return self.profile.memory.size.value * 1e9  # bytes
+
+
+def beyond_on_all(prices: Sequence[Prices], shape: ModelShape, limits: Constraints) -> dict[str, float]:
+    """Return what a shape is surely beyond on the first target, by the relative excess, if it is beyond something on
+    every target; nothing if one of them may take it."""
+    first, *others = (each.surely_beyond(shape, limits) for each in prices)
+    return first if all(others) else {}
+
+
+def least_excesses(candidate: Candidate, others: Sequence[Prices], limits: Constraints) -> dict[str, float]:
+    """Return how far a candidate is beyond each limit, on that target where it is nearest to meeting them all: the one
+    that it has its numbers from, or one of the `others`."""
+    found = [candidate]
+    for prices in others:
+        with suppress(TargetError):  # it cannot run there
+            found.append(prices.here(candidate))
+    return limits.excesses(min(found, key=lambda each: sum(limits.violations(each).values())))
 
 
 def front_on(
