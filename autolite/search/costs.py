@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from heapq import heapreplace
 from statistics import mean, median
 from typing import TYPE_CHECKING
 
@@ -69,15 +71,25 @@ def fit(
     seeds: int = 1,
 ) -> tuple[list[FrozenTrial], int]:
     """Drop the last plans until the others can be trained for `least` steps in the time there is, but keep two: what
-    looks best now may not stay so. Each of several processes trains whole plans, one after the other."""
+    looks best now may not stay so. Each of several processes trains whole plans, those that take longest first."""
     while True:
-        rounds = math.ceil(len(chosen) / processes)
-        fixed = sum(costs.training(t, 0, seeds) for t in chosen) + len(chosen) * scoring_seconds(chosen)
-        step = seeds * sum(map(costs.step, chosen))
-        effort = int((seconds * len(chosen) / rounds - fixed) / max(step, 1e-6))
+        effort = bisect_right(range(1, most + 1), seconds, key=partial(_end, costs, chosen, processes, seeds))
         if effort >= least or len(chosen) <= FEWEST:
-            return chosen, max(min(effort, most), 1)
+            return chosen, max(effort, 1)
         chosen = chosen[:-1]
+
+
+def _end(costs: Costs, chosen: list[FrozenTrial], processes: int, seeds: int, steps: int) -> float:
+    scoring = scoring_seconds(chosen)
+    return makespan([costs.training(t, steps, seeds) + scoring for t in chosen], processes)
+
+
+def makespan(seconds: Sequence[float], processes: int) -> float:
+    """Return when the last of several processes ends, if whoever is free begins what takes longest (Graham 1969)."""
+    ends = [0.0] * processes
+    for each in sorted(seconds, reverse=True):
+        heapreplace(ends, ends[0] + each)
+    return max(ends)
 
 
 def expected_seconds(problem: Problem, study: StageStudy, decision: Decision, costs: Costs) -> float:

@@ -104,6 +104,8 @@ def decide(
         seconds = None if deadline is None else deadline - clock.spent
         costs = Costs([*studies["screen"].trials(), *studies["recover"].trials()], since)
         chosen, effort = _chosen(stage, rung, problem, source, new, seconds, processes, costs)
+        if processes > 1 and (rung or stage == "confirm"):  # so that they end together
+            chosen = sorted(chosen, key=lambda t: -costs.training(t, effort))
         queue = _queue(stage, rung, problem, chosen, new)
     else:
         queue, effort = _first(problem, new), limits.effort

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from autolite.compress import student_plan, untrained
 from autolite.plan import Plan, make_step
 from autolite.search import costs
-from autolite.search.costs import Costs, expected_seconds, fit
+from autolite.search.costs import Costs, expected_seconds, fit, makespan
 from autolite.search.stages import Decision
 
 
@@ -26,6 +29,21 @@ def test_several_processes_train_longer_as_far_as_whole_plans_can_be_shared_out(
     """Three plans at an eighth of a second a step in 37.5 s: one after the other, in two rounds, or all at once."""
     chosen, effort = fit(Costs([]), [costing() for _ in range(3)], 37.5, 40, 1000, processes)
     assert (len(chosen), effort) == (3, steps)
+
+
+@given(st.lists(st.floats(0.1, 100), max_size=9), st.integers(1, 4))
+def test_processes_end_within_a_third_of_the_earliest_possible(seconds: list[float], processes: int) -> None:
+    """The longest first: at most 4/3 - 1/3m of the optimum (Graham 1969), which is at least both bounds here."""
+    found = makespan(seconds, processes)
+    assert found >= max([sum(seconds) / processes, *seconds]) * (1 - 1e-9)
+    assert found <= (4 / 3) * min(_ends(seconds, processes)) * (1 + 1e-9)
+
+
+def _ends(seconds: list[float], processes: int) -> list[float]:
+    """When the last process ends, for every way of sharing out what is to be done."""
+    ways = itertools.product(range(processes), repeat=len(seconds)) if processes ** len(seconds) <= 20_000 else []
+    found = [max(sum(s for s, p in zip(seconds, way, strict=True) if p == i) for i in range(processes)) for way in ways]
+    return found or [float("inf")]
 
 
 def test_what_was_trained_before_is_not_paid_again() -> None:
