@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,15 @@ def write_candidate(folder: Path, student: Student, candidate: Candidate, made: 
         "versions": made.versions,
         "sha256": {file.relative_to(folder).as_posix(): sha256(file) for file in files},
     }
+    write_json(folder / "autolite.json", manifest)
+
+
+def rewrite_card(folder: Path, candidate: Candidate, made: Provenance) -> None:
+    """Write the model card of a folder anew, for a candidate whose numbers have changed."""
+    manifest = json.loads((folder / "autolite.json").read_text(encoding="utf-8"))
+    card = folder / "README.md"
+    card.write_text(_card(folder, candidate, made, manifest["inputs"]), encoding="utf-8")
+    manifest["sha256"][card.name] = sha256(card)
     write_json(folder / "autolite.json", manifest)
 
 

@@ -14,14 +14,12 @@ from autolite.compress import training
 from autolite.errors import PlanError
 from autolite.front import Candidate, Quality
 from autolite.hardware.predict import predict_faster
-from autolite.measure import Measurement, faster, random_texts, time_interleaved, timing_to_measurements
 from autolite.plan import Plan
 from autolite.search.evaluate import Evaluation, evaluate
 from autolite.search.problem import Problem, provenance
 from autolite.search.scoring import kept, quality, score, scoring_threads
+from autolite.search.timing import measured
 from autolite.store import Store, storage_errors
-
-TIMING_SECONDS = 4.0
 
 
 def confirm(
@@ -52,13 +50,13 @@ def confirm(
     found = replace(found, train_seconds=found.train_seconds + sum(trial.seconds for trial in trials))
     teacher = problem.teacher_score("selection")
     used = problem.runtime_of(found.files[0])
-    runtime = f"{used.name} {used.version}"
     numbers = {
         **found.predicted,
         "faster": predict_faster(problem.teacher.shape, found.student.shape, problem.profile, problem.workload),
     }
     if problem.profile.name == "local":
-        numbers |= _measure(problem, found, runtime)
+        vocab = min(problem.teacher.shape.vocab, found.student.shape.vocab)
+        numbers |= measured(problem, {"candidate": found.files[0]}, vocab)["candidate"]
     files = [file.relative_to(part).as_posix() for file in found.files]
     candidate = Candidate(
         id=name,
@@ -142,24 +140,3 @@ def score_on_test(problem: Problem, candidate: Candidate, store: Store) -> Quali
         known = asdict(found)
         store.put(key, known)
     return Quality(**known)
-
-
-def _measure(problem: Problem, found: Evaluation, runtime: str) -> dict[str, Measurement]:
-    """Time a candidate against the baseline, in one interleaved run, on inputs of the workload's size."""
-    workload = problem.workload
-    vocab = min(problem.teacher.shape.vocab, found.student.shape.vocab)  # one input for both
-    sets = random_texts(vocab, workload, problem.settings.seed)
-    runners = {
-        "baseline": problem.runtime.load(problem.baseline[0], threads=workload.threads),
-        "candidate": problem.runtime.load(found.files[0], threads=workload.threads),
-    }
-    timings = time_interleaved(runners, sets, TIMING_SECONDS)
-    measured = timing_to_measurements(timings["candidate"], workload, runtime)
-    value, low, high = faster(timings["baseline"], timings["candidate"])
-    ratio = Measurement("faster", value, low, high, "measured", runtime, str(workload))
-    numbers: dict[str, Measurement] = {}
-    if "ttft_ms" in found.predicted:  # a call with the whole prompt is the time to the first token
-        numbers["ttft_ms"] = replace(measured["latency_ms"], metric="ttft_ms")
-    if workload.generated:  # the artifact has no key/value cache yet: what it generates is only predicted
-        return numbers
-    return {**numbers, **measured, "faster": ratio}

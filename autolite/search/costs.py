@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from autolite.compress import canonical, student_plan, untrained
 from autolite.errors import PlanError
-from autolite.search.confirm import TIMING_SECONDS
 from autolite.search.problem import Problem
+from autolite.search.timing import SECONDS
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -132,7 +132,7 @@ def scoring_seconds(trials: Sequence[FrozenTrial]) -> float:
 def folder_seconds(problem: Problem, processes: int) -> float:
     """What a confirmed candidate costs beside training and scoring: its folder, and on this machine its timing, for
     which all processes stop."""
-    return 3.0 + (TIMING_SECONDS * processes if problem.profile.name == "local" else 0.0)
+    return 3.0 + (2 * SECONDS * processes if problem.profile.name == "local" else 0.0)
 
 
 def _once(trial: FrozenTrial) -> float:

@@ -42,6 +42,7 @@ from autolite.search.samplers import sampler_of
 from autolite.search.settings import Budget, Settings
 from autolite.search.stages import promote
 from autolite.search.studies import StageStudy, open_studies
+from autolite.search.timing import measured_together
 from autolite.search.worker import invite, local_workers, share_of_cores
 from autolite.space import STAGES, Space, Stage, load_space
 from autolite.store import NAME, TEACHER_SHAPE, Store, storage_errors
@@ -120,7 +121,7 @@ def _search_as_leader(
         try:
             with local_workers(settings, observer):
                 engine.run()
-            engine.show(stage="finish", doing="scoring the finalists on the test split", step=0, steps=0)
+            engine.show(stage="finish", doing="timing and testing the finalists", step=0, steps=0)
             _write_front(problem, studies, store, clock, complete=True)
             store.put(SINCE, len(studies["recover"].study.get_trials(deepcopy=False)))
             for trained in ("checkpoints", "trunks"):  # of runs that were given up, or that end here
@@ -247,6 +248,8 @@ def _write_front(
     candidates = [Candidate.from_json(t.user_attrs["candidate"]) for t in studies["confirm"].trials()]
     if not candidates and not complete:
         candidates = list(_early(problem, studies))
+    if complete and problem.profile.name == "local":
+        candidates = measured_together(problem, candidates, store)
     front, misses = choose(candidates, limits, problem.settings.objectives)
     first = Front(
         model=describe_model(problem),

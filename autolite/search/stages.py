@@ -21,6 +21,7 @@ from autolite.search.problem import Problem
 from autolite.search.progress import Clock
 from autolite.search.settings import Budget
 from autolite.search.studies import StageStudy, params_of
+from autolite.search.timing import SECONDS
 from autolite.space import Params, Stage
 
 if TYPE_CHECKING:
@@ -201,7 +202,10 @@ def _deadline(stage: Stage, rung: int, problem: Problem, source: Sequence[Frozen
     if stage == "confirm" and source:
         scored = len(problem.split("search" if trains else "screen"))
         finalists = math.ceil(problem.space.stages["confirm"].trials * FINALISTS_SHARE)
-        left -= min(left / 2, finalists * scoring_seconds(source) * len(problem.data.test) / scored)
+        last = finalists * scoring_seconds(source) * len(problem.data.test) / scored
+        if problem.profile.name == "local":
+            last += (1 + problem.space.stages["confirm"].trials) * SECONDS
+        left -= min(left / 2, last)
     return clock.spent + max(left, 0.0) * share
 
 
