@@ -20,6 +20,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Before torch is imported: tests run in a process for each core, and threads that compete for cores crawl.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+SEARCHES = Path(__file__).parent / "search"  # whole searches, and processes that wait for each other
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest: files are shared out in this order, so that all processes end together."""
+    items.sort(key=lambda item: not item.path.is_relative_to(SEARCHES))
+
+
 GOOD, BAD = ("great", "fine", "lovely", "bright"), ("awful", "poor", "dull", "broken")
 
 

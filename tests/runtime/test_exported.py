@@ -60,7 +60,7 @@ BEYOND: dict[str, dict[str, Any]] = {
     "bert": {"hidden_act": "mish"},
     "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
 }
-QUICK = ("electra", "mpnet", "deberta-v2", "opt")
+QUICK = ("deberta-v2", "opt")
 EVERY = [
     pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in (*CLASSIFIERS, *GENERATORS, *BEYOND)
 ]

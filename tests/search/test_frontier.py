@@ -144,7 +144,7 @@ def test_a_setting_that_cannot_differ_between_layers_is_refused(tmp_path: Path) 
         load_space(str(file))
 
 
-@pytest.mark.parametrize("sampler", ["additive", "tpe"])
+@pytest.mark.parametrize("sampler", ["additive", pytest.param("tpe", marks=pytest.mark.slow)])
 def test_a_search_tries_levels_by_layer_and_ends_with_a_front(
     sampler: str, run_search: RunSearch, space_file: Path, tmp_path: Path
 ) -> None:

@@ -97,6 +97,8 @@ def before_first(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) ->
     monkeypatch.setattr(engine, "evaluate", acting)
 
 
+# What two processes do on SQLite is below.
+@pytest.mark.parametrize("storage", [pytest.param("sqlite", marks=pytest.mark.slow), "postgresql"], indirect=True)
 def test_three_processes_end_with_exactly_the_trials_of_the_budget(
     storage: str, run_search: RunSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
