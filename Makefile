@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow arm64 install lint
+.PHONY: demo test units slow arm64 lint style types
 
 demo: $(BIN)/autolite
 	$(BIN)/autolite search --target pixel8
 
-# A process for each core; a file's tests stay together, and so do what they share.
-test: $(VENV)/.dev lint
+# Types are checked beside the tests: that takes a minute of one core, and some of the tests wait for each other.
+test: $(VENV)/.dev style
+	$(MAKE) --jobs 2 types units
+
+# A process for each core; a file's tests stay together, and so does what they share.
+units: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 slow: $(VENV)/.dev
@@ -20,9 +24,13 @@ arm64: $(VENV)/.dev
 	tests/arm64/prepare.sh .arm64 $(BIN)/python
 	$(BIN)/python -m pytest -m arm64 tests/arm64
 
-lint: $(VENV)/.dev
+lint: style types
+
+style: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
 	$(BIN)/mypy
 
 $(BIN)/autolite:
