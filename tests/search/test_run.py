@@ -22,6 +22,7 @@ from autolite.files import sha256
 from autolite.front import Result
 from autolite.runtime import modelfile
 from autolite.runtime.requirements import required
+from autolite.search import engine
 from autolite.search.progress import Snapshot
 from autolite.store import Store
 from autolite.techniques.distill import Distill
@@ -195,7 +196,10 @@ def test_a_run_goes_on_from_trials_to_time_and_with_more_time(run_search: RunSea
         trials = more
 
 
-def test_a_space_with_fewer_plans_than_trials_ends(run_search: RunSearch, tmp_path: Path) -> None:
+def test_a_space_with_fewer_plans_than_trials_ends(
+    run_search: RunSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "MAX_FRUITLESS", 20)
     space = tmp_path / "few.yaml"
     stages = "".join(f"  {stage}: {{trials: 9, effort: 0}}\n" for stage in ("screen", "recover", "confirm"))
     steps = "steps: [{quantize: {ffn: [int8, fp32]}}]"
