@@ -121,7 +121,8 @@ def _search_as_leader(
         try:
             with local_workers(settings, observer):
                 engine.run()
-            engine.show(stage="finish", doing="timing and testing the finalists", step=0, steps=0)
+            timing = "timing the finalists together, " if problem.profile.name == "local" else ""
+            engine.show(stage="finish", doing=f"{timing}scoring the finalists on the test split", step=0, steps=0)
             _write_front(problem, studies, store, clock, complete=True)
             store.put(SINCE, len(studies["recover"].study.get_trials(deepcopy=False)))
             for trained in ("checkpoints", "trunks"):  # of runs that were given up, or that end here
