@@ -14,7 +14,7 @@ test: $(VENV)/.dev style
 
 # A process for each core; a file's tests stay together, and so does what they share.
 units: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

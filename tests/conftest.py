@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,14 +22,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Before torch is imported: tests run in a process for each core, and threads that compete for cores crawl.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-SEARCHES = Path(__file__).parent / "search"  # whole searches, and processes that wait for each other
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest: files are shared out in this order, so that all processes end together."""
-    items.sort(key=lambda item: not item.path.is_relative_to(SEARCHES))
-
+# The locks of a machine are in its temporary folder: tests of one process must not wait for timings in another's, whose
+# work they may hold up until something happens.
+os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="autolite-tests-")
+tempfile.tempdir = None
+atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 
 GOOD, BAD = ("great", "fine", "lovely", "bright"), ("awful", "poor", "dull", "broken")
 
