@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # work they may hold up until something happens.
 os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="autolite-tests-")
 tempfile.tempdir = None
+os.chmod(os.environ["TMPDIR"], 0o755)  # PostgreSQL's server has a user of its own
 atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 
 GOOD, BAD = ("great", "fine", "lovely", "bright"), ("awful", "poor", "dull", "broken")
