@@ -43,11 +43,11 @@ def confirm(
     settings = problem.settings
     part = settings.out / "candidates" / f".{plan.digest[:8]}{mark}"
     shutil.rmtree(part, ignore_errors=True)
-    trials = _trials(problem, plan, seeds, part, progress) if seeds > 1 and training(plan) else []
-    plan = max(trials, key=lambda trial: trial.searched).plan if trials else plan
+    tried = _with_seeds(problem, plan, seeds, part, progress) if seeds > 1 and training(plan) else []
+    plan = max(tried, key=lambda each: each.searched).plan if tried else plan
     name = plan.digest[:8]
     found = evaluate(problem, plan, "selection", part, progress, last=True, final=True)
-    found = replace(found, train_seconds=found.train_seconds + sum(trial.seconds for trial in trials))
+    found = replace(found, train_seconds=found.train_seconds + sum(each.seconds for each in tried))
     teacher = problem.teacher_score("selection")
     used = problem.runtime_of(found.files[0])
     numbers = {
@@ -74,8 +74,8 @@ def confirm(
         tokens_per_second=numbers.get("tokens_per_second"),
         p90_ms=numbers.get("p90_ms"),
         artifacts=({"runtime": used.name, "version": used.version, "files": files},),
-        seeds=tuple(trial.plan.seed for trial in trials) or (plan.seed,),
-        kept_of_seeds=tuple(trial.selected for trial in trials),
+        seeds=tuple(each.plan.seed for each in tried) or (plan.seed,),
+        kept_of_seeds=tuple(each.selected for each in tried),
         stage=stage,
     )
     with storage_errors(str(part)):
@@ -88,7 +88,7 @@ def confirm(
 
 
 @dataclass(frozen=True)
-class _Trial:
+class Seeded:
     """A plan with one of several seeds: what it keeps on the *search* and the *selection* split, and seconds of
     training."""
 
@@ -98,14 +98,14 @@ class _Trial:
     seconds: float
 
 
-def _trials(
+def _with_seeds(
     problem: Problem, plan: Plan, seeds: int, folder: Path, progress: Callable[[int, int], None]
-) -> list[_Trial]:
+) -> list[Seeded]:
     """Try a plan with its seed and the next ones, but for those with which it cannot be trained."""
     found, failed = [], None
     for seed in range(plan.seed, plan.seed + seeds):
         try:
-            found.append(_trial(problem, replace(plan, seed=seed), folder, progress))
+            found.append(seeded(problem, replace(plan, seed=seed), folder, progress))
         except PlanError as error:  # a loss that diverges
             failed = error
     shutil.rmtree(folder, ignore_errors=True)
@@ -114,14 +114,15 @@ def _trials(
     return found
 
 
-def _trial(problem: Problem, plan: Plan, folder: Path, progress: Callable[[int, int], None]) -> _Trial:
+def seeded(problem: Problem, plan: Plan, folder: Path, progress: Callable[[int, int], None]) -> Seeded:
+    """Train a plan with its seed, and score it."""
     found = {split: evaluate(problem, plan, split, folder, progress, last=True) for split in ("search", "selection")}
     fractions = {
         split: kept(each.score, problem.teacher_score(split), problem.task, problem.settings.seed).value
         for split, each in found.items()
     }
     seconds = sum(each.train_seconds for each in found.values())
-    return _Trial(plan, fractions["search"], fractions["selection"], seconds)
+    return Seeded(plan, fractions["search"], fractions["selection"], seconds)
 
 
 def score_on_test(problem: Problem, candidate: Candidate, store: Store) -> Quality:

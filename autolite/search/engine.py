@@ -22,7 +22,7 @@ from autolite.measure import Measurement
 from autolite.pareto import nondominated
 from autolite.plan import Plan
 from autolite.search.confirm import confirm
-from autolite.search.costs import Costs, expected_seconds
+from autolite.search.durations import Durations, expected_seconds
 from autolite.search.evaluate import Evaluation, evaluate, price
 from autolite.search.leases import Lease, LeaseLostError, Leases, Pauses
 from autolite.search.prices import beyond_on_all, least_excesses
@@ -99,15 +99,17 @@ class Engine:
         known = self.store.get(key)
         if known is not None:
             return Decision.from_json(known)
-        processes = 1 + len(self.store.leases(WORKER))
-        decision = decide(stage, rung, self.problem, self.studies, self.clock, processes, self._since)
+        durations = replace(self._durations(stage), processes=1 + len(self.store.leases(WORKER)))
+        decision = decide(stage, rung, self.problem, self.studies, self.clock, durations)
         self.store.put(key, decision.to_json())
         return Decision.from_json(self.store.get(key))  # as any other process reads it
 
-    @property
-    def _since(self) -> int:
-        """The number of the first trial of recovery whose checkpoints are still there."""
-        return int(self.store.get(SINCE, 0))
+    def _durations(self, stage: Stage) -> Durations:
+        trials = [*self.studies["screen"].trials(), *self.studies["recover"].trials()]
+        return Durations(trials, int(self.store.get(SINCE, 0)), seeds=self._seeds(stage))
+
+    def _seeds(self, stage: Stage) -> int:
+        return self.problem.settings.seeds if stage == "confirm" else 1
 
     def work(self, stage: Stage, decision: Decision, goes_on: Callable[[], bool] | None = None) -> int:
         """Run trials of a stage, new ones and those of processes that died, until it is closed; returns how many.
@@ -188,8 +190,7 @@ class Engine:
         still ends with a model."""
         if decision.deadline is None or not self.studies[stage].trials():
             return True
-        trials = [*self.studies["screen"].trials(), *self.studies["recover"].trials()]
-        expected = expected_seconds(self.problem, self.studies[stage], decision, Costs(trials, self._since))
+        expected = expected_seconds(self.problem, self.studies[stage], decision, self._durations(stage))
         return self.clock.spent + expected <= decision.deadline
 
     def _run_trial(self, stage: Stage, trial: Trial, lease: Lease, decision: Decision) -> bool:
@@ -244,10 +245,8 @@ class Engine:
             self.leases.check(lease)
             self._progress(done, total)
 
-        seeds = problem.settings.seeds if stage == "confirm" else 1
-
         def trained() -> bool:
-            every = (replace(plan, seed=plan.seed + i) for i in range(seeds))
+            every = (replace(plan, seed=plan.seed + i) for i in range(self._seeds(stage)))
             return all(is_trained(each, problem.context, students) for each in every)
 
         try:
@@ -261,7 +260,7 @@ class Engine:
                         progress,
                         mark=_mark(lease),
                         check=lambda: self.leases.check(lease, asking=True),
-                        seeds=seeds,
+                        seeds=self._seeds(stage),
                     )
                 else:
                     folder, behind = self._scratch(stage, lease), self._behind(stage, prices)
@@ -328,8 +327,8 @@ class Engine:
                 final = problem.settings.out / candidate.path / file.name
                 self.store.add_artifact(candidate.plan.digest, final, sha256(final))
         made = plan if candidate is None else candidate.plan  # with another seed, perhaps
-        before = [t for t in self.studies["recover"].trials() if t.number >= self._since]
-        beside = self.studies[stage].trials()
+        durations, beside = self._durations(stage), self.studies[stage].trials()
+        before = [t for t in durations.trials if durations.goes_on(t)]
         attributes = {
             **of_evaluation(stage, plan, fraction, len(found.seen), latency.value, prices),
             **of_training(stage, plan, decision.effort, found.train_seconds, step_seconds, before, beside),

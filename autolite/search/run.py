@@ -271,7 +271,6 @@ def _write_front(
         nearest_misses=blocked(misses, limits),
         budget={
             "asked": str(problem.settings.budget),
-            "spent_seconds": 0.0,  # until it is written
             "trials": {stage: len(studies[stage].trials()) for stage in STAGES},
         },
         versions=versions(),

@@ -14,7 +14,7 @@ from autolite.compress import canonical
 from autolite.errors import PlanError
 from autolite.pareto import nondominated, spread_subset
 from autolite.search.additive import worst
-from autolite.search.costs import Costs, fit, folder_seconds, scoring_seconds
+from autolite.search.durations import Durations, folder_seconds, scoring_seconds
 from autolite.search.evaluate import price
 from autolite.search.frontier import first_plans
 from autolite.search.problem import Problem
@@ -84,11 +84,9 @@ def decide(
     problem: Problem,
     studies: dict[Stage, StageStudy],
     clock: Clock,
-    processes: int = 1,
-    since: int = 0,
+    durations: Durations,
 ) -> Decision:
-    """Plan a rung of a stage from what was found before and what it cost; `processes` work on it at once, and trials
-    of recovery have left checkpoints from number `since` on.
+    """Plan a rung of a stage from what was found before and how long that took.
 
     Under a time budget the number of trials is what is done already and as many more as the space allows: a finished
     run that gets more time tries more, and trains it longer.
@@ -101,13 +99,15 @@ def decide(
     new = trials_at(stage, rung, count, budget)
     source = _source(stage, rung, studies)
     deadline = _deadline(stage, rung, problem, source, clock)
+    first = stage == "recover" and rung == 0
     if source:
-        seconds = None if deadline is None else deadline - clock.spent
-        costs = Costs([*studies["screen"].trials(), *studies["recover"].trials()], since)
-        chosen, effort = _chosen(stage, rung, problem, source, new, seconds, processes, costs)
-        if processes > 1 and (rung or stage == "confirm"):  # so that they end together
-            chosen = sorted(chosen, key=lambda t: -costs.training(t, effort))
+        chosen = _promoted(stage, source, new, problem)
+        effort = max(1, limits.effort // LONGER) if first else limits.effort
         queue = _queue(stage, rung, problem, chosen, new)
+        if deadline is not None and space.trains:
+            seconds = deadline - clock.spent
+            fitted, effort = _fitted(stage, first, problem, source, chosen, len(queue), seconds, durations)
+            queue = queue if fitted == chosen else _queue(stage, rung, problem, fitted, new)
     else:
         queue, effort = _first(problem, new), limits.effort
     seen = {t.user_attrs["plan_digest"] for t in studies[stage].trials()}
@@ -127,37 +127,40 @@ def _source(stage: Stage, rung: int, studies: dict[Stage, StageStudy]) -> list[F
     return recovered or studies["screen"].trials()
 
 
-def _chosen(
+def _promoted(stage: Stage, source: list[FrozenTrial], new: int, problem: Problem) -> list[FrozenTrial]:
+    """Promote plans for up to `new` trials, of which some are for other settings of training, or number formats."""
+    screened = source[0].user_attrs["stage"] == "screen"
+    share = FINALISTS_SHARE if stage == "confirm" else 1 - OPEN_SHARE if screened else 1.0
+    return promote(problem, source, math.ceil(new * share), keep_floor=not screened)
+
+
+def _fitted(
     stage: Stage,
-    rung: int,
+    first: bool,
     problem: Problem,
     source: list[FrozenTrial],
-    new: int,
-    seconds: float | None,
-    processes: int,
-    costs: Costs,
+    chosen: list[FrozenTrial],
+    queued: int,
+    seconds: float,
+    durations: Durations,
 ) -> tuple[list[FrozenTrial], int]:
-    """Promote plans for `new` trials, and say for how many steps each is trained: as many as there is time for."""
-    space, limits = problem.space, problem.space.stages[stage]
-    first = stage == "recover" and rung == 0
-    wanted = new if stage == "recover" else math.ceil(new * FINALISTS_SHARE)
-    distinct = math.ceil(new * (1 - OPEN_SHARE)) if first else wanted
-    chosen = promote(problem, source, distinct, keep_floor=source[0].user_attrs["stage"] != "screen")
-    if seconds is None or not space.trains:
-        return chosen, max(1, limits.effort // LONGER) if first else limits.effort
-    queued = len(_queue(stage, rung, problem, chosen, new))
-    if stage == "confirm":
-        # A front of several plans is worth more than training few of them for twice as long. Every candidate has its
-        # folder, and the further formats are scored.
-        seeds = problem.settings.seeds
-        scored = queued * (1 if seeds == 1 else 1 + 2 * seeds) - len(chosen)
-        seconds -= (queued * folder_seconds(problem, processes) + scored * scoring_seconds(source)) / processes
-        chosen, effort = fit(costs, chosen, seconds, _effort(source), limits.max_effort, processes, seeds)
-        # A shorter training than the last would be a step back, and hardly cheaper; not so with seeds that begin anew.
-        return chosen, max(effort, _effort(chosen)) if seeds == 1 else effort
-    least = 4 * space.stages["screen"].effort if first else 2 * _effort(source)
-    seconds *= len(chosen) / max(queued, 1)  # some are trained again, with other settings
-    return fit(costs, chosen, seconds, least, limits.max_effort, processes)
+    """Return those of the chosen plans that there is time for, and for how many steps each is trained."""
+    space, most = problem.space, problem.space.stages[stage].max_effort
+    if first:
+        # Some are trained again, with other settings.
+        return durations.fit(chosen, seconds * len(chosen) / queued, 4 * space.stages["screen"].effort, most)
+    if stage == "recover":
+        fitted, effort = durations.fit(chosen, seconds, 2 * _effort(source), most)
+        return durations.in_order(fitted, effort), effort
+    # A front of several plans is worth more than training few of them for twice as long. Every candidate has its
+    # folder, and the further formats are scored.
+    seeds, processes = durations.seeds, durations.processes
+    scored = queued * (1 if seeds == 1 else 1 + 2 * seeds) - len(chosen)
+    seconds -= (queued * folder_seconds(problem, processes) + scored * scoring_seconds(source)) / processes
+    fitted, effort = durations.fit(chosen, seconds, _effort(source), most)
+    if seeds == 1:  # a shorter training than the last would be a step back, and hardly cheaper
+        effort = max(effort, _effort(fitted))
+    return durations.in_order(fitted, effort), effort
 
 
 def _queue(stage: Stage, rung: int, problem: Problem, chosen: list[FrozenTrial], new: int) -> list[Params]:

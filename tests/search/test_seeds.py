@@ -12,7 +12,7 @@ from autolite.front import Candidate, Result
 from autolite.plan import Plan
 from autolite.report.tables import front_table
 from autolite.search import confirm
-from autolite.search.confirm import _Trial
+from autolite.search.confirm import Seeded
 from autolite.search.studies import read_trials
 from autolite.store import database_of
 from tests.conftest import RunSearch
@@ -62,10 +62,10 @@ def test_the_same_again_finds_it_finished_and_another_number_of_seeds_is_another
 def test_the_best_by_the_search_split_is_taken_whatever_the_selection_split_says(
     run_search: RunSearch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def tried(problem: object, plan: Plan, *_: object) -> _Trial:
-        return _Trial(plan, searched=float(plan.seed == 6), selected=-plan.seed / 10, seconds=0.0)
+    def tried(problem: object, plan: Plan, *_: object) -> Seeded:
+        return Seeded(plan, searched=float(plan.seed == 6), selected=-plan.seed / 10, seconds=0.0)
 
-    monkeypatch.setattr(confirm, "_trial", tried)
+    monkeypatch.setattr(confirm, "seeded", tried)
     found = run_search(seeds=3, seed=5, budget="6trials", out=tmp_path / "run")
     assert {(c.plan.seed, c.seeds, c.kept_of_seeds) for c in trained(found)} == {(6, (5, 6, 7), (-0.5, -0.6, -0.7))}
 
@@ -73,12 +73,12 @@ def test_the_best_by_the_search_split_is_taken_whatever_the_selection_split_says
 def test_a_seed_with_which_training_fails_is_left_out(
     run_search: RunSearch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    original = confirm._trial
+    original = confirm.seeded
 
-    def fails(problem: Any, plan: Plan, *more: Any) -> _Trial:
+    def fails(problem: Any, plan: Plan, *more: Any) -> Seeded:
         if plan.seed == 5:
             raise PlanError("distill: the loss is not finite")
         return original(problem, plan, *more)
 
-    monkeypatch.setattr(confirm, "_trial", fails)
+    monkeypatch.setattr(confirm, "seeded", fails)
     assert {c.seeds for c in trained(run_search(seeds=2, seed=5, budget="6trials", out=tmp_path / "run"))} == {(6,)}

@@ -1,4 +1,4 @@
-"""What trials will cost, by what they cost before: seconds of compression, scoring, folders and timing."""
+"""How long trials will take, by how long they took before: compression, scoring, folders and timing, in seconds."""
 
 from __future__ import annotations
 
@@ -25,12 +25,20 @@ FEWEST = 2
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What training plans that were tried before will cost. `trials` are those of the screen and of recovery; `since`
-    is the number of the first trial of recovery whose checkpoints are still there."""
+class Durations:
+    """How long plans that were tried before will train.
+
+    Attributes:
+        trials: those of the screen and of recovery.
+        since: the number of the first trial of recovery whose checkpoints are still there.
+        processes: that train at once, each a whole plan.
+        seeds: that each plan is trained with; those beyond the first from the beginning.
+    """
 
     trials: Sequence[FrozenTrial]
     since: int = 0
+    processes: int = 1
+    seeds: int = 1
 
     def goes_on(self, trial: FrozenTrial) -> bool:
         """Whether a longer training of this plan begins with what this one left."""
@@ -46,12 +54,11 @@ class Costs:
         recipe = trial.user_attrs["recipe"]
         return max(map(_once, (trial, *(t for t in self.trials if t.user_attrs["recipe"] == recipe))))
 
-    def training(self, trial: FrozenTrial, steps: int, seeds: int = 1) -> float:
-        """Seconds that training a trial's plan for so many steps in all takes; with `seeds` beyond the first from the
-        beginning."""
-        step = self.step(trial)
-        begun = -step * trial.user_attrs["resumable_steps"] if self.goes_on(trial) else self.once(trial)
-        return begun + step * steps + (seeds - 1) * (self.once(trial) + step * steps if seeds > 1 else 0.0)
+    def training(self, trial: FrozenTrial, steps: int) -> float:
+        """Seconds that training a trial's plan for so many steps in all takes."""
+        step, once = self.step(trial), self.once(trial)
+        spared = once + step * trial.user_attrs["resumable_steps"] if self.goes_on(trial) else 0.0
+        return self.seeds * (once + step * steps) - spared
 
     def like(self, trunk: str) -> FrozenTrial | None:
         """Return the longest trained trial of a plan that is known by what its trainings have in common."""
@@ -60,28 +67,23 @@ class Costs:
     def _alike(self, trunk: str) -> list[FrozenTrial]:
         return [t for t in self.trials if t.user_attrs["trunk"] == trunk]
 
+    def fit(self, chosen: list[FrozenTrial], seconds: float, least: int, most: int) -> tuple[list[FrozenTrial], int]:
+        """Drop the last plans until the others can be trained for `least` steps in the time there is, but keep two:
+        what looks best now may not stay so. Returns the plans, and for how many steps."""
+        while True:
+            effort = bisect_right(range(1, most + 1), seconds, key=partial(self._end, chosen))
+            if effort >= least or len(chosen) <= FEWEST:
+                return chosen, max(effort, 1)
+            chosen = chosen[:-1]
 
-def fit(
-    costs: Costs,
-    chosen: list[FrozenTrial],
-    seconds: float,
-    least: int,
-    most: int,
-    processes: int = 1,
-    seeds: int = 1,
-) -> tuple[list[FrozenTrial], int]:
-    """Drop the last plans until the others can be trained for `least` steps in the time there is, but keep two: what
-    looks best now may not stay so. Each of several processes trains whole plans, those that take longest first."""
-    while True:
-        effort = bisect_right(range(1, most + 1), seconds, key=partial(_end, costs, chosen, processes, seeds))
-        if effort >= least or len(chosen) <= FEWEST:
-            return chosen, max(effort, 1)
-        chosen = chosen[:-1]
+    def in_order(self, chosen: list[FrozenTrial], steps: int) -> list[FrozenTrial]:
+        """Return plans as they were, or if several processes train, those that take longest first: they end together
+        then."""
+        return chosen if self.processes == 1 else sorted(chosen, key=lambda t: -self.training(t, steps))
 
-
-def _end(costs: Costs, chosen: list[FrozenTrial], processes: int, seeds: int, steps: int) -> float:
-    scoring = scoring_seconds(chosen)
-    return makespan([costs.training(t, steps, seeds) + scoring for t in chosen], processes)
+    def _end(self, chosen: list[FrozenTrial], steps: int) -> float:
+        scoring = scoring_seconds(chosen)
+        return makespan([self.training(t, steps) + scoring for t in chosen], self.processes)
 
 
 def makespan(seconds: Sequence[float], processes: int) -> float:
@@ -92,7 +94,7 @@ def makespan(seconds: Sequence[float], processes: int) -> float:
     return max(ends)
 
 
-def expected_seconds(problem: Problem, study: StageStudy, decision: Decision, costs: Costs) -> float:
+def expected_seconds(problem: Problem, study: StageStudy, decision: Decision, durations: Durations) -> float:
     """What the next trial of a stage will cost: only scoring, if its student is trained already; by what its plan took
     before, if that was tried; else by the last trials."""
     done = study.trials()
@@ -108,10 +110,9 @@ def expected_seconds(problem: Problem, study: StageStudy, decision: Decision, co
         student = student_plan(plan)
         if any(t.user_attrs["student"] == student.digest for t in done):
             return scoring
-        known = costs.like(untrained(student).digest)
+        known = durations.like(untrained(student).digest)
         if known is not None:
-            seeds = problem.settings.seeds if study.stage == "confirm" else 1
-            return scoring + costs.training(known, decision.effort, seeds)
+            return scoring + durations.training(known, decision.effort)
     trained = [t for t in done if t.user_attrs["own_train_seconds"] > 0.1][-5:]
     if not trained:
         return scoring
