@@ -24,6 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The locks of a machine are in its temporary folder: tests of one process must not wait for timings in another's, whose
 # work they may hold up until something happens.
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # what failed tests leave stays there
 os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="autolite-tests-")
 tempfile.tempdir = None
 os.chmod(os.environ["TMPDIR"], 0o755)  # PostgreSQL's server has a user of its own
