@@ -96,7 +96,7 @@ def main() -> None:
 @click.option("--label", help="Column of the label.")
 @click.option("--max-length", type=click.IntRange(min=1), help="Tokens of an example beyond which it is cut.")
 @click.option("--unlabelled", help="More texts to distill on, without labels: a file, a folder, or a hub name.")
-@click.option("--cache-size", help="The teacher's outputs kept on disk: 500MB.  [default: 2GiB]")
+@click.option("--cache-size", help="The teacher's outputs kept on disk: 500MB.  [default: a tenth of the free space]")
 @click.option("--out", type=click.Path(), help="Folder of the run.  [default: runs/MODEL-TARGET]")
 @click.option("--storage", help="Any SQLAlchemy URL for the study.  [default: SQLite in the run's folder]")
 @click.option("--seed", type=int, default=0, show_default=True)

@@ -54,7 +54,7 @@ def tried(problem: Problem, sampler: str, steps: int, ends: float) -> list[Candi
         try:
             plan = problem.plan(problem.space.suggest(trial, "confirm"), steps)
             problem.shape(plan)
-            candidate, _ = confirm(problem, plan, lambda done, of: None)
+            candidate = confirm(problem, plan, lambda done, of: None).candidate
         except PlanError:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             continue

@@ -84,7 +84,8 @@ def search(
         augment: `augment(split, rng)` returns the `autolite.tasks.base.Split` that an epoch of distillation trains on,
             made from all training examples; labels may be -100, unknown. `rng`, a numpy Generator, is its only source
             of randomness.
-        cache_size: bytes of the teacher's outputs to keep on disk, or text with a unit; by default 2 GiB.
+        cache_size: bytes of the teacher's outputs to keep on disk while the search runs, or text with a unit; by
+            default a tenth of the free space, but at least 2 and at most 32 GiB.
         out: folder of the run; by default under `runs/`, named by model and target.
         storage: any SQLAlchemy URL; by default a SQLite file in the run's folder.
         runtime: what the candidates run on: "onnxruntime", "openvino", or "auto", the faster of both on this machine.

@@ -16,10 +16,20 @@ from autolite.front import Candidate, Quality
 from autolite.hardware.predict import predict_faster
 from autolite.plan import Plan
 from autolite.search.evaluate import Evaluation, evaluate
+from autolite.search.few_bits import Recovered, recovered
 from autolite.search.problem import Problem, provenance
 from autolite.search.scoring import kept, quality, score, scoring_threads
 from autolite.search.timing import measured
 from autolite.store import Store, storage_errors
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """A candidate, how it was evaluated, and what rounding to few bits did to it, if that was looked at."""
+
+    candidate: Candidate
+    evaluation: Evaluation
+    rounding: Recovered | None
 
 
 def confirm(
@@ -30,11 +40,13 @@ def confirm(
     mark: str = "",
     check: Callable[[], None] = lambda: None,
     seeds: int = 1,
-) -> tuple[Candidate, Evaluation]:
+    in_time: Callable[[int], int] = lambda steps: 0,
+) -> Confirmed:
     """Make a candidate of a plan: its whole folder under `candidates/`, and its entry for the front.
 
     With several `seeds` the plan is trained with its own and the next ones, and the student that is best on the
-    *search* split becomes the candidate, whose `kept_of_seeds` says what each keeps.
+    *search* split becomes the candidate, whose `kept_of_seeds` says what each keeps. Where rounding to few bits lost
+    something, it is trained for its formats (`recovered`), as far as that is `in_time`.
 
     The folder appears under its name only when it is complete and `check` raises nothing; until then `mark` keeps it
     apart from that of another process. On a target that is this machine, latency is measured,
@@ -45,9 +57,12 @@ def confirm(
     shutil.rmtree(part, ignore_errors=True)
     tried = _with_seeds(problem, plan, seeds, part, progress) if seeds > 1 and training(plan) else []
     plan = max(tried, key=lambda each: each.searched).plan if tried else plan
+    rounding = recovered(problem, plan, part, progress, in_time)
+    plan = plan if rounding is None else rounding.plan
     name = plan.digest[:8]
     found = evaluate(problem, plan, "selection", part, progress, last=True, final=True)
-    found = replace(found, train_seconds=found.train_seconds + sum(each.seconds for each in tried))
+    seconds = sum(each.seconds for each in tried) + (0.0 if rounding is None else rounding.seconds)
+    found = replace(found, train_seconds=found.train_seconds + seconds)
     teacher = problem.teacher_score("selection")
     used = problem.runtime_of(found.files[0])
     numbers = {
@@ -84,7 +99,7 @@ def confirm(
     final = settings.out / candidate.path
     shutil.rmtree(final, ignore_errors=True)
     part.replace(final)
-    return candidate, found
+    return Confirmed(candidate, found, rounding)
 
 
 @dataclass(frozen=True)

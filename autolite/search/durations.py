@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from heapq import heapreplace
 from statistics import mean, median
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from autolite.compress import canonical, student_plan, untrained
 from autolite.errors import PlanError
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from autolite.search.studies import StageStudy
 
 FEWEST = 2
+Fitted = tuple["FrozenTrial", int]  # a plan, by a trial of it, and for how many steps it is trained
 
 
 @dataclass(frozen=True)
@@ -44,46 +47,75 @@ class Durations:
         """Whether a longer training of this plan begins with what this one left."""
         return trial.user_attrs["stage"] == "recover" and trial.number >= self.since
 
-    def step(self, trial: FrozenTrial) -> float:
-        """Seconds of a training step of a trial's plan; the least that was seen, since whoever trains longer than all
-        before waits for the teacher too, once."""
-        return min(float(t.user_attrs["step_seconds"]) for t in (trial, *self._alike(trial.user_attrs["trunk"])))
-
-    def once(self, trial: FrozenTrial) -> float:
-        """Seconds of compression that more training steps do not add to, such as fitting again what pruning left."""
-        recipe = trial.user_attrs["recipe"]
-        return max(map(_once, (trial, *(t for t in self.trials if t.user_attrs["recipe"] == recipe))))
-
     def training(self, trial: FrozenTrial, steps: int) -> float:
-        """Seconds that training a trial's plan for so many steps in all takes."""
-        step, once = self.step(trial), self.once(trial)
-        spared = once + step * trial.user_attrs["resumable_steps"] if self.goes_on(trial) else 0.0
-        return self.seeds * (once + step * steps) - spared
+        """Seconds that training a trial's plan for so many steps in all takes, when the teacher's outputs are there."""
+        return self._begin(trial) + self.seeds * float(trial.user_attrs["step_seconds"]) * steps
+
+    def teaching(self, steps: int) -> float:
+        """Seconds of running the teacher that trainings of so many steps need: on the batches that none came to yet."""
+        taught = np.array([t.user_attrs["taught"] for t in self.trials] or [(0, 0.0, 0)])
+        batches, seconds, epoch = taught[:, 0].sum(), taught[:, 1].sum(), taught[:, 2].max()
+        there = max((t.user_attrs["effort"] for t in self.trials if self.since == 0 or self.goes_on(t)), default=0)
+        return float(max(0, min(steps, epoch) - there) * seconds / max(1, batches))
 
     def like(self, trunk: str) -> FrozenTrial | None:
         """Return the longest trained trial of a plan that is known by what its trainings have in common."""
-        return max(self._alike(trunk), key=lambda t: (self.goes_on(t), t.user_attrs["effort"]), default=None)
+        alike = (t for t in self.trials if t.user_attrs["trunk"] == trunk)
+        return max(alike, key=lambda t: (self.goes_on(t), t.user_attrs["effort"]), default=None)
 
-    def _alike(self, trunk: str) -> list[FrozenTrial]:
-        return [t for t in self.trials if t.user_attrs["trunk"] == trunk]
+    def fit(
+        self, chosen: Sequence[FrozenTrial], seconds: float, least: Callable[[FrozenTrial], int], most: int
+    ) -> list[Fitted]:
+        """Share out the time there is: each plan is trained for as many seconds, but for its `least` steps at least,
+        and for `most` at most.
 
-    def fit(self, chosen: list[FrozenTrial], seconds: float, least: int, most: int) -> tuple[list[FrozenTrial], int]:
-        """Drop the last plans until the others can be trained for `least` steps in the time there is, but keep two:
-        what looks best now may not stay so. Returns the plans, and for how many steps."""
-        while True:
-            effort = bisect_right(range(1, most + 1), seconds, key=partial(self._end, chosen))
-            if effort >= least or len(chosen) <= FEWEST:
-                return chosen, max(effort, 1)
-            chosen = chosen[:-1]
+        Equal steps would go where they are dear, to the largest students, which need them least. If there is no time
+        for the least, the last plans are dropped, but two are kept: what looks best now may not stay so.
+        """
+        plans = list(chosen)
+        while self._end(self._shared(plans, 0.0, least, most)) > seconds:
+            if len(plans) <= FEWEST:
+                return self._longest(plans, seconds, lambda trial: 1, most)
+            del plans[-1]
+        return self._longest(plans, seconds, least, most)
 
-    def in_order(self, chosen: list[FrozenTrial], steps: int) -> list[FrozenTrial]:
+    def in_order(self, fitted: list[Fitted]) -> list[Fitted]:
         """Return plans as they were, or if several processes train, those that take longest first: they end together
         then."""
-        return chosen if self.processes == 1 else sorted(chosen, key=lambda t: -self.training(t, steps))
+        return fitted if self.processes == 1 else sorted(fitted, key=lambda each: -self.training(*each))
 
-    def _end(self, chosen: list[FrozenTrial], steps: int) -> float:
-        scoring = scoring_seconds(chosen)
-        return makespan([self.training(t, steps) + scoring for t in chosen], self.processes)
+    def _longest(
+        self, plans: Sequence[FrozenTrial], seconds: float, least: Callable[[FrozenTrial], int], most: int
+    ) -> list[Fitted]:
+        """Share out in equal parts, as large as there is time for."""
+        milliseconds = range(1, max(0, math.ceil(1000 * seconds)) + 1)
+        part = bisect_right(
+            milliseconds, seconds, key=lambda ms: self._end(self._shared(plans, ms / 1000, least, most))
+        )
+        return self._shared(plans, part / 1000, least, most)
+
+    def _shared(
+        self, plans: Sequence[FrozenTrial], part: float, least: Callable[[FrozenTrial], int], most: int
+    ) -> list[Fitted]:
+        steps = [(part - self._begin(t)) / (self.seeds * max(t.user_attrs["step_seconds"], 1e-9)) for t in plans]
+        return [(t, int(min(max(n, least(t), 1), most))) for t, n in zip(plans, steps, strict=True)]
+
+    def _begin(self, trial: FrozenTrial) -> float:
+        """Seconds of training a plan that its number of steps adds nothing to; below 0, what earlier steps spare."""
+        once, step = self._once(trial), float(trial.user_attrs["step_seconds"])
+        return self.seeds * once - (once + step * trial.user_attrs["resumable_steps"] if self.goes_on(trial) else 0.0)
+
+    def _once(self, trial: FrozenTrial) -> float:
+        """Such as fitting again what pruning left."""
+        recipe = trial.user_attrs["recipe"]
+        return max(map(_once, (trial, *(t for t in self.trials if t.user_attrs["recipe"] == recipe))))
+
+    def _end(self, fitted: Sequence[Fitted]) -> float:
+        if not fitted:
+            return 0.0
+        scoring = scoring_seconds([trial for trial, _ in fitted])
+        training = makespan([self.training(*each) + scoring for each in fitted], self.processes)
+        return training + self.teaching(max(steps for _, steps in fitted)) / self.processes
 
 
 def makespan(seconds: Sequence[float], processes: int) -> float:
@@ -94,17 +126,17 @@ def makespan(seconds: Sequence[float], processes: int) -> float:
     return max(ends)
 
 
-def expected_seconds(problem: Problem, study: StageStudy, decision: Decision, durations: Durations) -> float:
-    """What the next trial of a stage will cost: only scoring, if its student is trained already; by what its plan took
-    before, if that was tried; else by the last trials."""
+def expected_seconds(
+    problem: Problem, study: StageStudy, decision: Decision, durations: Durations, place: int | None
+) -> float:
+    """What a trial of a stage will cost, the one at this place of its queue or one from no queue: only scoring, if its
+    student is trained already; by what its plan took before, if that was tried; else by the last trials."""
     done = study.trials()
-    if not done:
-        return 0.0
-    scoring = scoring_seconds(done[-5:])
-    place = study.next_in_queue(decision.name)
+    scoring = scoring_seconds(done[-5:]) if done else 0.0
+    effort = decision.effort_at(place)
     if place is not None:
         try:
-            plan = canonical(problem.plan(decision.queue[place], decision.effort), problem.teacher.shape)
+            plan = canonical(problem.plan(decision.queue[place], effort), problem.teacher.shape)
         except PlanError:  # it will be told as refused
             return 0.0
         student = student_plan(plan)
@@ -112,12 +144,12 @@ def expected_seconds(problem: Problem, study: StageStudy, decision: Decision, du
             return scoring
         known = durations.like(untrained(student).digest)
         if known is not None:
-            return scoring + durations.training(known, decision.effort)
+            return scoring + durations.training(known, effort) + durations.teaching(effort)
     trained = [t for t in done if t.user_attrs["own_train_seconds"] > 0.1][-5:]
     if not trained:
         return scoring
     step, once = mean(t.user_attrs["step_seconds"] for t in trained), mean(map(_once, trained))
-    return float(scoring + once + decision.effort * step)
+    return float(scoring + once + effort * step)
 
 
 def scoring_seconds(trials: Sequence[FrozenTrial]) -> float:

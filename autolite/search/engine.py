@@ -16,13 +16,11 @@ from optuna.trial import TrialState
 from autolite.compress import canonical, is_trained, student_plan
 from autolite.errors import PlanError
 from autolite.files import sha256
-from autolite.front import Candidate
 from autolite.host_lock import give_way, working
 from autolite.measure import Measurement
 from autolite.pareto import nondominated
 from autolite.plan import Plan
-from autolite.search.confirm import confirm
-from autolite.search.durations import Durations, expected_seconds
+from autolite.search.confirm import Confirmed, confirm
 from autolite.search.evaluate import Evaluation, evaluate, price
 from autolite.search.leases import Lease, LeaseLostError, Leases, Pauses
 from autolite.search.prices import beyond_on_all, least_excesses
@@ -30,12 +28,14 @@ from autolite.search.problem import Problem
 from autolite.search.progress import Clock, FrontRow, Observer, Snapshot
 from autolite.search.proposal import proposal
 from autolite.search.racing import Behind, surely_behind
-from autolite.search.record import a_step, of_evaluation, of_training
+from autolite.search.record import Times, a_step, of_evaluation, of_training
+from autolite.search.schedule import Schedule
 from autolite.search.scoring import Score, kept
-from autolite.search.stages import RUNGS, Decision, decide, objectives
-from autolite.search.studies import LEVELS, PROPOSED, StageStudy
+from autolite.search.stages import RUNGS, Decision, objectives
+from autolite.search.studies import LEVELS, PROPOSED, StageStudy, place_in
 from autolite.space import STAGES, Stage
 from autolite.store import Store
+from autolite.techniques.teacher import teaching
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -44,8 +44,6 @@ SPLITS: dict[Stage, str] = {"screen": "screen", "recover": "search", "confirm": 
 EXPLORE_AFTER = 5  # fruitless trials in a row before the sampler is replaced by a random one
 MAX_FRUITLESS = 50  # after which a space is taken to be exhausted
 OPEN = "open stage"  # the fact with the stage that all processes work on now, and its decision
-SINCE = "checkpoints since"  # the fact with the number of the first trial of recovery whose checkpoints are there
-WORKER = "worker "  # before the owner, in the keys of the leases by which workers say that they are there
 
 
 class Engine:
@@ -61,6 +59,7 @@ class Engine:
         observer: Observer,
     ) -> None:
         self.problem, self.studies, self.store, self.clock, self.leases = problem, studies, store, clock, leases
+        self.schedule = Schedule(problem, studies, store, clock)
         self._observer = observer
         self._snapshot = Snapshot("profile", "scoring the teacher")
         self._planned: dict[str, int] = {}
@@ -71,7 +70,7 @@ class Engine:
             self.show(stage=stage, doing="scoring the teacher", step=0, steps=0)
             self._teacher(stage)
             for rung in range(RUNGS[stage]):
-                decision = self._decision(stage, rung)
+                decision = self.schedule.decision(stage, rung)
                 self.studies[stage].drop_queued(decision.name)
                 self.studies[stage].enqueue(decision.queue, decision.name)
                 self.store.put(OPEN, _opened(stage, decision))
@@ -92,24 +91,6 @@ class Engine:
         size = float(sum(f.stat().st_size for f in problem.baseline))
         attributes = {"teacher": True, "plan": Plan(seed=problem.settings.seed).to_json(), "stage": stage}
         self.studies[stage].ensure_teacher([quality.value, predicted["latency_ms"].value, size], attributes)
-
-    def _decision(self, stage: Stage, rung: int) -> Decision:
-        """Read what this rung decided under this budget, or decide now."""
-        key = f"stage {stage} {self.clock.budget} {rung}"
-        known = self.store.get(key)
-        if known is not None:
-            return Decision.from_json(known)
-        durations = replace(self._durations(stage), processes=1 + len(self.store.leases(WORKER)))
-        decision = decide(stage, rung, self.problem, self.studies, self.clock, durations)
-        self.store.put(key, decision.to_json())
-        return Decision.from_json(self.store.get(key))  # as any other process reads it
-
-    def _durations(self, stage: Stage) -> Durations:
-        trials = [*self.studies["screen"].trials(), *self.studies["recover"].trials()]
-        return Durations(trials, int(self.store.get(SINCE, 0)), seeds=self._seeds(stage))
-
-    def _seeds(self, stage: Stage) -> int:
-        return self.problem.settings.seeds if stage == "confirm" else 1
 
     def work(self, stage: Stage, decision: Decision, goes_on: Callable[[], bool] | None = None) -> int:
         """Run trials of a stage, new ones and those of processes that died, until it is closed; returns how many.
@@ -150,12 +131,12 @@ class Engine:
                 if lease is None:
                     continue
                 trial = study.take_up(frozen)
-                if self._in_time(stage, decision):
+                if self.schedule.in_time(stage, decision):
                     return trial, lease
                 self._finish(stage, trial, lease, state=TrialState.FAIL)
-            while study.waiting() and not self._in_time(stage, decision):
+            while study.waiting() and not self.schedule.in_time(stage, decision):
                 study.drop_next()  # what is queued behind it may be cheaper
-            if fruitless >= MAX_FRUITLESS or not self._time_for_another(stage, decision):
+            if fruitless >= MAX_FRUITLESS or not self.schedule.another(stage, decision):
                 if closing and not running:  # as of before the count: whoever ends in between may make room
                     self.leases.check(asking, asking=True)
                     self.store.put(OPEN, None)
@@ -177,22 +158,6 @@ class Engine:
             return trial, lease
         return None
 
-    def _time_for_another(self, stage: Stage, decision: Decision) -> bool:
-        study = self.studies[stage]
-        if len(study.begun()) >= decision.trials:
-            return False
-        # Under a time budget the later stages only run what was promoted; there is no time to explore any more.
-        open_end = decision.deadline is None or stage == "screen" or study.waiting() > 0
-        return open_end and self._in_time(stage, decision)
-
-    def _in_time(self, stage: Stage, decision: Decision) -> bool:
-        """Whether a trial like the last ones ends before the deadline; a stage always does one, so that a tight budget
-        still ends with a model."""
-        if decision.deadline is None or not self.studies[stage].trials():
-            return True
-        expected = expected_seconds(self.problem, self.studies[stage], decision, self._durations(stage))
-        return self.clock.spent + expected <= decision.deadline
-
     def _run_trial(self, stage: Stage, trial: Trial, lease: Lease, decision: Decision) -> bool:
         """Evaluate one trial and tell it; returns False for a plan that was seen before or cannot be evaluated."""
         try:
@@ -208,9 +173,10 @@ class Engine:
     def _evaluate(self, stage: Stage, trial: Trial, lease: Lease, decision: Decision) -> bool:
         problem, study = self.problem, self.studies[stage]
         params = problem.space.suggest(trial, stage) | trial.user_attrs.get(LEVELS, {})
+        effort = decision.effort_at(place_in(trial, decision.name))
         plan = Plan(seed=problem.settings.seed)  # of what cannot be made a plan of
         try:
-            plan = problem.plan(params, decision.effort)
+            plan = problem.plan(params, effort)
             shape = problem.shape(plan)
         except PlanError as error:
             whole = price(problem, problem.teacher.shape)
@@ -233,43 +199,50 @@ class Engine:
             return False
         prices = [predicted["latency_ms"].value, predicted["size_bytes"].value]
         prices += [each.latency(plan) for each in problem.others]
-        self.show(stage=stage, doing=f"trial {trial.number}", step=0, steps=decision.effort, trials=self._counts())
-        candidate: Candidate | None = None
+        self.show(stage=stage, doing=f"trial {trial.number}", step=0, steps=effort, trials=self._counts())
+        confirmed: Confirmed | None = None
         students = problem.settings.out / "students"
 
-        marks: list[tuple[float, int]] = []  # when so many steps of the training were done
+        taught = teaching(problem.context)
+        marks: list[tuple[float, int]] = []  # when so many steps of the training were done, teachers aside
 
         def progress(done: int, total: int) -> None:
-            marks.append((time.monotonic(), done))
+            marks.append((time.monotonic() - taught.seconds, done))
             give_way()
             self.leases.check(lease)
             self._progress(done, total)
 
+        def in_time(steps: int) -> int:
+            return self.schedule.recovery(stage, decision, plan, steps, a_step(marks))
+
         def trained() -> bool:
-            every = (replace(plan, seed=plan.seed + i) for i in range(self._seeds(stage)))
+            every = (replace(plan, seed=plan.seed + i) for i in range(self.schedule.seeds(stage)))
             return all(is_trained(each, problem.context, students) for each in every)
 
         try:
             # A student that another process trains just now is waited for, and then read from the disk.
             with self.leases.holding(f"student {student_plan(plan).digest}", unless=trained), working():
-                begun = time.monotonic()
+                begun, before = time.monotonic(), replace(taught)
                 if stage == "confirm":
-                    candidate, evaluation = confirm(
+                    confirmed = confirm(
                         problem,
                         plan,
                         progress,
                         mark=_mark(lease),
                         check=lambda: self.leases.check(lease, asking=True),
-                        seeds=self._seeds(stage),
+                        seeds=self.schedule.seeds(stage),
+                        in_time=in_time,
                     )
+                    evaluation = confirmed.evaluation
                 else:
                     folder, behind = self._scratch(stage, lease), self._behind(stage, prices)
                     evaluation = evaluate(problem, plan, SPLITS[stage], folder, progress, behind)
-                seconds = time.monotonic() - begun
+                lasted = time.monotonic() - begun
         except PlanError as error:  # what only training shows, such as a loss that diverges
             self._tell_infeasible(stage, trial, lease, plan, predicted, {"plan": 1.0}, str(error))
             return False
-        self._tell(stage, trial, lease, plan, decision, evaluation, candidate, prices, seconds, a_step(marks))
+        times = Times(lasted, evaluation.train_seconds, taught.since(before), a_step(marks))
+        self._tell(stage, trial, lease, plan, effort, evaluation, confirmed, prices, times)
         return True
 
     def _behind(self, stage: Stage, prices: list[float]) -> Behind | None:
@@ -307,39 +280,41 @@ class Engine:
         trial: Trial,
         lease: Lease,
         plan: Plan,
-        decision: Decision,
+        effort: int,
         found: Evaluation,
-        candidate: Candidate | None,
+        confirmed: Confirmed | None,
         prices: list[float],
-        seconds: float,
-        step_seconds: float | None,
+        times: Times,
     ) -> None:
         problem = self.problem
         self.leases.check(lease, asking=True)
-        if candidate is None:
+        made, rounding = plan, None
+        if confirmed is None:
             latency, measurements = found.predicted["latency_ms"], list(found.predicted.values())
             teacher = Score(problem.teacher_score(SPLITS[stage]).examples[found.seen])
             fraction = kept(found.score, teacher, problem.task, plan.seed)
         else:
+            candidate, rounding, made = confirmed.candidate, confirmed.rounding, confirmed.candidate.plan
             latency, measurements, fraction = candidate.latency_ms, candidate.measurements(), candidate.kept
             trial.set_user_attr("candidate", candidate.to_json())
             for file in found.files:
                 final = problem.settings.out / candidate.path / file.name
                 self.store.add_artifact(candidate.plan.digest, final, sha256(final))
-        made = plan if candidate is None else candidate.plan  # with another seed, perhaps
-        durations, beside = self._durations(stage), self.studies[stage].trials()
+        durations, beside = self.schedule.durations(stage), self.studies[stage].trials()
         before = [t for t in durations.trials if durations.goes_on(t)]
         attributes = {
             **of_evaluation(stage, plan, fraction, len(found.seen), latency.value, prices),
-            **of_training(stage, plan, decision.effort, found.train_seconds, step_seconds, before, beside),
+            **of_training(stage, plan, effort, times, before, beside),
+            "rounding": rounding and [rounding.whole, rounding.rounded, rounding.after],
             "worker": self.leases.owner,
-            "seconds": seconds,
             "measurements": self.store.add_measurements(made.digest, stage, measurements),
         }
         for key, value in attributes.items():
             trial.set_user_attr(key, value)
-        if candidate is not None:
-            for name, excess in least_excesses(candidate, problem.others, problem.settings.constraints).items():
+        if confirmed is not None:
+            for name, excess in least_excesses(
+                confirmed.candidate, problem.others, problem.settings.constraints
+            ).items():
                 trial.set_constraint(name, excess)
         # Some examples are harder than others: what was seen of a plan is compared with the teacher on the same ones.
         whole = problem.teacher_score(SPLITS[stage])

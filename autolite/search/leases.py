@@ -25,6 +25,7 @@ SECONDS = 30.0  # that a lease lasts without being renewed, which happens six ti
 POLL = 0.05, 1.0  # seconds between two looks at what somebody else holds: at first, and at most
 
 SEARCH = "search"  # the lease of the process that decides
+WORKER = "worker "  # before the owner, in the leases by which workers say that they are there
 
 
 class LeaseLostError(Exception):

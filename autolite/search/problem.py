@@ -37,7 +37,8 @@ from autolite.space import BY_LAYER, Params, Space
 from autolite.store import Store
 from autolite.tasks.base import Split, Task, TaskData
 from autolite.tasks.custom import CustomTask, identity_of
-from autolite.techniques.base import CACHE_LIMIT, Context, Student
+from autolite.techniques.base import Context, Student
+from autolite.techniques.features import room
 from autolite.unmapped import positions_of
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ def load_problem(
         unlabelled=data.unlabelled,
         augment=settings.augment,
         tokenizer=tokenizer,
-        cache_limit=CACHE_LIMIT if settings.cache_bytes is None else settings.cache_bytes,
+        cache_limit=room(cache) if settings.cache_bytes is None else settings.cache_bytes,
     )
     if baseline is None:
         note("emitting the baseline")

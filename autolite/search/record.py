@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from autolite.search.prices import NEVER
 from autolite.space import Stage
 from autolite.techniques.distill import DistillConfig, begins_alike
 from autolite.techniques.schedules import stable_steps
+from autolite.techniques.teacher import Teaching
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -47,12 +49,22 @@ def of_evaluation(
     }
 
 
+@dataclass(frozen=True)
+class Times:
+    """What a trial took in seconds: in all; of that in compression; of that again in running teachers. And a training
+    step without these (`a_step`; None if that is not known)."""
+
+    whole: float
+    compression: float
+    taught: Teaching = field(default_factory=Teaching)
+    step: float | None = None
+
+
 def of_training(
     stage: Stage,
     plan: Plan,
     effort: int,
-    seconds: float,
-    step_seconds: float | None,
+    times: Times,
     before: Sequence[FrozenTrial],
     beside: Sequence[FrozenTrial],
 ) -> dict[str, Any]:
@@ -63,8 +75,7 @@ def of_training(
         stage: of the trial.
         plan: canonical.
         effort: training steps.
-        seconds: that compression took now.
-        step_seconds: what a training step took of that (`a_step`); the rest is work done once.
+        times: what the trial took now. What is neither in steps nor in running teachers is work done once.
         before: trials whose training may have been gone on from.
         beside: trials of this stage, which may have the same student.
     """
@@ -72,7 +83,8 @@ def of_training(
     shorter = [t.user_attrs for t in before if t.user_attrs["trunk"] == trunk and t.user_attrs["effort"] < effort]
     resumed = max((each["resumable_steps"] for each in shorter), default=0)
     siblings = [t.user_attrs for t in beside if t.user_attrs["student"] == student]
-    rate = seconds / max(effort - resumed, 1) if step_seconds is None else step_seconds
+    seconds = max(0.0, times.compression - times.taught.seconds)
+    rate = seconds / max(effort - resumed, 1) if times.step is None else times.step
     costs = [(seconds, effort - resumed, rate)]
     costs += [(each["train_seconds"], each["trained_steps"], each["step_seconds"]) for each in siblings]
     dearest, steps, rate = max(costs)
@@ -80,7 +92,9 @@ def of_training(
         "student": student,
         "trunk": trunk,
         "effort": effort,
-        "own_train_seconds": seconds,
+        "seconds": times.whole,
+        "own_train_seconds": times.compression,
+        "taught": [times.taught.batches, times.taught.seconds, times.taught.epoch],
         "train_seconds": dearest,
         "trained_steps": steps,
         "step_seconds": rate,

@@ -23,9 +23,9 @@ from autolite.hardware.local import cpu_name
 from autolite.plan import Plan
 from autolite.search.choose import blocked, choose
 from autolite.search.confirm import confirm, score_on_test
-from autolite.search.engine import OPEN, SINCE, WORKER, Engine
+from autolite.search.engine import OPEN, Engine
 from autolite.search.evaluate import price
-from autolite.search.leases import Leases
+from autolite.search.leases import WORKER, Leases
 from autolite.search.narrow import narrow
 from autolite.search.prices import front_on
 from autolite.search.problem import (
@@ -39,6 +39,7 @@ from autolite.search.problem import (
 )
 from autolite.search.progress import Clock, Observer, Snapshot, silent
 from autolite.search.samplers import sampler_of
+from autolite.search.schedule import SINCE
 from autolite.search.settings import Budget, Settings
 from autolite.search.stages import promote
 from autolite.search.studies import StageStudy, open_studies
@@ -125,9 +126,8 @@ def _search_as_leader(
             engine.show(stage="finish", doing=f"{timing}scoring the finalists on the test split", step=0, steps=0)
             _write_front(problem, studies, store, clock, complete=True)
             store.put(SINCE, len(studies["recover"].study.get_trials(deepcopy=False)))
-            for trained in ("checkpoints", "trunks"):  # of runs that were given up, or that end here
-                shutil.rmtree(settings.out / "cache" / trained, ignore_errors=True)
-            shutil.rmtree(settings.out / "scratch", ignore_errors=True)
+            for done in ("cache", "scratch"):
+                shutil.rmtree(settings.out / done, ignore_errors=True)
             store.put("finished", asdict(settings.budget))
         except KeyboardInterrupt:
             engine.show(stage="stopping", doing="writing the best front so far", step=0, steps=0)
@@ -324,7 +324,7 @@ def _early(problem: Problem, studies: dict[Stage, StageStudy]) -> Iterator[Candi
         if trials:
             for trial in promote(problem, trials, 3, keep_floor=stage == "recover"):
                 plan = Plan.from_json(trial.user_attrs["plan"])
-                yield confirm(problem, plan, lambda done, total: None, stage)[0]
+                yield confirm(problem, plan, lambda done, total: None, stage).candidate
             return
 
 

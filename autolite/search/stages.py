@@ -14,7 +14,7 @@ from autolite.compress import canonical
 from autolite.errors import PlanError
 from autolite.pareto import nondominated, spread_subset
 from autolite.search.additive import worst
-from autolite.search.durations import Durations, folder_seconds, scoring_seconds
+from autolite.search.durations import FEWEST, Durations, Fitted, folder_seconds, scoring_seconds
 from autolite.search.evaluate import price
 from autolite.search.frontier import first_plans
 from autolite.search.problem import Problem
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 RUNGS: dict[Stage, int] = {"screen": 1, "recover": 2, "confirm": 1}
+ROUNDING = 0.1  # of the time for finalists: for what is trained for few bits then
 RESERVE = 0.05  # of a time budget: scoring the test split and writing
 # What each rung of a stage may use of the time that is left when it begins.
 TIME_SHARES: dict[Stage, tuple[float, ...]] = {"screen": (0.25,), "recover": (0.22, 0.3), "confirm": (1.0,)}
@@ -42,23 +43,28 @@ FINALISTS_SHARE = 0.5  # of the confirm trials; the others are further number fo
 @dataclass(frozen=True)
 class Decision:
     """What a rung of a stage will do: until its study has `trials` trials, with `effort` training steps each, or until
-    `deadline` (active seconds; None under a trial budget). Kept in the store, so that a resumed rung goes on with the
-    same. `name` is what the queue is called in the study."""
+    `deadline` (active seconds; None under a trial budget). What is queued has `efforts` of its own, if there are any.
+    Kept in the store, so that a resumed rung goes on with the same. `name` is what the queue is called in the study."""
 
     name: str
     trials: int
     effort: int
     deadline: float | None
     queue: tuple[Params, ...] = ()
+    efforts: tuple[int, ...] = ()
+
+    def effort_at(self, place: int | None) -> int:
+        """Return the training steps of a trial by its place in the queue; None if it is not from there."""
+        return self.effort if place is None or not self.efforts else self.efforts[place]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
-        return asdict(self) | {"queue": list(self.queue)}
+        return asdict(self) | {"queue": list(self.queue), "efforts": list(self.efforts)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Decision:
         """Rebuild from `to_json`'s form."""
-        return cls(**{**data, "queue": tuple(data["queue"])})
+        return cls(**{**data, "queue": tuple(data["queue"]), "efforts": tuple(data["efforts"])})
 
 
 def trials_for(stage: Stage, total: int, trains: bool) -> int:
@@ -101,22 +107,23 @@ def decide(
     deadline = _deadline(stage, rung, problem, source, clock)
     first = stage == "recover" and rung == 0
     if source:
-        chosen = _promoted(stage, source, new, problem)
         effort = max(1, limits.effort // LONGER) if first else limits.effort
-        queue = _queue(stage, rung, problem, chosen, new)
+        chosen = _promoted(stage, source, new, problem)
+        fitted = [(trial, effort) for trial in chosen]
         if deadline is not None and space.trains:
-            seconds = deadline - clock.spent
-            fitted, effort = _fitted(stage, first, problem, source, chosen, len(queue), seconds, durations)
-            queue = queue if fitted == chosen else _queue(stage, rung, problem, fitted, new)
+            queued = len(_queue(stage, rung, problem, fitted, new))
+            fitted = _fitted(stage, first, problem, source, chosen, queued, deadline - clock.spent, durations)
+        queue = _queue(stage, rung, problem, fitted, new)
     else:
-        queue, effort = _first(problem, new), limits.effort
+        queue = [(params, limits.effort) for params in _first(problem, new)]
     seen = {t.user_attrs["plan_digest"] for t in studies[stage].trials()}
-    queue = [params for params in queue if _digest(problem, params, effort) not in seen]
+    queue = [(params, effort) for params, effort in queue if _digest(problem, params, effort) not in seen]
     if budget.trials is None:
         new = (len(queue) if stage == "confirm" else new) + len(seen)
     elif rung:
         new = count
-    return Decision(name, new, effort, deadline, tuple(queue))
+    efforts = tuple(effort for _, effort in queue)
+    return Decision(name, new, max(efforts, default=limits.effort), deadline, tuple(each for each, _ in queue), efforts)
 
 
 def _source(stage: Stage, rung: int, studies: dict[Stage, StageStudy]) -> list[FrozenTrial]:
@@ -143,31 +150,34 @@ def _fitted(
     queued: int,
     seconds: float,
     durations: Durations,
-) -> tuple[list[FrozenTrial], int]:
+) -> list[Fitted]:
     """Return those of the chosen plans that there is time for, and for how many steps each is trained."""
     space, most = problem.space, problem.space.stages[stage].max_effort
     if first:
         # Some are trained again, with other settings.
-        return durations.fit(chosen, seconds * len(chosen) / queued, 4 * space.stages["screen"].effort, most)
+        least = 4 * space.stages["screen"].effort
+        return durations.fit(chosen, seconds * len(chosen) / queued, lambda trial: least, most)
+    # To go on with what is behind in everything would take the time of what is not.
+    best = nondominated(objectives(problem, chosen))
+    chosen = [t for place, t in enumerate(chosen) if best[place] or place < FEWEST]
     if stage == "recover":
-        fitted, effort = durations.fit(chosen, seconds, 2 * _effort(source), most)
-        return durations.in_order(fitted, effort), effort
+        return durations.in_order(durations.fit(chosen, seconds, lambda trial: 2 * _effort([trial]), most))
     # A front of several plans is worth more than training few of them for twice as long. Every candidate has its
     # folder, and the further formats are scored.
     seeds, processes = durations.seeds, durations.processes
     scored = queued * (1 if seeds == 1 else 1 + 2 * seeds) - len(chosen)
     seconds -= (queued * folder_seconds(problem, processes) + scored * scoring_seconds(source)) / processes
-    fitted, effort = durations.fit(chosen, seconds, _effort(source), most)
+    fitted = durations.fit(chosen, seconds * (1 - ROUNDING), lambda trial: _effort([trial]), most)
     if seeds == 1:  # a shorter training than the last would be a step back, and hardly cheaper
-        effort = max(effort, _effort(fitted))
-    return durations.in_order(fitted, effort), effort
+        fitted = [(trial, max(steps, _effort([trial]))) for trial, steps in fitted]
+    return durations.in_order(fitted)
 
 
-def _queue(stage: Stage, rung: int, problem: Problem, chosen: list[FrozenTrial], new: int) -> list[Params]:
-    """The parameters of up to `new` trials: of the promoted plans, and at first of some again, with their settings of
-    training left to the sampler; or of further number formats of the finalists' students."""
-    found: list[Params] = [problem.frontier.settled(params_of(t)) for t in chosen]
-    queue = [problem.space.complete(params) for params in found]
+def _queue(stage: Stage, rung: int, problem: Problem, fitted: Sequence[Fitted], new: int) -> list[tuple[Params, int]]:
+    """The parameters and the training steps of up to `new` trials: of the promoted plans, and at first of some again,
+    with their settings of training left to the sampler; or of further number formats of the finalists' students."""
+    found: list[tuple[Params, int]] = [(problem.frontier.settled(params_of(t)), steps) for t, steps in fitted]
+    queue = [(problem.space.complete(params), steps) for params, steps in found]
     if stage == "confirm":
         return queue + _formats(problem, queue, new - len(queue))
     return queue if rung else queue + found[: min(new - len(queue), math.ceil(len(queue) / 2))]
@@ -256,18 +266,18 @@ def objectives(problem: Problem, trials: Sequence[FrozenTrial]) -> np.ndarray:
     return np.array(found).T
 
 
-def _formats(problem: Problem, queue: list[Params], count: int) -> list[Params]:
+def _formats(problem: Problem, queue: list[tuple[Params, int]], count: int) -> list[tuple[Params, int]]:
     """Choose up to `count` further number formats of the queued plans' students, by predicted latency and size."""
     if count < 1 or not queue or problem.space.trains_formats:
         return []
     each = math.ceil(count / len(queue))
-    chosen: list[list[Params]] = []
-    for params in queue:
+    chosen: list[list[tuple[Params, int]]] = []
+    for params, steps in queue:
         own, prices = [], []
         for option in (params, *problem.space.variants(params)):
             with suppress(PlanError):  # such as a tied head in another format than its embedding
                 prices.append(price(problem, problem.shape(problem.plan(option, 1))))
-                own.append(option)
+                own.append((option, steps))
         points = np.log([[p["latency_ms"].value, p["size_bytes"].value] for p in prices])
         front = [i for i in np.flatnonzero(nondominated(points)) if i != 0]
         order = spread_subset(points[front], (points.max(0) + 1e-6).tolist(), each) if front else []

@@ -25,6 +25,7 @@ from autolite.tasks.base import Task
 
 OBJECTIVES = ("quality", "latency_ms", "size_bytes")
 PROPOSED = "additive"  # the key of what is queued one by one, by a model of the trials so far
+QUEUED = "queued"  # the attribute of a trial with the queue that it was begun from, and its place there
 LEVELS = "levels"  # the attribute of a trial with the level of each layer, for settings that are "by-layer" in Optuna
 
 
@@ -86,26 +87,26 @@ class StageStudy:
                 trial.set_user_attr(key, value)
             self.study.tell(first.number, values)
 
-    def next_in_queue(self, key: str) -> int | None:
-        """Return the place in the queue `key` of the trial that will be asked next, or None if it is from no queue."""
+    def queued(self, key: str) -> list[int | None]:
+        """Return the places in the queue `key` of the trials that wait, those that are asked next first; None for what
+        is not from there."""
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        name = str(waiting[0].user_attrs.get("queued")) if waiting else ""
-        return int(name.removeprefix(f"{key} ")) if name.startswith(f"{key} ") else None
+        return [place_in(trial, key) for trial in waiting]
 
     def enqueue(self, queue: Iterable[Params], key: str) -> None:
         """Queue trials with these parameters; what an earlier process queued under the same `key` is not repeated."""
-        known = {t.user_attrs.get("queued") for t in self.study.get_trials(deepcopy=False)}
+        known = {t.user_attrs.get(QUEUED) for t in self.study.get_trials(deepcopy=False)}
         for place, params in enumerate(queue):
             name = f"{key} {place}"
             if name not in known:
                 levels = {setting: list(value) for setting, value in params.items() if isinstance(value, list | tuple)}
-                attributes = {"queued": name} | ({LEVELS: levels} if levels else {})
+                attributes = {QUEUED: name} | ({LEVELS: levels} if levels else {})
                 self.study.enqueue_trial({**params, **dict.fromkeys(levels, BY_LAYER)}, user_attrs=attributes)
 
     def drop_queued(self, key: str) -> None:
         """Give up what is queued under other keys than `key`: what an earlier rung did not get to."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            if not str(trial.user_attrs.get("queued")).startswith((f"{key} ", f"{PROPOSED} ")):
+            if not str(trial.user_attrs.get(QUEUED)).startswith((f"{key} ", f"{PROPOSED} ")):
                 self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
     def drop_next(self) -> None:
@@ -197,6 +198,12 @@ def open_studies(settings: Settings, run: str, task: Task) -> Iterator[dict[Stag
             study.set_metric_names([task.metric, *OBJECTIVES[1:]])
             studies[stage] = StageStudy(stage, study, settings.seed, storage, sampler_of(settings.sampler))
         yield studies
+
+
+def place_in(trial: FrozenTrial | Trial, key: str) -> int | None:
+    """Return the place in the queue `key` that a trial was begun from; None if it is from no queue, or from another."""
+    name = str(trial.user_attrs.get(QUEUED))
+    return int(name.removeprefix(f"{key} ")) if name.startswith(f"{key} ") else None
 
 
 def params_of(trial: FrozenTrial | Trial) -> Params:

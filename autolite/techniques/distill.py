@@ -26,6 +26,7 @@ from autolite.techniques.sparsity import hold
 from autolite.techniques.teacher import outputs_of, teacher_outputs
 from autolite.techniques.training import Optimization, train
 
+AHEAD = 8  # batches that processes which train on the same ones can share out among them
 RELATIONS = ("query", "key", "value")
 
 
@@ -112,15 +113,16 @@ class DistillConfig(plan.Config):
 
 
 def stream(config: DistillConfig, context: Context) -> Iterator[Item]:
-    """Yield batches for ever, as what each teacher says about an epoch's batches and a batch's number: each epoch is
-    a new permutation of all of them. Examples of similar length stay in one batch."""
+    """Yield batches for ever: each epoch is a new permutation of all of them. Examples of similar length stay in one
+    batch."""
     rng = np.random.default_rng(context.seed)
     others = [(source, further_teacher(source, context)) for source in config.teachers]
     for epoch in count():
         first = teacher_outputs(context, config.batch_size, epoch)
         further = (outputs_of(model, source, context, config.batch_size, epoch) for source, model in others)
         teachers = (first, *further)
-        yield from ((teachers, index) for index in rng.permutation(len(first.batches)).tolist())
+        order: list[int] = rng.permutation(len(first.batches)).tolist()
+        yield from (Item(teachers, index, order[i + 1 : i + 1 + AHEAD]) for i, index in enumerate(order))
 
 
 class Distill:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load, save
 
 from autolite.files import write_atomically
+from autolite.techniques.base import CACHE_LIMIT
 
 LARGEST_PART = 1 / 16  # of the limit that one entry may take: one that is larger would push out all others
 KEPT = 0.9  # of the limit that stays when something has to go
@@ -61,6 +64,25 @@ class FeatureCache:
         if self._written > self.limit:
             self._written = self._shrink()
 
+    @contextmanager
+    def claimed(self, key: str) -> Iterator[bool]:
+        """Say whether it is this process that may make what is kept under `key`; False while another does. A process
+        that dies has no claim."""
+        lock = FileLock(self.folder / f"{key[:2]}.lock")  # few files: what shares one only seems to be taken
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        except OSError:  # `write` says what is wrong
+            yield True
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
     def _size(self) -> int:
         return sum(size for _, size, _ in self._files())
 
@@ -82,6 +104,12 @@ class FeatureCache:
                 file.unlink(missing_ok=True)
             size -= each
         return size
+
+
+def room(folder: Path) -> int:
+    """Return how many bytes such a folder may take where the user does not say: a tenth of what is free on its disk,
+    within limits. What does not fit is computed again in each epoch, by each process."""
+    return min(max(CACHE_LIMIT, shutil.disk_usage(folder).free // 10), 16 * CACHE_LIMIT)
 
 
 def _metadata(content: bytes) -> dict[str, str]:

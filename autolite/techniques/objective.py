@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -22,7 +23,14 @@ if TYPE_CHECKING:
     from autolite.techniques.distill import DistillConfig
 
 LayerMap = Literal["source", "uniform", "last"] | tuple[int, ...]
-Item = tuple[tuple[TeacherOutputs, ...], int]  # the teachers, and the number of a batch
+
+
+class Item(NamedTuple):
+    """A step of training: what each teacher says about the batches, the number of one, and of those that are next."""
+
+    teachers: tuple[TeacherOutputs, ...]
+    batch: int
+    ahead: Sequence[int] = ()
 
 
 def layer_map(student: ModelShape, teacher: ModelShape, layers: LayerMap = "source") -> tuple[int, ...]:
@@ -77,14 +85,14 @@ class Objective:
 
     def __call__(self, item: Item, step: int) -> torch.Tensor:
         """Return the loss of a batch."""
-        teachers, index = item
+        teachers, index, ahead = item
         config, device, task = self.config, self.context.device, self.context.task
         progress = step / max(1, config.steps - 1)
         temperature = scheduled(config.temperature, config.temperature_end, config.schedule, progress)
         alpha = scheduled(config.alpha, config.alpha_end, config.schedule, progress)
         matching = scheduled(1.0, config.matching_end, config.schedule, progress)
         inputs, labels = to_tensors(teachers[0].batches[index], device)
-        theirs = teachers[0].of(index, config.hidden > 0, self._teacher_layers())
+        theirs = teachers[0].of(index, config.hidden > 0, self._teacher_layers(), ahead)
         own = own_inputs(inputs, self.student.vocabulary)
         ours = observe(self.student.model, own, config.hidden > 0, self._own_layers())
         logits = ours["logits"]
@@ -97,7 +105,7 @@ class Objective:
             elif known.any():
                 loss = loss + alpha * task.loss(logits[known].float(), labels[known])
         if alpha < 1:
-            said = [theirs["logits"], *(other.of(index, hidden=False)["logits"] for other in teachers[1:])]
+            said = [theirs["logits"], *(other.of(index, hidden=False, ahead=ahead)["logits"] for other in teachers[1:])]
             targets = [task.soft_targets(each, labels) for each in said]
             if len(targets) > 1:
                 asked = task.soft_targets(labels.unsqueeze(-1), labels).squeeze(-1)

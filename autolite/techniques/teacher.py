@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import time
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,6 +82,25 @@ def forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor], hidden: boo
 Features = dict[str, torch.Tensor]
 
 
+@dataclass
+class Teaching:
+    """On how many training batches teachers were run, and for how many seconds. An epoch has so many batches."""
+
+    batches: int = 0
+    seconds: float = 0.0
+    epoch: int = 0
+
+    def since(self, begun: Teaching) -> Teaching:
+        """Return what came to it since it was as `begun`."""
+        return Teaching(self.batches - begun.batches, self.seconds - begun.seconds, self.epoch)
+
+
+def teaching(context: Context) -> Teaching:
+    """Return what this process did so far; it goes on counting."""
+    found: Teaching = context.memory.setdefault("teaching", Teaching())
+    return found
+
+
 def observe(model: PreTrainedModel, inputs: dict[str, torch.Tensor], hidden: bool, layers: Collection[int]) -> Features:
     """Run `model` once and return what a distillation loss looks at, by name.
 
@@ -115,34 +136,63 @@ class TeacherOutputs:
         device: str,
         cache: FeatureCache | None,
         limit: int,
+        teaching: Teaching,
     ) -> None:
         """Take a model whose weights have this digest."""
         self.batches = batches
         model.train(False)
         self._model, self._device, self._cache, self._free = model, device, cache, limit
         self._kept: dict[int, Features] = {}
-        self._digest = digest
+        self._digest, self._teaching = digest, teaching
 
-    def of(self, index: int, hidden: bool, layers: Collection[int] = ()) -> Features:
-        """Return what `observe` says of batch number `index`, without "allowed"."""
-        known = self._kept.get(index, {})
-        if not _has(known, hidden, layers):
-            known = self._recalled(index, known)
-            if not _has(known, hidden, layers):
-                known = known | self._run(index, hidden, layers)
-                if self._cache is not None:
-                    self._cache.write(self._key(index), {name: tensor.cpu() for name, tensor in known.items()})
-            self._keep(index, known)
+    def of(self, index: int, hidden: bool, layers: Collection[int] = (), ahead: Sequence[int] = ()) -> Features:
+        """Return what `observe` says of batch number `index`, without "allowed".
+
+        While another process that shares the cache makes that, this one makes it of a batch of those `ahead`, which it
+        will be asked for next: so they share out what all of them need.
+        """
+        known = self._known(index, hidden, layers) or self._made(index, hidden, layers)
+        while known is None:
+            missing = (each for each in ahead if self._known(each, hidden, layers) is None)
+            if not any(self._made(each, hidden, layers) for each in missing):
+                time.sleep(0.01)
+            known = self._known(index, hidden, layers) or self._made(index, hidden, layers)
         return {name: tensor.to(self._device) for name, tensor in known.items()}
 
-    def _recalled(self, index: int, known: Features) -> Features:
-        return known if self._cache is None else known | self._cache.read(self._key(index))
+    def _known(self, index: int, hidden: bool, layers: Collection[int]) -> Features | None:
+        """Return what is kept of a batch, if that is all that is asked for."""
+        known = self._kept.get(index, {})
+        if not _has(known, hidden, layers):
+            known = self._recalled(index)
+            self._keep(index, known)
+        return known if _has(known, hidden, layers) else None
+
+    def _made(self, index: int, hidden: bool, layers: Collection[int]) -> Features | None:
+        """Run the teacher on a batch and keep what it says; None if another process does just now."""
+        with nullcontext(True) if self._cache is None else self._cache.claimed(self._key(index)) as free:
+            if not free:
+                return None
+            known = self._known(index, hidden, layers)  # which another process may have made since
+            if known is None:
+                known = self._recalled(index) | self._run(index, hidden, layers)
+                if self._cache is not None:
+                    self._cache.write(self._key(index), {name: tensor.cpu() for name, tensor in known.items()})
+                self._keep(index, known)
+            return known
+
+    def _recalled(self, index: int) -> Features:
+        kept = self._kept.get(index, {})
+        return kept if self._cache is None else kept | self._cache.read(self._key(index))
 
     @torch.no_grad()
     def _run(self, index: int, hidden: bool, layers: Collection[int]) -> Features:
+        begun = time.monotonic()
         inputs, _ = to_tensors(self.batches[index], self._device)
         found = observe(self._model, inputs, hidden, layers)
-        return {name: _rounded(name, tensor) for name, tensor in found.items() if not name.startswith("allowed")}
+        rounded = {name: _rounded(name, tensor) for name, tensor in found.items() if not name.startswith("allowed")}
+        self._teaching.batches += 1
+        self._teaching.seconds += time.monotonic() - begun
+        return rounded
 
     def _keep(self, index: int, features: Features) -> None:
         kept = self._kept.setdefault(index, {})
@@ -232,7 +282,9 @@ def outputs_of(model: PreTrainedModel, name: str, context: Context, batch_size: 
     moved, digest = context.memory[place]
     batches = list(context.task.batches(split, batch_size, context.pad_id))
     limit = psutil.virtual_memory().available // 4
-    outputs = TeacherOutputs(moved, digest, batches, context.device, _cache(context), limit)
+    count = teaching(context)
+    count.epoch = max(count.epoch, len(batches))
+    outputs = TeacherOutputs(moved, digest, batches, context.device, _cache(context), limit, count)
     if context.augment is None:
         context.memory[key] = outputs
     return outputs

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice, pairwise
@@ -28,7 +30,7 @@ from autolite.techniques.losses import hidden_loss, soft_loss
 from autolite.techniques.objective import layer_map
 from autolite.techniques.prune import Prune, PruneConfig
 from autolite.techniques.schedules import WARM_UP
-from autolite.techniques.teacher import TeacherOutputs
+from autolite.techniques.teacher import TeacherOutputs, teacher_outputs, teaching
 
 MakeContext = Callable[..., Context]
 DISTILL = Distill()
@@ -76,7 +78,7 @@ def test_one_step_follows_the_gradient_of_the_loss(
         steps=1, batch_size=4, alpha=alpha, hidden=hidden, temperature=temperature, embeddings=True, learning_rate=1e-2
     )
     expected: Any = copy.deepcopy(student.model)
-    loss = exact_losses(expected, context, config, next(stream(config, context))[1])
+    loss = exact_losses(expected, context, config, next(stream(config, context)).batch)
     torch.autograd.backward(loss)
     nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
     moved = DISTILL.apply(student, config, context)
@@ -134,7 +136,7 @@ def test_layers_imitate_the_ones_they_came_from() -> None:
 def test_an_epoch_never_repeats_a_batch(make_context: MakeContext) -> None:
     def order(seed: int) -> list[int]:
         context = make_context(seed=seed, examples=28)
-        return [index for _, index in islice(stream(QUICK, context), 21)]
+        return [item.batch for item in islice(stream(QUICK, context), 21)]
 
     first = order(3)
     assert all(sorted(first[i : i + 7]) == list(range(7)) for i in (0, 7, 14))
@@ -144,7 +146,7 @@ def test_an_epoch_never_repeats_a_batch(make_context: MakeContext) -> None:
 
 
 def test_a_batch_holds_examples_of_like_lengths(make_context: MakeContext) -> None:
-    (teacher,), _ = next(stream(QUICK, make_context()))
+    (teacher,), *_ = next(stream(QUICK, make_context()))
     lengths = [batch.inputs["attention_mask"].sum(1) for batch in teacher.batches]
     assert all(short.max() <= long.min() for short, long in pairwise(lengths))
 
@@ -266,6 +268,39 @@ def test_a_short_run_asks_the_teacher_only_about_its_own_batches(
     assert len(runs) == 8, "what was not asked for before is asked for now"
 
 
+def test_who_trains_on_the_same_batches_at_once_shares_out_what_the_teacher_says(
+    make_context: MakeContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[tuple[str, int]] = []
+    original = TeacherOutputs._run
+
+    def counted(self: TeacherOutputs, index: int, *wanted: Any) -> Any:
+        runs.append((threading.current_thread().name, index))
+        time.sleep(0.05)  # or the first is through before the second begins
+        return original(self, index, *wanted)
+
+    monkeypatch.setattr(TeacherOutputs, "_run", counted)
+    contexts = [make_context(examples=80, cache=tmp_path) for _ in range(2)]
+    outputs = [teacher_outputs(context, 4) for context in contexts]
+    order = list(range(20))
+    said: dict[str, list[torch.Tensor]] = {"a": [], "b": []}
+
+    def ask(name: str, own: TeacherOutputs) -> None:
+        said[name] = [own.of(i, True, ahead=order[i + 1 : i + 5])["logits"] for i in order]
+
+    threads = [threading.Thread(target=ask, args=each, name=each[0]) for each in zip("ab", outputs, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(index for _, index in runs) == order, "each batch once"
+    assert {name for name, _ in runs} == {"a", "b"}
+    assert all(torch.equal(a, b) for a, b in zip(said["a"], said["b"], strict=True))
+    counts = [teaching(context).batches for context in contexts]
+    assert sum(counts) == 20
+    assert min(counts) > 0
+
+
 @pytest.mark.parametrize("damage", [lambda old: b"", lambda old: old[:-9], lambda old: old[:-1] + bytes([old[-1] ^ 1])])
 def test_damaged_outputs_are_made_again(
     make_context: MakeContext, tmp_path: Path, damage: Callable[[bytes], bytes]
@@ -289,7 +324,7 @@ def test_a_full_disk_is_named(make_context: MakeContext, tmp_path: Path, monkeyp
     context = make_context(cache=tmp_path)
     with pytest.raises(StorageError, match="No space left on device; free some space"):
         DISTILL.apply(context.teacher, QUICK, context)
-    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock"]
 
 
 def test_nothing_to_train_on_is_said(make_context: MakeContext) -> None:

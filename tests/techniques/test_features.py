@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autolite.techniques.features import FeatureCache
+from autolite.techniques.features import FeatureCache, room
 
 KIB = 2**10
 
@@ -92,3 +95,34 @@ def test_processes_write_together_and_are_killed(tmp_path: Path) -> None:
     whole = [file for file in tmp_path.iterdir() if file.suffix == ".safetensors"]
     assert whole
     assert all(cache.read(file.stem) for file in whole)
+
+
+CLAIMANT = """
+import sys, time
+from pathlib import Path
+from autolite.techniques.features import FeatureCache
+with FeatureCache(Path(sys.argv[1]), 1024).claimed("one") as free:
+    print(free, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_at_a_time_makes_an_entry_and_a_dead_one_has_no_claim(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, KIB)
+    claimant = subprocess.Popen([sys.executable, "-c", CLAIMANT, str(tmp_path)], stdout=subprocess.PIPE)
+    assert claimant.stdout is not None
+    assert claimant.stdout.readline() == b"True\n"
+    with cache.claimed("one") as free, cache.claimed("two") as other:
+        assert (free, other) == (False, True)
+    claimant.send_signal(signal.SIGKILL)
+    claimant.communicate(timeout=30)
+    with cache.claimed("one") as free:
+        assert free
+
+
+def test_without_a_word_a_tenth_of_the_free_space_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for free in (2**30, 2**36, 2**43):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        found.append(room(tmp_path))
+    assert found == [2**31, 2**36 // 10, 2**35]

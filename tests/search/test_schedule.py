@@ -1,0 +1,62 @@
+"""What there is time for, by the clock and by what trials took."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from autolite.compress import student_plan, untrained
+from autolite.plan import Plan, make_step
+from autolite.search import durations
+from autolite.search.few_bits import SLOWER
+from autolite.search.schedule import SINCE, Schedule
+from autolite.search.stages import Decision
+from tests.search.test_durations import costing
+
+PLAN = Plan((make_step("prune", {"heads": 0.5}), make_step("distill", {"steps": 90})))
+
+
+def schedule(waiting: list[int | None], workers: int = 0, spent: float = 0.0) -> Any:
+    """Of a run whose plan trained at an eighth of a second a step, without a thing done once, from the beginning."""
+    trial = costing()
+    trial.user_attrs |= {"trunk": untrained(student_plan(PLAN)).digest, "student": "another", "taught": (0, 0.0, 0)}
+    confirm = SimpleNamespace(trials=list, queued=lambda name: waiting)
+    before = SimpleNamespace(trials=lambda: [trial])
+    store = SimpleNamespace(get=lambda key, other: {SINCE: 1}[key], leases=lambda key: ["worker"] * workers)
+    problem = SimpleNamespace(
+        plan=lambda *_: PLAN, teacher=SimpleNamespace(shape=None), settings=SimpleNamespace(seeds=1)
+    )
+    studies = {"screen": SimpleNamespace(trials=list), "recover": before, "confirm": confirm}
+    return Schedule(problem, studies, store, SimpleNamespace(spent=spent))  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def canonical(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durations, "canonical", lambda plan, shape: plan)
+
+
+def confirming(deadline: float | None) -> Decision:
+    return Decision("1h 0", 4, 80, deadline, ({}, {}, {}), (80, 160, 40))
+
+
+def test_formats_are_trained_for_until_the_deadline() -> None:
+    ends = schedule([], spent=80.0)
+    assert ends.recovery("confirm", confirming(100.0), PLAN, 1000, 0.1) == 20 / (0.1 * SLOWER)
+    assert ends.recovery("confirm", confirming(100.0), PLAN, 30, 0.1) == 30, "no more than that"
+    assert ends.recovery("confirm", confirming(70.0), PLAN, 30, 0.1) == 0
+    assert ends.recovery("confirm", confirming(None), PLAN, 30, 0.1) == 30, "under a budget of trials always"
+
+
+def test_a_student_that_was_there_is_known_by_what_its_steps_took_before() -> None:
+    assert schedule([]).recovery("confirm", confirming(100.0), PLAN, 1000, None) == 100 / (0.125 * SLOWER)
+    unknown = Plan((make_step("prune", {"heads": 0.25}), make_step("distill", {"steps": 90})))
+    assert schedule([]).recovery("confirm", confirming(100.0), unknown, 1000, None) == 0
+
+
+@pytest.mark.parametrize(("workers", "spare"), [(0, 100 - 25), (1, 100 - 12.5)])
+def test_what_is_queued_comes_first(workers: int, spare: float) -> None:
+    """160 and 40 steps of an eighth of a second, which all processes share out."""
+    ends = schedule([1, 2], workers)
+    assert ends.recovery("confirm", confirming(100.0), PLAN, 1000, 0.1) == int(spare / (0.1 * SLOWER))
