@@ -18,7 +18,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import click
@@ -36,11 +38,14 @@ from autolite.report.live import watch
 from autolite.report.tables import front_table
 from autolite.search.scoring import Score, kept, score
 from autolite.search.sensitivity import Damages
-from autolite.search.studies import read_trials
+from autolite.search.studies import QUEUED, read_trials
 from autolite.space import Space, load_space
 from autolite.store import database_of
 from autolite.tasks.base import DataSpec, Split
 from autolite.techniques.base import Context, Student
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 TASK = "text-classification"
 
@@ -143,6 +148,25 @@ def share_of_trials(run: Path, processes: int) -> float:
     return sum(t.user_attrs["seconds"] for t in trials) / (processes * float(read_front(run).budget["spent_seconds"]))
 
 
+def share_between_trials(run: Path, processes: int) -> float:
+    """Return which part of the time of so many processes the engine itself took: between two trials of a process in one
+    rung, and within a trial beside what its evaluation took. Waiting for a student that another trains is in it."""
+    took = 0.0
+    for trials in read_trials(*database_of(run, None)).values():
+        took += sum((t.datetime_complete - t.datetime_start).total_seconds() - t.user_attrs["seconds"] for t in trials)
+        for name in {t.user_attrs["worker"] for t in trials}:
+            own = sorted((t for t in trials if t.user_attrs["worker"] == name), key=lambda t: t.datetime_start)
+            took += sum(
+                (b.datetime_start - a.datetime_complete).total_seconds() for a, b in pairwise(own) if rung(a) == rung(b)
+            )
+    return took / (processes * float(read_front(run).budget["spent_seconds"]))
+
+
+def rung(trial: FrozenTrial) -> str:
+    """Name the queue that a trial was begun from, without its place there; "" in the screen, which is one rung."""
+    return "" if trial.user_attrs["stage"] == "screen" else str(trial.user_attrs[QUEUED]).rpartition(" ")[0]
+
+
 @click.command()
 @click.option("--teacher", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
@@ -192,7 +216,8 @@ def main(
             for line in lines(result.front.candidates, whole, result.path, judge):
                 console.print(line, markup=False)
             console.print(
-                f"\n{share_of_trials(result.path, 1 + workers):.1%} of the time of all processes went into trials"
+                f"\n{share_of_trials(result.path, 1 + workers):.1%} of the time of all processes went into trials, "
+                f"{share_between_trials(result.path, 1 + workers):.1%} into the engine between and around them"
             )
 
 

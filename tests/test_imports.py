@@ -114,6 +114,7 @@ def test_every_public_name_is_there() -> None:
 # What may look at a clock, beside measure.py: the search's budget, the view that shows it, and when to save or to look.
 CLOCKS = {
     "host_lock.py",
+    "techniques/teacher.py",
     "techniques/checkpoint.py",
     "search/progress.py",
     "search/engine.py",

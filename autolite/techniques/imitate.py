@@ -15,7 +15,8 @@ from autolite.parts import Matrix, head_of, layer_of, part
 from autolite.techniques.base import Context
 from autolite.techniques.elimination import Moments
 from autolite.techniques.observe import real, recorded
-from autolite.techniques.walk import Kind, Side, Walk
+from autolite.techniques.streams import Streams, stream_behind
+from autolite.techniques.walk import Kind, Side, Use, Walk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,9 +38,14 @@ class Pair:
     """
 
     def __init__(
-        self, model: PreTrainedModel, original: PreTrainedModel, channels: Sequence[int] | None, context: Context
+        self,
+        model: PreTrainedModel,
+        original: PreTrainedModel,
+        channels: Sequence[int] | None,
+        context: Context,
+        streams: Streams | None = None,
     ):
-        self.model, self.original, self.channels = model, original, channels
+        self.model, self.original, self.channels, self.streams = model, original, channels, streams
         self.ours = Walk(model, context)
         self.theirs = self.ours if model is original else Walk(original, context)
         sources = shape_of(original).source_layers[0]
@@ -57,18 +63,26 @@ class Pair:
         sums: dict[Block, Moments] = {}
         for number, inputs in enumerate(self.ours.batches):
             uses = self.ours.observe(number, wanted, side)
-            targets = uses if self.theirs is self.ours else self.theirs.observe(number, theirs, side)
-            for use, target in zip(uses, targets, strict=True):
+            for use, target in zip(uses, self._targets(number, uses, theirs, side), strict=True):
                 block = wanted[use.kind, use.layer]
-                if side == "input":
+                if isinstance(target, Use):
                     y = _times(real(target.input, inputs).float(), weights[target.kind, target.layer])
                 else:
-                    states = target.stream + target.output
-                    states = states if self.channels is None else states[..., self.channels]
-                    y = real(states - use.stream, inputs).float()
+                    states = target if self.channels is None else target[..., self.channels]
+                    y = states - real(use.stream, inputs).float()
                 found = Moments.of(_with_ones(real(use.input, inputs).float(), own[block]), y)
                 sums[block] = sums[block] + found if block in sums else found
         return {block: moments.damped(own[block].cpu()) for block, moments in sums.items()}
+
+    def _targets(
+        self, number: int, uses: Sequence[Use], theirs: Sequence[tuple[Kind, int]], side: Side
+    ) -> Sequence[Use | Tensor]:
+        """What is to be imitated in a batch: uses of the original's input projections, or its stream [tokens, width]
+        behind its output projections."""
+        if side == "output" and self.streams is not None:
+            return [self.streams[block][number] for block in theirs]
+        found = uses if self.theirs is self.ours else self.theirs.observe(number, theirs, side)
+        return found if side == "input" else [stream_behind(use, self.ours.batches[number]) for use in found]
 
     def fit(self, block: Block, side: Side) -> None:
         """Set the projections at one side of a block to their best."""

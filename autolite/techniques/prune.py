@@ -25,6 +25,7 @@ from autolite.techniques.depth import chosen_layers, nearest, spaced_layers
 from autolite.techniques.importance import best, importance
 from autolite.techniques.reconstruct import cut_blocks
 from autolite.techniques.sparsity import Criterion, parse, unfit, zero
+from autolite.techniques.streams import streams_of
 
 
 def _amounts(value: float | tuple[int | float, ...]) -> float | tuple[int | float, ...]:
@@ -249,7 +250,7 @@ def _narrow(original: Student, whole: Student, after: Stack, config: PruneConfig
         model.to(context.device)
         imitated: Any = clone(original.model)
         imitated.to(context.device)
-        cut_blocks(model, imitated, channels, after.layers, scores, context, outputs)
+        cut_blocks(model, imitated, channels, after.layers, scores, context, outputs, streams_of(original, context))
         return model.cpu()
     for index, (old, new) in enumerate(zip(before.layers, after.layers, strict=True)):
         # Layers with another layer's number share its block, which is cut once, there.

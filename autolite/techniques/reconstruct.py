@@ -25,6 +25,7 @@ from autolite.techniques.base import Context
 from autolite.techniques.elimination import eliminate, removal_scores
 from autolite.techniques.imitate import Block, Pair, head_moments, write
 from autolite.techniques.importance import Importance, best
+from autolite.techniques.streams import Streams
 from autolite.techniques.walk import Kind
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def cut_blocks(
     scores: Importance | None,
     context: Context,
     outputs: Sequence[int] | None = None,
+    streams: Streams | None = None,
 ) -> None:
     """Cut the blocks of `model` to the widths of `layers` and fit what is left of each, in place and in order.
 
@@ -79,8 +81,9 @@ def cut_blocks(
         scores: what units are chosen by; None: by what their removal costs in the least-squares problem.
         context: the calibration examples.
         outputs: which outputs of the head's own first matrix are left, if it has one (None: those at `channels`).
+        streams: the original's, if they are known (`streams_of`).
     """
-    pair = Pair(model, original, channels, context)
+    pair = Pair(model, original, channels, context, streams)
     pair.inherit_norms()
     for block in _blocks(layers):
         index = block.layers[0]
@@ -88,19 +91,20 @@ def cut_blocks(
         count = _units(layers[index], block.kind)[1]
         if channels is not None:
             pair.fit(block, "input")
-        (moments,) = pair.moments([block], "output").values()
-        if count == units:
-            kept = list(range(units))
-        elif scores is None:
+        cut = keep_heads if block.kind == "attention" else keep_neurons
+        if scores is None and count < units:
+            (moments,) = pair.moments([block], "output").values()
             gone = set(eliminate([moments], size, units, units - count)[0])
             kept = [unit for unit in range(units) if unit not in gone]
-        else:
-            kept = best((scores.heads if block.kind == "attention" else scores.neurons)[index], count)
-        rows = (torch.tensor(kept)[:, None] * size + torch.arange(size)).flatten()
-        fitted = moments.fit(torch.cat((rows, torch.arange(units * size, len(moments.gram)))))
-        if count < units:
-            (keep_heads if block.kind == "attention" else keep_neurons)(model, index, kept)
-        write(pair.matrices(block, "output"), fitted)
+            rows = (torch.tensor(kept)[:, None] * size + torch.arange(size)).flatten()
+            fitted = moments.fit(torch.cat((rows, torch.arange(units * size, len(moments.gram)))))
+            cut(model, index, kept)
+            write(pair.matrices(block, "output"), fitted)
+            continue
+        if scores is not None and count < units:  # before anything is run: what goes would cost most of the time
+            each = scores.heads if block.kind == "attention" else scores.neurons
+            cut(model, index, best(each[index], count))
+        pair.fit(block, "output")
     head = head_of(model)
     if channels is not None and len(head.dense) > head.tied:
         outputs = (channels if outputs is None else outputs) if len(head.dense) > 1 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import threading
 import time
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -155,7 +156,7 @@ class TeacherOutputs:
         while known is None:
             missing = (each for each in ahead if self._known(each, hidden, layers) is None)
             if not any(self._made(each, hidden, layers) for each in missing):
-                time.sleep(0.01)
+                threading.Event().wait(0.01)
             known = self._known(index, hidden, layers) or self._made(index, hidden, layers)
         return {name: tensor.to(self._device) for name, tensor in known.items()}
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +23,8 @@ from autolite.techniques.elimination import Moments, eliminate, removal_scores
 from autolite.techniques.importance import importance
 from autolite.techniques.prune import Prune, PruneConfig
 from autolite.techniques.reconstruct import bridge_gaps, cut_blocks, removal_errors
+from autolite.techniques.streams import streams_of
+from autolite.techniques.walk import Walk
 from autolite.testing import tiny_inputs
 
 MakeContext = Callable[..., Context]
@@ -160,6 +164,26 @@ def hidden_error(model: torch.nn.Module, context: Context) -> float:
         mask = inputs.get("attention_mask", torch.ones(states[0].shape[:2])).bool()
         total += float((states[0] - states[1])[mask].square().sum())
     return total
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_what_the_original_does_is_run_once_for_all_of_its_cuts(
+    family: str, make_tiny: MakeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = make_tiny(family, layers=4)
+    config = PruneConfig(heads=0.5, ffn=0.5, round_to=8, importance="wanda", depth=(0, 2), reconstruct=True)
+    cut = PRUNE.apply(context.teacher, config, context).model
+    streams = streams_of(context.teacher, context)
+    assert streams is not None
+    monkeypatch.setattr(Walk, "observe", None)
+    assert streams_of(context.teacher, context) is streams
+    monkeypatch.undo()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    again = replace(context, memory={})
+    assert streams_of(context.teacher, again) is None, "there is no room for it"
+    anew = PRUNE.apply(context.teacher, config, again).model
+    for (name, ours), theirs in zip(cut.named_parameters(), anew.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_blocks_that_layers_share_are_fitted_to_all_their_uses(make_tiny: MakeContext) -> None:
