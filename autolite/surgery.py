@@ -287,6 +287,15 @@ def _store_shared_once(layers: Any) -> None:
         layers.register_load_state_dict_post_hook(_expect_shared)
 
 
+def moved(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """Return the model itself if it is on that device, else a copy that is."""
+    if model.device == torch.device(device):
+        return model
+    twin: Any = clone(model)
+    found: PreTrainedModel = twin.to(device)
+    return found
+
+
 def clone(model: PreTrainedModel) -> PreTrainedModel:
     """Return a deep copy, without gradients, in which shared weights are shared again."""
     twin: PreTrainedModel = copy.deepcopy(model)

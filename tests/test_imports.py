@@ -111,7 +111,8 @@ def test_every_public_name_is_there() -> None:
         _ = autolite.no_such_name  # type: ignore[attr-defined]
 
 
-# What may look at a clock, beside measure.py: the search's budget, the view that shows it, and when to save or to look.
+# What may look at a clock, beside measure.py: the search's budget, the view that shows it, when to save or to look, and
+# what teachers take of the time of trainings.
 CLOCKS = {
     "host_lock.py",
     "techniques/teacher.py",

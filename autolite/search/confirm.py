@@ -58,7 +58,9 @@ def confirm(
     tried = _with_seeds(problem, plan, seeds, part, progress) if seeds > 1 and training(plan) else []
     plan = max(tried, key=lambda each: each.searched).plan if tried else plan
     rounding = recovered(problem, plan, part, progress, in_time)
-    plan = plan if rounding is None else rounding.plan
+    if rounding is not None:
+        plan = rounding.plan
+        shutil.rmtree(part, ignore_errors=True)
     name = plan.digest[:8]
     found = evaluate(problem, plan, "selection", part, progress, last=True, final=True)
     seconds = sum(each.seconds for each in tried) + (0.0 if rounding is None else rounding.seconds)

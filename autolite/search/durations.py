@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from heapq import heapreplace
 from statistics import mean, median
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ import numpy as np
 
 from autolite.compress import canonical, student_plan, untrained
 from autolite.errors import PlanError
+from autolite.plan import Plan
 from autolite.search.problem import Problem
 from autolite.search.timing import SECONDS
 
@@ -48,15 +50,29 @@ class Durations:
         return trial.user_attrs["stage"] == "recover" and trial.number >= self.since
 
     def training(self, trial: FrozenTrial, steps: int) -> float:
-        """Seconds that training a trial's plan for so many steps in all takes, when the teacher's outputs are there."""
-        return self._begin(trial) + self.seeds * float(trial.user_attrs["step_seconds"]) * steps
+        """Seconds that training a trial's plan for so many steps in all takes, but for new batches (`teaching`)."""
+        return self._begin(trial) + self.seeds * self._step(trial) * steps
 
     def teaching(self, steps: int) -> float:
         """Seconds of running the teacher that trainings of so many steps need: on the batches that none came to yet."""
-        taught = np.array([t.user_attrs["taught"] for t in self.trials] or [(0, 0.0, 0)])
-        batches, seconds, epoch = taught[:, 0].sum(), taught[:, 1].sum(), taught[:, 2].max()
+        batches, seconds, epoch = self._taught
         there = max((t.user_attrs["effort"] for t in self.trials if self.since == 0 or self.goes_on(t)), default=0)
-        return float(max(0, min(steps, epoch) - there) * seconds / max(1, batches))
+        return max(0.0, min(self.seeds * steps, epoch) - there) * seconds / max(1.0, batches)
+
+    @cached_property
+    def _taught(self) -> tuple[float, float, float]:
+        """On how many batches the teacher was run, for how many seconds, and how many an epoch has."""
+        taught = np.array([t.user_attrs["taught"] for t in self.trials] or [(0, 0.0, 0)], dtype=float)
+        return float(taught[:, 0].sum()), float(taught[:, 1].sum()), float(taught[:, 2].max())
+
+    @cached_property
+    def _again(self) -> float:
+        """Seconds, in each step of training, of running the teacher where it was run before: what was not kept."""
+        batches, seconds, epoch = self._taught
+        efforts = [int(t.user_attrs["effort"]) for t in self.trials]
+        trained = sum(int(t.user_attrs["trained_steps"]) for t in self.trials if t.user_attrs["own_train_seconds"] > 0)
+        needed = min(max(efforts, default=0), epoch)
+        return max(0.0, batches - needed) / max(1.0, trained) * seconds / max(1.0, batches)
 
     def like(self, trunk: str) -> FrozenTrial | None:
         """Return the longest trained trial of a plan that is known by what its trainings have in common."""
@@ -97,13 +113,16 @@ class Durations:
     def _shared(
         self, plans: Sequence[FrozenTrial], part: float, least: Callable[[FrozenTrial], int], most: int
     ) -> list[Fitted]:
-        steps = [(part - self._begin(t)) / (self.seeds * max(t.user_attrs["step_seconds"], 1e-9)) for t in plans]
+        steps = [(part - self._begin(t)) / (self.seeds * max(self._step(t), 1e-9)) for t in plans]
         return [(t, int(min(max(n, least(t), 1), most))) for t, n in zip(plans, steps, strict=True)]
 
     def _begin(self, trial: FrozenTrial) -> float:
         """Seconds of training a plan that its number of steps adds nothing to; below 0, what earlier steps spare."""
-        once, step = self._once(trial), float(trial.user_attrs["step_seconds"])
+        once, step = self._once(trial), self._step(trial)
         return self.seeds * once - (once + step * trial.user_attrs["resumable_steps"] if self.goes_on(trial) else 0.0)
+
+    def _step(self, trial: FrozenTrial) -> float:
+        return float(trial.user_attrs["step_seconds"]) + self._again
 
     def _once(self, trial: FrozenTrial) -> float:
         """Such as fitting again what pruning left."""
@@ -135,21 +154,31 @@ def expected_seconds(
     scoring = scoring_seconds(done[-5:]) if done else 0.0
     effort = decision.effort_at(place)
     if place is not None:
-        try:
-            plan = canonical(problem.plan(decision.queue[place], effort), problem.teacher.shape)
-        except PlanError:  # it will be told as refused
+        student = _student(problem, decision, place)
+        if student is None:  # it will be told as refused
             return 0.0
-        student = student_plan(plan)
-        if any(t.user_attrs["student"] == student.digest for t in done):
+        # Further number formats stand behind the student's own in the queue, and wait for it.
+        before = (_student(problem, decision, i) for i in range(place) if i not in study.given_up(decision.name))
+        trained = {t.user_attrs["student"] for t in done}
+        if student.digest in trained or any(each is not None and each.digest == student.digest for each in before):
             return scoring
         known = durations.like(untrained(student).digest)
         if known is not None:
             return scoring + durations.training(known, effort) + durations.teaching(effort)
-    trained = [t for t in done if t.user_attrs["own_train_seconds"] > 0.1][-5:]
-    if not trained:
+    last = [t for t in done if t.user_attrs["own_train_seconds"] > 0.1][-5:]
+    if not last:
         return scoring
-    step, once = mean(t.user_attrs["step_seconds"] for t in trained), mean(map(_once, trained))
+    step, once = mean(t.user_attrs["step_seconds"] for t in last), mean(map(_once, last))
     return float(scoring + once + effort * step)
+
+
+def _student(problem: Problem, decision: Decision, place: int) -> Plan | None:
+    """The plan of the student at a place of a queue; None for what is refused."""
+    try:
+        plan = problem.plan(decision.queue[place], decision.effort_at(place))
+        return student_plan(canonical(plan, problem.teacher.shape))
+    except PlanError:
+        return None
 
 
 def scoring_seconds(trials: Sequence[FrozenTrial]) -> float:

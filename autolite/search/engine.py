@@ -131,7 +131,7 @@ class Engine:
                 if lease is None:
                     continue
                 trial = study.take_up(frozen)
-                if self.schedule.in_time(stage, decision):
+                if self.schedule.in_time(stage, decision, frozen):
                     return trial, lease
                 self._finish(stage, trial, lease, state=TrialState.FAIL)
             while study.waiting() and not self.schedule.in_time(stage, decision):
@@ -212,8 +212,12 @@ class Engine:
             self.leases.check(lease)
             self._progress(done, total)
 
+        step: float | None = None  # of the training before that for few bits, whose steps take longer
+
         def in_time(steps: int) -> int:
-            return self.schedule.recovery(stage, decision, plan, steps, a_step(marks))
+            nonlocal step
+            step = a_step(marks)
+            return self.schedule.recovery(stage, decision, plan, steps, step)
 
         def trained() -> bool:
             every = (replace(plan, seed=plan.seed + i) for i in range(self.schedule.seeds(stage)))
@@ -241,7 +245,7 @@ class Engine:
         except PlanError as error:  # what only training shows, such as a loss that diverges
             self._tell_infeasible(stage, trial, lease, plan, predicted, {"plan": 1.0}, str(error))
             return False
-        times = Times(lasted, evaluation.train_seconds, taught.since(before), a_step(marks))
+        times = Times(lasted, evaluation.train_seconds, taught.since(before), step or a_step(marks))
         self._tell(stage, trial, lease, plan, effort, evaluation, confirmed, prices, times)
         return True
 

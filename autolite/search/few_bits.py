@@ -9,6 +9,7 @@ from pathlib import Path
 
 from autolite import formats
 from autolite.compress import student_plan, training
+from autolite.errors import PlanError
 from autolite.plan import Plan, make_step
 from autolite.search.evaluate import evaluate
 from autolite.search.problem import Problem
@@ -51,11 +52,12 @@ def recovered(
         in_time: says how many of so many steps there is time for.
 
     Returns:
-        What was found; None if the plan is not of that kind.
+        What was found; None if the plan is not of that kind, or there is no time from the beginning.
     """
     student = student_plan(plan)
     few = any(formats.get(form).bits <= RecoverConfig().bits for form in problem.shape(plan).formats)
-    if student == plan or not few or not training(plan):
+    wanted = math.ceil(training(plan) * SHARE)
+    if student == plan or not few or min(wanted, in_time(wanted)) < 1:
         return None
 
     def searched(tried: Plan) -> tuple[float, float]:
@@ -65,9 +67,12 @@ def recovered(
 
     (whole, first), (rounded, second) = searched(student), searched(plan)
     found = Recovered(plan, whole, rounded, None, first + second)
-    steps = in_time(math.ceil(training(plan) * SHARE)) if whole - rounded >= LOST else 0
+    steps = in_time(wanted) if whole - rounded >= LOST else 0
     if steps < 1:
         return found
     trained = replace(plan, steps=(*plan.steps, make_step("recover", {"steps": steps})))
-    after, third = searched(trained)
+    try:
+        after, third = searched(trained)
+    except PlanError:  # a loss that diverges
+        return found
     return Recovered(trained if after > rounded else plan, whole, rounded, after, first + second + third)

@@ -44,7 +44,7 @@ from autolite.unmapped import positions_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LAYOUT = "2"  # of what trials remember: a run with another is not gone on with. Rungs and what can be resumed since 2
+LAYOUT = "3"  # of what trials remember: a run with another is not gone on with. What teachers took of a trial since 3
 SCREEN_EXAMPLES = 1000  # enough to rank plans (standard error about one point) at a fraction of the whole split's cost
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from autolite.compress import student_plan, untrained
 from autolite.plan import Plan
-from autolite.search.durations import Durations, expected_seconds
+from autolite.search.durations import Durations, expected_seconds, folder_seconds, scoring_seconds
 from autolite.search.few_bits import SLOWER
 from autolite.search.leases import WORKER
 from autolite.search.problem import Problem
 from autolite.search.progress import Clock
 from autolite.search.stages import Decision, decide
-from autolite.search.studies import StageStudy
+from autolite.search.studies import StageStudy, place_in
 from autolite.space import Stage
 from autolite.store import Store
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 SINCE = "checkpoints since"  # the fact with the number of the first trial of recovery whose checkpoints are there
 
@@ -58,13 +62,15 @@ class Schedule:
         open_end = decision.deadline is None or stage == "screen" or study.waiting() > 0
         return open_end and self.in_time(stage, decision)
 
-    def in_time(self, stage: Stage, decision: Decision) -> bool:
-        """Whether the next trial ends before the deadline; a stage always does one, so that a tight budget still ends
-        with a model."""
+    def in_time(self, stage: Stage, decision: Decision, taken_up: FrozenTrial | None = None) -> bool:
+        """Whether the next trial, or one that is taken up, ends before the deadline; a stage always does one, so that a
+        tight budget still ends with a model."""
         study = self.studies[stage]
         if decision.deadline is None or not study.trials():
             return True
         (place, *_) = [*study.queued(decision.name), None]
+        if taken_up is not None:
+            place = place_in(taken_up, decision.name)
         return self.clock.spent + self._expected(stage, decision, place) <= decision.deadline
 
     def _expected(self, stage: Stage, decision: Decision, place: int | None) -> float:
@@ -72,8 +78,8 @@ class Schedule:
 
     def recovery(self, stage: Stage, decision: Decision, plan: Plan, steps: int, step_seconds: float | None) -> int:
         """Return how many of so many steps of training for its formats there is time for, of a plan whose steps without
-        rounding take so long (None if it was not trained now): until the deadline, but for this process's part of what
-        is queued."""
+        rounding take so long (None if it was not trained now): until the deadline, but for what is left to do for the
+        plan itself, and for this process's part of what is queued."""
         if decision.deadline is None:
             return steps
         durations, study = self.durations(stage), self.studies[stage]
@@ -81,5 +87,6 @@ class Schedule:
             like = durations.like(untrained(student_plan(plan)).digest)
             step_seconds = math.inf if like is None else float(like.user_attrs["step_seconds"])
         waiting = sum(self._expected(stage, decision, place) for place in study.queued(decision.name))
-        spare = decision.deadline - self.clock.spent - waiting / durations.processes
+        last = 2 * scoring_seconds(durations.trials) + folder_seconds(self.problem, durations.processes)
+        spare = decision.deadline - self.clock.spent - last - waiting / durations.processes
         return max(0, min(steps, int(spare / (SLOWER * step_seconds))))

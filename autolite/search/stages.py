@@ -54,7 +54,8 @@ class Decision:
     efforts: tuple[int, ...] = ()
 
     def effort_at(self, place: int | None) -> int:
-        """Return the training steps of a trial by its place in the queue; None if it is not from there."""
+        """Return the training steps of a trial by its place in the queue; None if it is not from there: of a plan whose
+        size is not known, the fewest."""
         return self.effort if place is None or not self.efforts else self.efforts[place]
 
     def to_json(self) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def decide(
     elif rung:
         new = count
     efforts = tuple(effort for _, effort in queue)
-    return Decision(name, new, max(efforts, default=limits.effort), deadline, tuple(each for each, _ in queue), efforts)
+    return Decision(name, new, min(efforts, default=limits.effort), deadline, tuple(each for each, _ in queue), efforts)
 
 
 def _source(stage: Stage, rung: int, studies: dict[Stage, StageStudy]) -> list[FrozenTrial]:

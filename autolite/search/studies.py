@@ -93,6 +93,11 @@ class StageStudy:
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         return [place_in(trial, key) for trial in waiting]
 
+    def given_up(self, key: str) -> set[int | None]:
+        """Return the places in the queue `key` of what was dropped, or failed."""
+        failed = self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        return {place_in(trial, key) for trial in failed}
+
     def enqueue(self, queue: Iterable[Params], key: str) -> None:
         """Queue trials with these parameters; what an earlier process queued under the same `key` is not repeated."""
         known = {t.user_attrs.get(QUEUED) for t in self.study.get_trials(deepcopy=False)}

@@ -48,8 +48,13 @@ class FeatureCache:
             return {}
         return tensors
 
-    def write(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write under `key`, replacing what was there, and remove the least recently used beyond the limit.
+    def has(self, key: str) -> bool:
+        """Whether something was written under `key`."""
+        return (self.folder / f"{key}.safetensors").is_file()
+
+    def write(self, key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Write under `key`, replacing what was there, and remove the least recently used beyond the limit; False if it
+        is too large to be kept.
 
         Raises:
             StorageError: if the file cannot be written.
@@ -57,12 +62,13 @@ class FeatureCache:
         plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
         size = sum(tensor.numel() * tensor.element_size() for tensor in plain.values())
         if size > self.limit * LARGEST_PART:
-            return
+            return False
         content = save(plain, {"crc32": str(_checksum(plain))})
         write_atomically(self.folder / f"{key}.safetensors", content, durable=False)
         self._written = len(content) + (self._size() if self._written is None else self._written)
         if self._written > self.limit:
             self._written = self._shrink()
+        return True
 
     @contextmanager
     def claimed(self, key: str) -> Iterator[bool]:

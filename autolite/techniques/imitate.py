@@ -80,7 +80,7 @@ class Pair:
         """What is to be imitated in a batch: uses of the original's input projections, or its stream [tokens, width]
         behind its output projections."""
         if side == "output" and self.streams is not None:
-            return [self.streams[block][number] for block in theirs]
+            return [self.streams[block][number].to(self.model.device) for block in theirs]
         found = uses if self.theirs is self.ours else self.theirs.observe(number, theirs, side)
         return found if side == "input" else [stream_behind(use, self.ours.batches[number]) for use in found]
 

@@ -17,7 +17,7 @@ from autolite import plan
 from autolite.architecture import LayerShape, ModelShape, Stack, numbered
 from autolite.errors import PlanError
 from autolite.residual import keep_hidden
-from autolite.surgery import clone, keep_heads, keep_layers, keep_neurons
+from autolite.surgery import clone, keep_heads, keep_layers, keep_neurons, moved
 from autolite.techniques.allocate import Budget, allocate
 from autolite.techniques.base import Context, Part, Student, require_float32, require_map
 from autolite.techniques.channels import channel_importance, head_outputs
@@ -233,10 +233,10 @@ class Prune:
 
 
 def _narrow(original: Student, whole: Student, after: Stack, config: PruneConfig, context: Context) -> Any:
-    """Return a copy of `whole`, which has the layers of `original` that stay, with the widths of `after`; what goes is
-    chosen by scores in `whole`, and what is left imitates `original` if it is to be fitted."""
+    """Cut `whole`, which has the layers of `original` that stay, to the widths of `after` and return its model; what
+    goes is chosen by scores in it, and what is left imitates `original` if it is to be fitted."""
     before = whole.shape.stacks[0]
-    model: Any = clone(whole.model)
+    model: Any = whole.model
     second_order = config.importance == "second-order"
     narrower = [(x.kv_heads, x.ffn) for x in before.layers] != [(x.kv_heads, x.ffn) for x in after.layers]
     scores = importance(whole, config.importance, context) if narrower and not second_order else None
@@ -248,8 +248,7 @@ def _narrow(original: Student, whole: Student, after: Stack, config: PruneConfig
         keep_hidden(model, channels, outputs)
     if _fits(config):
         model.to(context.device)
-        imitated: Any = clone(original.model)
-        imitated.to(context.device)
+        imitated = moved(original.model, context.device)
         cut_blocks(model, imitated, channels, after.layers, scores, context, outputs, streams_of(original, context))
         return model.cpu()
     for index, (old, new) in enumerate(zip(before.layers, after.layers, strict=True)):

@@ -34,6 +34,7 @@ States = tuple[torch.Tensor, ...]
 # Tokens from which the processor's fused attention kernel is faster than plain products; on ten tokens its backward
 # pass is up to eight times slower (batch 32, bfloat16).
 LONG = 192
+PATIENCE = 60.0  # seconds after which what another process should have made is made here
 
 
 def autocast(device: str) -> AbstractContextManager[Any]:
@@ -85,7 +86,8 @@ Features = dict[str, torch.Tensor]
 
 @dataclass
 class Teaching:
-    """On how many training batches teachers were run, and for how many seconds. An epoch has so many batches."""
+    """On how many training batches teachers were run, and for how many seconds, waiting for other processes that do so
+    included. An epoch has so many batches."""
 
     batches: int = 0
     seconds: float = 0.0
@@ -138,26 +140,34 @@ class TeacherOutputs:
         cache: FeatureCache | None,
         limit: int,
         teaching: Teaching,
+        counts: bool = True,
     ) -> None:
-        """Take a model whose weights have this digest."""
+        """Take a model whose weights have this digest. Of several teachers one `counts` the batches."""
         self.batches = batches
         model.train(False)
         self._model, self._device, self._cache, self._free = model, device, cache, limit
         self._kept: dict[int, Features] = {}
-        self._digest, self._teaching = digest, teaching
+        self._keys: dict[int, str] = {}
+        self._digest, self._teaching, self._counts = digest, teaching, counts
+        self._shares = cache is not None  # whether other processes find what this one writes
 
     def of(self, index: int, hidden: bool, layers: Collection[int] = (), ahead: Sequence[int] = ()) -> Features:
         """Return what `observe` says of batch number `index`, without "allowed".
 
         While another process that shares the cache makes that, this one makes it of a batch of those `ahead`, which it
-        will be asked for next: so they share out what all of them need.
+        will be asked for next: so they share out what all of them need. One that does not end is not waited for.
         """
-        known = self._known(index, hidden, layers) or self._made(index, hidden, layers)
-        while known is None:
-            missing = (each for each in ahead if self._known(each, hidden, layers) is None)
-            if not any(self._made(each, hidden, layers) for each in missing):
-                threading.Event().wait(0.01)
-            known = self._known(index, hidden, layers) or self._made(index, hidden, layers)
+        known = self._known(index, hidden, layers)
+        if known is None:
+            begun = time.monotonic()
+            known = self._made(index, hidden, layers)
+            while known is None:
+                free = (self._made(each, hidden, layers) for each in ahead if not self._there(each))
+                if not any(free):
+                    threading.Event().wait(0.01)
+                known = self._known(index, hidden, layers)
+                known = known or self._made(index, hidden, layers, alone=time.monotonic() - begun > PATIENCE)
+            self._teaching.seconds += time.monotonic() - begun
         return {name: tensor.to(self._device) for name, tensor in known.items()}
 
     def _known(self, index: int, hidden: bool, layers: Collection[int]) -> Features | None:
@@ -168,18 +178,22 @@ class TeacherOutputs:
             self._keep(index, known)
         return known if _has(known, hidden, layers) else None
 
-    def _made(self, index: int, hidden: bool, layers: Collection[int]) -> Features | None:
-        """Run the teacher on a batch and keep what it says; None if another process does just now."""
-        with nullcontext(True) if self._cache is None else self._cache.claimed(self._key(index)) as free:
+    def _made(self, index: int, hidden: bool, layers: Collection[int], alone: bool = False) -> Features | None:
+        """Run the teacher on a batch and keep what it says; None if another process does just now, unless `alone`."""
+        shared = None if alone or not self._shares else self._cache
+        with nullcontext(True) if shared is None else shared.claimed(self._key(index)) as free:
             if not free:
                 return None
             known = self._known(index, hidden, layers)  # which another process may have made since
             if known is None:
                 known = self._recalled(index) | self._run(index, hidden, layers)
-                if self._cache is not None:
-                    self._cache.write(self._key(index), {name: tensor.cpu() for name, tensor in known.items()})
-                self._keep(index, known)
+                plain = {name: tensor.cpu() for name, tensor in known.items()}
+                self._shares = self._cache is not None and self._cache.write(self._key(index), plain)
+                self._keep(index, plain)
             return known
+
+    def _there(self, index: int) -> bool:
+        return bool(self._kept.get(index)) or (self._cache is not None and self._cache.has(self._key(index)))
 
     def _recalled(self, index: int) -> Features:
         kept = self._kept.get(index, {})
@@ -187,13 +201,10 @@ class TeacherOutputs:
 
     @torch.no_grad()
     def _run(self, index: int, hidden: bool, layers: Collection[int]) -> Features:
-        begun = time.monotonic()
         inputs, _ = to_tensors(self.batches[index], self._device)
         found = observe(self._model, inputs, hidden, layers)
-        rounded = {name: _rounded(name, tensor) for name, tensor in found.items() if not name.startswith("allowed")}
-        self._teaching.batches += 1
-        self._teaching.seconds += time.monotonic() - begun
-        return rounded
+        self._teaching.batches += self._counts
+        return {name: _rounded(name, tensor) for name, tensor in found.items() if not name.startswith("allowed")}
 
     def _keep(self, index: int, features: Features) -> None:
         kept = self._kept.setdefault(index, {})
@@ -205,6 +216,11 @@ class TeacherOutputs:
 
     def _key(self, index: int) -> str:
         """Name by content what the outputs depend on: the weights, the batch, and the arithmetic."""
+        if index not in self._keys:
+            self._keys[index] = self._named(index)
+        return self._keys[index]
+
+    def _named(self, index: int) -> str:
         precise = isinstance(autocast(self._device), nullcontext)
         digest = hashlib.sha256(f"{self._digest} {torch.device(self._device).type} {precise}".encode())
         for name, array in sorted(self.batches[index].inputs.items()):
@@ -285,7 +301,7 @@ def outputs_of(model: PreTrainedModel, name: str, context: Context, batch_size: 
     limit = psutil.virtual_memory().available // 4
     count = teaching(context)
     count.epoch = max(count.epoch, len(batches))
-    outputs = TeacherOutputs(moved, digest, batches, context.device, _cache(context), limit, count)
+    outputs = TeacherOutputs(moved, digest, batches, context.device, _cache(context), limit, count, name == "teacher")
     if context.augment is None:
         context.memory[key] = outputs
     return outputs

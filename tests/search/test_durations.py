@@ -90,12 +90,22 @@ def test_what_was_trained_before_is_not_paid_again() -> None:
 def test_the_teacher_is_run_on_the_batches_that_nobody_came_to_yet() -> None:
     """Of the 30 batches of an epoch eight are there; each takes a second, once for all plans and processes."""
     plans = [costing() for _ in range(3)]
-    for plan in plans:
-        plan.user_attrs["taught"] = (8, 8.0, 30)
+    for plan, batches in zip(plans, (5, 3, 0), strict=True):  # by the processes that trained them
+        plan.user_attrs["taught"] = (batches, float(batches), 30)
     assert [Durations(plans).teaching(steps) for steps in (4, 8, 20, 30, 1000)] == [0, 0, 12, 22, 22]
     assert Durations(plans, since=1).teaching(20) == 20, "what the teacher said is gone"
     assert fitted(Durations(plans), plans, 59.5) == [100] * 3
     assert fitted(Durations(plans, processes=2), plans, 48.5) == [150] * 3, "the processes share that out"
+
+
+def test_where_the_teachers_outputs_are_not_kept_it_is_run_again_in_each_step() -> None:
+    """Three plans of eight steps ran it 24 times, a second each, where eight would have done: in two of three steps."""
+    plans = [costing() for _ in range(3)]
+    for plan in plans:
+        plan.user_attrs["taught"] = (8, 8.0, 8)
+    assert Durations(plans, since=1).training(plans[0], 12) == pytest.approx(12 * (0.125 + 2 / 3))
+    plans[1].user_attrs["taught"] = plans[2].user_attrs["taught"] = (0, 0.0, 8)
+    assert Durations(plans, since=1).training(plans[0], 12) == pytest.approx(12 * 0.125)
 
 
 def test_further_seeds_begin_anew() -> None:
@@ -123,8 +133,8 @@ def problem(monkeypatch: pytest.MonkeyPatch) -> Any:
     return SimpleNamespace(plan=lambda *_: PLAN, teacher=SimpleNamespace(shape=None))
 
 
-def study(*done: Any) -> Any:
-    return SimpleNamespace(trials=lambda: list(done))
+def study(*done: Any, given_up: tuple[int, ...] = ()) -> Any:
+    return SimpleNamespace(trials=lambda: list(done), given_up=lambda name: given_up)
 
 
 def last(**changes: Any) -> Any:
@@ -158,3 +168,12 @@ def test_a_plan_that_was_never_tried_costs_what_the_last_trials_did(problem: Any
 def test_a_student_that_is_there_costs_its_scoring(problem: Any) -> None:
     known = last(student=student_plan(PLAN).digest)
     assert expected_seconds(problem, study(known), Decision("1h 0", 4, 90, 100.0, ({},)), Durations([]), 0) == 2
+
+
+def test_further_formats_of_a_queued_student_cost_their_scoring(problem: Any) -> None:
+    """Whoever is first trains it, unless it was given up."""
+    own = costing()
+    own.user_attrs["trunk"] = untrained(student_plan(PLAN)).digest
+    decision = Decision("1h 0", 4, 90, 100.0, ({}, {}))
+    assert expected_seconds(problem, study(last()), decision, Durations([own]), 1) == 2
+    assert expected_seconds(problem, study(last(), given_up=(0,)), decision, Durations([own]), 1) == 2 + 90 / 8

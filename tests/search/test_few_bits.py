@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from autolite.errors import PlanError
 from autolite.front import Candidate
 from autolite.plan import Plan, make_step
 from autolite.search import few_bits
@@ -26,6 +27,8 @@ def looked_at(monkeypatch: pytest.MonkeyPatch, plan: Plan, keeps: dict[str, floa
 
     def evaluate(problem: Any, tried: Plan, split: str, *_: Any, **__: Any) -> Any:
         assert split == "search"
+        if tried.steps[-1].technique not in keeps:
+            raise PlanError("recover: the loss is not finite")
         return SimpleNamespace(score=keeps[tried.steps[-1].technique], train_seconds=1.0)
 
     monkeypatch.setattr(few_bits, "evaluate", evaluate)
@@ -51,14 +54,18 @@ def test_where_rounding_lost_something_the_student_is_trained_for_its_formats(mo
     [
         ({"distill": 0.97, "quantize": 0.969}, 1000),
         ({"distill": 0.97, "quantize": 0.94, "recover": 0.94}, 1000),
-        ({"distill": 0.97, "quantize": 0.94}, 0),
+        ({"distill": 0.97, "quantize": 0.94}, 1000),
     ],
-    ids=["nothing was lost", "nothing was regained", "no time"],
+    ids=["nothing was lost", "nothing was regained", "the loss diverged"],
 )
 def test_otherwise_the_plan_stays_as_it_is(
     monkeypatch: pytest.MonkeyPatch, keeps: dict[str, float], in_time: int
 ) -> None:
     assert looked_at(monkeypatch, PLAN, keeps, in_time).plan == PLAN
+
+
+def test_where_there_is_no_time_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert looked_at(monkeypatch, PLAN, {}, in_time=0) is None
 
 
 @pytest.mark.parametrize(

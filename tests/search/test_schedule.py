@@ -15,18 +15,26 @@ from autolite.search.schedule import SINCE, Schedule
 from autolite.search.stages import Decision
 from tests.search.test_durations import costing
 
+FOLDER = 3.0  # seconds that are kept for the candidate's folder
 PLAN = Plan((make_step("prune", {"heads": 0.5}), make_step("distill", {"steps": 90})))
+
+
+def plan_of(steps: int) -> Plan:
+    return Plan((make_step("prune", {"heads": 0.5}), make_step("distill", {"steps": steps})))
 
 
 def schedule(waiting: list[int | None], workers: int = 0, spent: float = 0.0) -> Any:
     """Of a run whose plan trained at an eighth of a second a step, without a thing done once, from the beginning."""
     trial = costing()
     trial.user_attrs |= {"trunk": untrained(student_plan(PLAN)).digest, "student": "another", "taught": (0, 0.0, 0)}
-    confirm = SimpleNamespace(trials=list, queued=lambda name: waiting)
+    confirm = SimpleNamespace(trials=list, queued=lambda name: waiting, given_up=lambda name: set())
     before = SimpleNamespace(trials=lambda: [trial])
     store = SimpleNamespace(get=lambda key, other: {SINCE: 1}[key], leases=lambda key: ["worker"] * workers)
     problem = SimpleNamespace(
-        plan=lambda *_: PLAN, teacher=SimpleNamespace(shape=None), settings=SimpleNamespace(seeds=1)
+        plan=lambda params, effort: plan_of(effort),
+        teacher=SimpleNamespace(shape=None),
+        settings=SimpleNamespace(seeds=1),
+        profile=SimpleNamespace(name="pixel8"),
     )
     studies = {"screen": SimpleNamespace(trials=list), "recover": before, "confirm": confirm}
     return Schedule(problem, studies, store, SimpleNamespace(spent=spent))  # type: ignore[arg-type]
@@ -43,14 +51,16 @@ def confirming(deadline: float | None) -> Decision:
 
 def test_formats_are_trained_for_until_the_deadline() -> None:
     ends = schedule([], spent=80.0)
-    assert ends.recovery("confirm", confirming(100.0), PLAN, 1000, 0.1) == 20 / (0.1 * SLOWER)
+    assert ends.recovery("confirm", confirming(100.0), PLAN, 1000, 0.1) == int((20 - FOLDER) / (0.1 * SLOWER))
     assert ends.recovery("confirm", confirming(100.0), PLAN, 30, 0.1) == 30, "no more than that"
     assert ends.recovery("confirm", confirming(70.0), PLAN, 30, 0.1) == 0
     assert ends.recovery("confirm", confirming(None), PLAN, 30, 0.1) == 30, "under a budget of trials always"
 
 
 def test_a_student_that_was_there_is_known_by_what_its_steps_took_before() -> None:
-    assert schedule([]).recovery("confirm", confirming(100.0), PLAN, 1000, None) == 100 / (0.125 * SLOWER)
+    assert schedule([]).recovery("confirm", confirming(100.0), PLAN, 1000, None) == int(
+        (100 - FOLDER) / (0.125 * SLOWER)
+    )
     unknown = Plan((make_step("prune", {"heads": 0.25}), make_step("distill", {"steps": 90})))
     assert schedule([]).recovery("confirm", confirming(100.0), unknown, 1000, None) == 0
 
@@ -59,4 +69,4 @@ def test_a_student_that_was_there_is_known_by_what_its_steps_took_before() -> No
 def test_what_is_queued_comes_first(workers: int, spare: float) -> None:
     """160 and 40 steps of an eighth of a second, which all processes share out."""
     ends = schedule([1, 2], workers)
-    assert ends.recovery("confirm", confirming(100.0), PLAN, 1000, 0.1) == int(spare / (0.1 * SLOWER))
+    assert ends.recovery("confirm", confirming(100.0), PLAN, 1000, 0.1) == int((spare - FOLDER) / (0.1 * SLOWER))

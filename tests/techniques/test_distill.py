@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -24,8 +25,10 @@ from autolite.architecture import LayerShape, ModelShape, Stack, shape_of
 from autolite.errors import DataError, PlanError, StorageError
 from autolite.families import FAMILIES
 from autolite.plan import make_step
+from autolite.techniques import teacher as teacher_module
 from autolite.techniques.base import Context, Student
 from autolite.techniques.distill import Distill, DistillConfig, stream
+from autolite.techniques.features import FeatureCache
 from autolite.techniques.losses import hidden_loss, soft_loss
 from autolite.techniques.objective import layer_map
 from autolite.techniques.prune import Prune, PruneConfig
@@ -299,6 +302,17 @@ def test_who_trains_on_the_same_batches_at_once_shares_out_what_the_teacher_says
     counts = [teaching(context).batches for context in contexts]
     assert sum(counts) == 20
     assert min(counts) > 0
+
+
+def test_a_process_that_does_not_end_is_not_waited_for(
+    make_context: MakeContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = teacher_outputs(make_context(), 4).of(0, True)
+    monkeypatch.setattr(teacher_module, "PATIENCE", 0.05)
+    monkeypatch.setattr(FeatureCache, "claimed", lambda self, key: nullcontext(False))
+    found = teacher_outputs(make_context(cache=tmp_path), 4).of(0, True, ahead=[1, 2])
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 @pytest.mark.parametrize("damage", [lambda old: b"", lambda old: old[:-9], lambda old: old[:-1] + bytes([old[-1] ^ 1])])

@@ -31,7 +31,9 @@ def bytes_in(folder: Path) -> int:
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, 2**20)
     tensors = {"a": torch.randn(3, 4), "b": torch.randn(2).bfloat16(), "n": torch.tensor(7)}
-    cache.write("one", tensors)
+    assert cache.write("one", tensors)
+    assert (cache.has("one"), cache.has("two")) == (True, False)
+    assert not FeatureCache(tmp_path, 16).write("two", tensors), "it would push out all others"
     found = FeatureCache(tmp_path, 2**20).read("one")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
