@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 from scipy.stats import bootstrap, spearmanr
+from search import rung
 
 from autolite import registry
 from autolite.plan import Plan
@@ -50,13 +51,13 @@ def untrained(trial: FrozenTrial) -> str:
 
 
 def rungs(trials: dict[Stage, list[FrozenTrial]]) -> dict[str, list[FrozenTrial]]:
-    """Return the trials of each stage, and of one that trains in rungs those of each: the shortest training first."""
+    """Return the trials of each stage, and of recovery those of each rung, in order."""
     found: dict[str, list[FrozenTrial]] = {}
     for stage, each in trials.items():
-        efforts = sorted({int(t.user_attrs["effort"]) for t in each})
-        for number, effort in enumerate(efforts, 1):
-            name = stage if len(efforts) == 1 else f"{stage} {number}"
-            found[name] = [t for t in each if int(t.user_attrs["effort"]) == effort]
+        queues = list(dict.fromkeys(rung(t) for t in each)) if stage == "recover" else [""]
+        for number, queue in enumerate(queues, 1):
+            name = stage if stage != "recover" else f"{stage} {number}"
+            found[name] = [t for t in each if stage != "recover" or rung(t) == queue]
     return found
 
 
