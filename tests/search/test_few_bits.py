@@ -95,7 +95,7 @@ steps:
 stages:
   screen: {trials: 10, effort: 2}
   recover: {trials: 4, effort: 12, max_effort: 40}
-  confirm: {trials: 4, effort: 60, max_effort: 120}
+  confirm: {trials: 4, effort: 24, max_effort: 120}
 start:
   - {prune.ffn: 0.5, quantize.attention: int2-asym, quantize.ffn: int2-asym}
 """
@@ -107,7 +107,7 @@ def test_a_search_takes_what_training_for_two_bits_made_of_a_finalist_only_if_it
     monkeypatch.setattr(few_bits, "LOST", -math.inf)  # a teacher that knows nothing loses nothing
     space = tmp_path / "few.yaml"
     space.write_text(SPACE)
-    result = run_search(space=str(space), budget="10trials", out=tmp_path / "run")
+    result = run_search(space=str(space), budget="7trials", out=tmp_path / "run")
     trials = read_trials(*database_of(result.path, None))["confirm"]
     seen = [t for t in trials if t.user_attrs["rounding"] and t.user_attrs["rounding"][2] is not None]
     assert seen
