@@ -15,10 +15,10 @@ from autolite.errors import PlanError
 from autolite.front import Candidate, Quality
 from autolite.hardware.predict import predict_faster
 from autolite.plan import Plan
-from autolite.search.evaluate import Evaluation, evaluate
+from autolite.search.evaluate import Evaluation, evaluate, kept_on
 from autolite.search.few_bits import Recovered, recovered
 from autolite.search.problem import Problem, provenance
-from autolite.search.scoring import kept, quality, score, scoring_threads
+from autolite.search.scoring import quality, score, scoring_threads
 from autolite.search.timing import measured
 from autolite.store import Store, storage_errors
 
@@ -65,7 +65,6 @@ def confirm(
     found = evaluate(problem, plan, "selection", part, progress, last=True, final=True)
     seconds = sum(each.seconds for each in tried) + (0.0 if rounding is None else rounding.seconds)
     found = replace(found, train_seconds=found.train_seconds + seconds)
-    teacher = problem.teacher_score("selection")
     used = problem.runtime_of(found.files[0])
     numbers = {
         **found.predicted,
@@ -81,7 +80,7 @@ def confirm(
         plan=plan,
         quality=quality(found.score, problem.task, "selection", settings.seed),
         test=None,
-        kept=kept(found.score, teacher, problem.task, settings.seed),
+        kept=kept_on(problem, found.score, "selection"),
         latency_ms=numbers["latency_ms"],
         faster=numbers["faster"],
         size_bytes=numbers["size_bytes"],
@@ -134,10 +133,7 @@ def _with_seeds(
 def seeded(problem: Problem, plan: Plan, folder: Path, progress: Callable[[int, int], None]) -> Seeded:
     """Train a plan with its seed, and score it."""
     found = {split: evaluate(problem, plan, split, folder, progress, last=True) for split in ("search", "selection")}
-    fractions = {
-        split: kept(each.score, problem.teacher_score(split), problem.task, problem.settings.seed).value
-        for split, each in found.items()
-    }
+    fractions = {split: kept_on(problem, each.score, split).value for split, each in found.items()}
     seconds = sum(each.train_seconds for each in found.values())
     return Seeded(plan, fractions["search"], fractions["selection"], seconds)
 

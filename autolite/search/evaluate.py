@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from autolite.architecture import ModelShape
 from autolite.compress import compress
+from autolite.front import Interval
 from autolite.measure import Measurement
 from autolite.plan import Plan
 from autolite.search.problem import Problem
 from autolite.search.racing import Behind, raced
-from autolite.search.scoring import Score, score, scoring_threads
+from autolite.search.scoring import Score, kept, score, scoring_threads
 from autolite.techniques.base import Student
 from autolite.vocabulary import trimmed
 
@@ -37,6 +38,11 @@ class Evaluation:
 def price(problem: Problem, shape: ModelShape) -> dict[str, Measurement]:
     """Predict latency, size, memory and energy of a shape on the first target, without weights."""
     return problem.prices[0].of_shape(shape)
+
+
+def kept_on(problem: Problem, scored: Score, split: str) -> Interval:
+    """Return the fraction of the teacher's quality that is kept on a whole split."""
+    return kept(scored, problem.teacher_score(split), problem.task, problem.settings.seed)
 
 
 def evaluate(

@@ -11,9 +11,8 @@ from autolite import formats
 from autolite.compress import student_plan, training
 from autolite.errors import PlanError
 from autolite.plan import Plan, make_step
-from autolite.search.evaluate import evaluate
+from autolite.search.evaluate import evaluate, kept_on
 from autolite.search.problem import Problem
-from autolite.search.scoring import kept
 from autolite.techniques.recover import RecoverConfig
 
 SHARE = 1 / 12  # of a plan's steps of training, which are trained again for its formats
@@ -62,8 +61,7 @@ def recovered(
 
     def searched(tried: Plan) -> tuple[float, float]:
         found = evaluate(problem, tried, "search", folder, progress, last=True)
-        settings, teacher = problem.settings, problem.teacher_score("search")
-        return kept(found.score, teacher, problem.task, settings.seed).value, found.train_seconds
+        return kept_on(problem, found.score, "search").value, found.train_seconds
 
     (whole, first), (rounded, second) = searched(student), searched(plan)
     found = Recovered(plan, whole, rounded, None, first + second)

@@ -149,13 +149,14 @@ class TeacherOutputs:
         self._kept: dict[int, Features] = {}
         self._keys: dict[int, str] = {}
         self._digest, self._teaching, self._counts = digest, teaching, counts
-        self._shares = cache is not None  # whether other processes find what this one writes
+        self._shares = True  # whether processes find what the others write, and in time
 
     def of(self, index: int, hidden: bool, layers: Collection[int] = (), ahead: Sequence[int] = ()) -> Features:
         """Return what `observe` says of batch number `index`, without "allowed".
 
         While another process that shares the cache makes that, this one makes it of a batch of those `ahead`, which it
-        will be asked for next: so they share out what all of them need. One that does not end is not waited for.
+        will be asked for next: so they share out what all of them need. After one that does not end, no other is waited
+        for.
         """
         known = self._known(index, hidden, layers)
         if known is None:
@@ -165,8 +166,8 @@ class TeacherOutputs:
                 free = (self._made(each, hidden, layers) for each in ahead if not self._there(each))
                 if not any(free):
                     threading.Event().wait(0.01)
-                known = self._known(index, hidden, layers)
-                known = known or self._made(index, hidden, layers, alone=time.monotonic() - begun > PATIENCE)
+                self._shares &= time.monotonic() - begun < PATIENCE
+                known = self._known(index, hidden, layers) or self._made(index, hidden, layers)
             self._teaching.seconds += time.monotonic() - begun
         return {name: tensor.to(self._device) for name, tensor in known.items()}
 
@@ -178,9 +179,9 @@ class TeacherOutputs:
             self._keep(index, known)
         return known if _has(known, hidden, layers) else None
 
-    def _made(self, index: int, hidden: bool, layers: Collection[int], alone: bool = False) -> Features | None:
-        """Run the teacher on a batch and keep what it says; None if another process does just now, unless `alone`."""
-        shared = None if alone or not self._shares else self._cache
+    def _made(self, index: int, hidden: bool, layers: Collection[int]) -> Features | None:
+        """Run the teacher on a batch and keep what it says; None if another process does just now."""
+        shared = self._cache if self._shares else None
         with nullcontext(True) if shared is None else shared.claimed(self._key(index)) as free:
             if not free:
                 return None
@@ -188,7 +189,8 @@ class TeacherOutputs:
             if known is None:
                 known = self._recalled(index) | self._run(index, hidden, layers)
                 plain = {name: tensor.cpu() for name, tensor in known.items()}
-                self._shares = self._cache is not None and self._cache.write(self._key(index), plain)
+                if self._cache is not None:
+                    self._shares &= self._cache.write(self._key(index), plain)
                 self._keep(index, plain)
             return known
 

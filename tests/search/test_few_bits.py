@@ -32,15 +32,10 @@ def looked_at(monkeypatch: pytest.MonkeyPatch, plan: Plan, keeps: dict[str, floa
         return SimpleNamespace(score=keeps[tried.steps[-1].technique], train_seconds=1.0)
 
     monkeypatch.setattr(few_bits, "evaluate", evaluate)
-    monkeypatch.setattr(few_bits, "kept", lambda score, *_: SimpleNamespace(value=score))
+    monkeypatch.setattr(few_bits, "kept_on", lambda problem, score, split: SimpleNamespace(value=score))
     forms = {"int4": frozenset({"int4"}), "int8": frozenset({"int8"})}
-    problem = SimpleNamespace(
-        shape=lambda each: SimpleNamespace(formats=forms[each.steps[-1].config.ffn]),
-        settings=SimpleNamespace(seed=0),
-        task=None,
-        teacher_score=lambda split: None,
-    )
-    return recovered(problem, plan, Path(), lambda done, total: None, lambda steps: min(steps, in_time))  # type: ignore[arg-type]
+    problem: Any = SimpleNamespace(shape=lambda each: SimpleNamespace(formats=forms[each.steps[-1].config.ffn]))
+    return recovered(problem, plan, Path(), lambda done, total: None, lambda steps: min(steps, in_time))
 
 
 def test_where_rounding_lost_something_the_student_is_trained_for_its_formats(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +74,6 @@ def test_where_there_is_no_time_nothing_is_looked_at(monkeypatch: pytest.MonkeyP
 )
 def test_other_plans_are_not_looked_at(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
     monkeypatch.setattr(few_bits, "evaluate", None)
-    monkeypatch.setattr(few_bits, "kept", None)
     shape = SimpleNamespace(formats=frozenset({"int8"} if "int8" in str(plan.steps[-1].config) else {"int4"}))
     problem: Any = SimpleNamespace(shape=lambda each: shape)
     assert recovered(problem, plan, Path(), lambda done, total: None, lambda steps: steps) is None

@@ -23,21 +23,22 @@ def plan_of(steps: int) -> Plan:
     return Plan((make_step("prune", {"heads": 0.5}), make_step("distill", {"steps": steps})))
 
 
-def schedule(waiting: list[int | None], workers: int = 0, spent: float = 0.0) -> Any:
+def schedule(waiting: list[int | None], workers: int = 0, spent: float = 0.0) -> Schedule:
     """Of a run whose plan trained at an eighth of a second a step, without a thing done once, from the beginning."""
     trial = costing()
     trial.user_attrs |= {"trunk": untrained(student_plan(PLAN)).digest, "student": "another", "taught": (0, 0.0, 0)}
-    confirm = SimpleNamespace(trials=list, queued=lambda name: waiting, given_up=lambda name: set())
-    before = SimpleNamespace(trials=lambda: [trial])
-    store = SimpleNamespace(get=lambda key, other: {SINCE: 1}[key], leases=lambda key: ["worker"] * workers)
-    problem = SimpleNamespace(
+    confirm: Any = SimpleNamespace(trials=list, queued=lambda name: waiting, given_up=lambda name: set())
+    screen: Any = SimpleNamespace(trials=list)
+    recover: Any = SimpleNamespace(trials=lambda: [trial])
+    store: Any = SimpleNamespace(get=lambda key, other: {SINCE: 1}[key], leases=lambda key: ["worker"] * workers)
+    problem: Any = SimpleNamespace(
         plan=lambda params, effort: plan_of(effort),
         teacher=SimpleNamespace(shape=None),
         settings=SimpleNamespace(seeds=1),
         profile=SimpleNamespace(name="pixel8"),
     )
-    studies = {"screen": SimpleNamespace(trials=list), "recover": before, "confirm": confirm}
-    return Schedule(problem, studies, store, SimpleNamespace(spent=spent))  # type: ignore[arg-type]
+    clock: Any = SimpleNamespace(spent=spent)
+    return Schedule(problem, {"screen": screen, "recover": recover, "confirm": confirm}, store, clock)
 
 
 @pytest.fixture(autouse=True)
