@@ -159,8 +159,7 @@ def _fitted(
         least = 4 * space.stages["screen"].effort
         return durations.fit(chosen, seconds * len(chosen) / queued, lambda trial: least, most)
     # To go on with what is behind in everything would take the time of what is not.
-    best = nondominated(objectives(problem, chosen))
-    chosen = [t for place, t in enumerate(chosen) if best[place] or place < FEWEST]
+    chosen = [t for place, t in enumerate(chosen) if place < FEWEST or not any(behind(t, each) for each in chosen)]
     if stage == "recover":
         return durations.in_order(durations.fit(chosen, seconds, lambda trial: 2 * _effort([trial]), most))
     # A front of several plans is worth more than training few of them for twice as long. Every candidate has its
@@ -172,6 +171,13 @@ def _fitted(
     if seeds == 1:  # a shorter training than the last would be a step back, and hardly cheaper
         fitted = [(trial, max(steps, _effort([trial]))) for trial, steps in fitted]
     return durations.in_order(fitted)
+
+
+def behind(trial: FrozenTrial, rival: FrozenTrial) -> bool:
+    """Whether a rival is as fast (on every target) and as small, and keeps more than chance may have given it."""
+    ours, theirs = trial.user_attrs, rival.user_attrs
+    cheaper = all(a <= b for a, b in zip(theirs["prices"], ours["prices"], strict=True))
+    return bool(cheaper and theirs["kept_low"] > ours["kept"])
 
 
 def _queue(stage: Stage, rung: int, problem: Problem, fitted: Sequence[Fitted], new: int) -> list[tuple[Params, int]]:

@@ -51,6 +51,24 @@ def test_one_student_is_promoted_once_while_there_are_others(problem: Any) -> No
     assert {t.user_attrs["student"] for t in chosen} == {"a", "b"}
 
 
+@pytest.mark.parametrize(
+    ("kept", "prices", "behind"),
+    [
+        (0.96, [20.0, 500.0], True),
+        (0.98, [20.0, 500.0], False),
+        (0.96, [19.0, 500.0], False),
+        (0.96, [20.0, 499.0], False),
+    ],
+    ids=["beaten in everything", "within chance", "faster", "smaller"],
+)
+def test_what_is_beaten_in_everything_beyond_chance_is_behind(kept: float, prices: list[float], behind: bool) -> None:
+    ours, rival = trial(kept, *prices, "a"), trial(0.985, 20, 500, "b")
+    ours.user_attrs |= {"prices": prices, "kept_low": kept - 0.01}
+    rival.user_attrs |= {"prices": [20.0, 500.0], "kept_low": 0.975}
+    assert stages.behind(ours, rival) == behind
+    assert not stages.behind(rival, ours)
+
+
 @given(st.integers(1, 60), st.sampled_from(["9trials", "9m"]))
 def test_the_rungs_of_a_stage_are_fewer_plans_each_and_add_up_under_a_budget_of_trials(count: int, budget: str) -> None:
     rungs = [stages.trials_at("recover", rung, count, parse_budget(budget)) for rung in range(stages.RUNGS["recover"])]
