@@ -167,7 +167,8 @@ def search(as_json: bool, quiet: bool, **options: Any) -> None:
     else:
         console.print(front_table(result.front) if result.front.candidates else misses_table(result.front))
         spent = result.front.budget
-        click.echo(f"{result.path}/front.json: {len(result.front)} candidates after {spent['spent_seconds']:.0f} s")
+        count = f"{len(result.front)} candidate{'' if len(result.front) == 1 else 's'}"
+        click.echo(f"{result.path}/front.json: {count} after {spent['spent_seconds']:.0f} s")
         for file in sorted(result.path.glob("front-*.json")):
             there = read_front(result.path, file.stem.removeprefix("front-"))
             click.echo(f"{file}: {len(there)} candidates on {there.target['name']}")
