@@ -18,6 +18,8 @@ from autolite.search.samplers import SAMPLERS
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from autolite.front import Front
+
 EXIT_INTERRUPTED = 130
 
 
@@ -167,12 +169,15 @@ def search(as_json: bool, quiet: bool, **options: Any) -> None:
     else:
         console.print(front_table(result.front) if result.front.candidates else misses_table(result.front))
         spent = result.front.budget
-        count = f"{len(result.front)} candidate{'' if len(result.front) == 1 else 's'}"
-        click.echo(f"{result.path}/front.json: {count} after {spent['spent_seconds']:.0f} s")
+        click.echo(f"{result.path}/front.json: {_counted(result.front)} after {spent['spent_seconds']:.0f} s")
         for file in sorted(result.path.glob("front-*.json")):
             there = read_front(result.path, file.stem.removeprefix("front-"))
-            click.echo(f"{file}: {len(there)} candidates on {there.target['name']}")
+            click.echo(f"{file}: {_counted(there)} on {there.target['name']}")
         click.echo(f"next: autolite export {result.path} --max-drop 1% deploy/")
+
+
+def _counted(front: Front) -> str:
+    return f"{len(front)} candidate{'' if len(front) == 1 else 's'}"
 
 
 def _front_event(run: Path) -> str:
