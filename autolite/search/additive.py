@@ -31,6 +31,7 @@ LEAST = 1e-3  # and of one whose estimate is zero
 PRECISE = 3e-3  # the least standard error of a plan's quality
 MISFIT = 0.1  # costs do not quite add up: spread of what was observed about the sum, as a part of it
 WORST = 0.15  # of the quality lost, from which on a plan is worth nothing, if most lose less
+WORST_TRAINED = 0.3  # the same before most of the training: what lost 0.09 in a screen lost 0.01 in the end (SST-2)
 OPTIMISM = (1.0, 0.5, 0.25, 0.1)  # factors of what plans are predicted to lose, if none is predicted to add anything
 SURE, DRAWN = 8, 4  # after so many plans, costs are drawn from their posterior for one proposal of so many
 SWITCHES = 128  # plans with one or two switched levels
@@ -58,6 +59,8 @@ def corrected(
     lost: NDArray[np.float64],
     errors: NDArray[np.float64],
     rng: np.random.Generator | None = None,
+    *,
+    trains: bool = False,
 ) -> NDArray[np.float64]:
     """Return the costs [features] that the evaluated plans make likely: their posterior mean, or with `rng` a draw from
     the posterior (Thompson 1933; by Matheron's rule), with which what is unknown gets its turn.
@@ -72,6 +75,7 @@ def corrected(
         lost: by the plans [plans].
         errors: standard errors of that [plans].
         rng: the source of randomness of a draw.
+        trains: whether the plans train on after this (`worst`).
     """
     if not len(lost):
         return estimates
@@ -79,7 +83,7 @@ def corrected(
     precision = 1 / noise
     predicted = used @ estimates
     # Of plans that are ruined, what they lose no longer grows with what it is predicted to be.
-    weights = precision**2 * (lost <= worst(lost))
+    weights = precision**2 * (lost <= worst(lost, trains))
     norm = (weights * predicted**2).sum()
     scale = max(float((weights * predicted * lost).sum() / norm), 1e-3) if norm > 0 else 1.0
     width = SPREAD * scale * estimates + unknown
@@ -93,9 +97,11 @@ def corrected(
     return np.maximum(prior + width * change, 0)
 
 
-def worst(lost: NDArray[np.float64]) -> float:
-    """Return what a plan may lose to be worth something, where others lost so much: `WORST`, or their median."""
-    return max(WORST, float(np.median(lost))) if len(lost) else WORST
+def worst(lost: NDArray[np.float64], trains: bool) -> float:
+    """Return what a plan may lose to be worth something, where others lost so much: their median, but no less than
+    `WORST`, or than `WORST_TRAINED` if plans train on after this."""
+    least = WORST_TRAINED if trains else WORST
+    return max(least, float(np.median(lost))) if len(lost) else least
 
 
 def draws(seen: int) -> bool:
@@ -141,7 +147,8 @@ def learn(frontier: Frontier, seen: Sequence[Observation], rng: np.random.Genera
     unknown = np.array([UNKNOWN if feature[0].startswith("value") else LEAST for feature in index])
     lost = np.array([max(each.lost, 0.0) for each in seen])
     errors = np.array([max(each.error, PRECISE) for each in seen])
-    costs = corrected(np.array(list(estimates.values())), unknown, used, lost, errors, rng)
+    prior = np.array(list(estimates.values()))
+    costs = corrected(prior, unknown, used, lost, errors, rng, trains=frontier.space.trains)
     found, begin = {}, 0
     for name, table in damage.items():
         found[name] = costs[begin : begin + table.size].reshape(table.shape)
@@ -241,7 +248,8 @@ def propose(
     if not found:
         return None
     offered = np.concatenate([each.points for each in found])
-    reference = np.array([worst(points[:, 0]), *np.maximum(points[:, 1:].max(0, initial=0), 0)]) + 1e-6
+    least = worst(points[:, 0], frontier.space.trains)
+    reference = np.array([least, *np.maximum(points[:, 1:].max(0, initial=0), 0)]) + 1e-6
     outside = (offered[:, 1:] > np.log(np.array(within))).any(1)
     owners = np.repeat(np.arange(len(found)), [len(each.points) for each in found])
     starts = np.cumsum([0, *(len(each.points) for each in found)])

@@ -246,7 +246,7 @@ def promote(problem: Problem, trials: list[FrozenTrial], count: int, *, keep_flo
     reference = points.max(0) + 1e-6
     drop = problem.settings.constraints.max_drop
     recovered = 0.1 if drop is None else max(4 * drop, 0.02)
-    reference[0] = min(reference[0], recovered if keep_floor else worst(points[:, 0]))
+    reference[0] = min(reference[0], recovered if keep_floor else worst(points[:, 0], problem.space.trains))
     reference[1:] = np.maximum(reference[1:], 1e-6)
     order = spread_subset(points, reference.tolist(), len(trials))
     students = [str(trials[i].user_attrs["student"]) for i in order]

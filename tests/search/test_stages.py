@@ -34,7 +34,8 @@ def problem(monkeypatch: pytest.MonkeyPatch) -> Any:
     base = {"latency_ms": SimpleNamespace(value=100.0), "size_bytes": SimpleNamespace(value=1000.0)}
     monkeypatch.setattr(stages, "price", lambda problem, shape: base)
     settings = SimpleNamespace(constraints=Constraints(max_drop=0.02), objectives=("quality", "latency", "size"))
-    return SimpleNamespace(settings=settings, teacher=SimpleNamespace(shape=None), others=())
+    teacher, space = SimpleNamespace(shape=None), SimpleNamespace(trains=True)
+    return SimpleNamespace(settings=settings, teacher=teacher, space=space, others=())
 
 
 def test_dominated_and_ruined_plans_are_not_promoted_before_good_ones(problem: Any) -> None:
@@ -49,6 +50,17 @@ def test_one_student_is_promoted_once_while_there_are_others(problem: Any) -> No
     other = trial(0.90, 19, 499, "b")
     chosen = stages.promote(problem, [*twins, other], 2, keep_floor=False)
     assert {t.user_attrs["student"] for t in chosen} == {"a", "b"}
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_fast_plan_that_loses_much_in_the_screen_goes_on_where_training_wins_it_back(
+    problem: Any, trains: bool
+) -> None:
+    problem.space.trains = trains
+    good, alike, fast = trial(0.99, 20, 500, "a"), trial(0.985, 19, 480, "b"), trial(0.78, 1, 10, "c")
+    ruined = trial(0.5, 1, 9, "d")
+    chosen = stages.promote(problem, [good, alike, fast, ruined], 2, keep_floor=False)
+    assert (fast in chosen) == trains
 
 
 @pytest.mark.parametrize(
