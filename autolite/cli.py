@@ -101,7 +101,7 @@ def main() -> None:
 @click.option("--cache-size", help="The teacher's outputs kept on disk: 500MB.  [default: a tenth of the free space]")
 @click.option("--out", type=click.Path(), help="Folder of the run.  [default: runs/MODEL-TARGET]")
 @click.option("--storage", help="Any SQLAlchemy URL for the study.  [default: SQLite in the run's folder]")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
@@ -173,7 +173,8 @@ def search(as_json: bool, quiet: bool, **options: Any) -> None:
         for file in sorted(result.path.glob("front-*.json")):
             there = read_front(result.path, file.stem.removeprefix("front-"))
             click.echo(f"{file}: {_counted(there)} on {there.target['name']}")
-        click.echo(f"next: autolite export {result.path} --max-drop 1% deploy/")
+        limit = "--max-drop 1% " if any(c.kept.value >= 0.99 for c in result.front) else ""
+        click.echo(f"next: autolite export {result.path} {limit}deploy/")
 
 
 def _counted(front: Front) -> str:

@@ -65,3 +65,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" did you mean '{near[0]}'?" if near else ""
     return f"unknown {kind} '{name}':{hint} Known: {', '.join(names)}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an exception of another library says, for a sentence of our own."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:300]

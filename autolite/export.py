@@ -13,6 +13,7 @@ from autolite import unmapped
 from autolite.files import sha256
 from autolite.formats import decode
 from autolite.front import Candidate, write_json
+from autolite.inference import MANIFEST, SCHEMA
 from autolite.parts import embeddings_of, matrices_of
 from autolite.reload import save_student
 from autolite.runtime.requirements import CODES, SIGNED, metadata_of, required
@@ -23,8 +24,6 @@ from autolite.vocabulary import trimmed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -88,16 +87,16 @@ def write_candidate(folder: Path, student: Student, candidate: Candidate, made: 
         "versions": made.versions,
         "sha256": {file.relative_to(folder).as_posix(): sha256(file) for file in files},
     }
-    write_json(folder / "autolite.json", manifest)
+    write_json(folder / MANIFEST, manifest)
 
 
 def rewrite_card(folder: Path, candidate: Candidate, made: Provenance) -> None:
     """Write the model card of a folder anew, for a candidate whose numbers have changed."""
-    manifest = json.loads((folder / "autolite.json").read_text(encoding="utf-8"))
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     card = folder / "README.md"
     card.write_text(_card(folder, candidate, made, manifest["inputs"]), encoding="utf-8")
     manifest["sha256"][card.name] = sha256(card)
-    write_json(folder / "autolite.json", manifest)
+    write_json(folder / MANIFEST, manifest)
 
 
 def _needs(file: Path) -> dict[str, Any]:

@@ -291,22 +291,27 @@ class PickedCandidate:
             ModelError: if the model cannot be converted.
             RunError: if the candidate's folder is not there any more.
         """
-        target = Path(out).expanduser()
+        target = Path(out).expanduser().absolute()
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise InputError(f"{target} exists and is not an empty folder: choose another, or remove it first")
+            raise InputError(f"{out} exists and is not an empty folder: choose another, or remove it first")
         if not self.folder.is_dir():
             raise RunError(f"the candidate's folder {self.folder} is gone: run the search again to make it anew")
         part = target.with_name(f".{target.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        with storage_errors(str(target)):
-            shutil.copytree(self.folder, part)
-            if format == "ort":
-                from autolite.runtime.ortformat import convert_folder
+        try:
+            with storage_errors(str(out)):
+                shutil.copytree(self.folder, part)
+                if format == "ort":
+                    from autolite.runtime.ortformat import convert_folder
 
-                convert_folder(part)
-            if target.exists():
-                target.rmdir()
-            part.replace(target)
+                    convert_folder(part)
+                if target.exists():  # it may be where the user's shell is, and is filled then
+                    for entry in part.iterdir():
+                        entry.replace(target / entry.name)
+                else:
+                    part.replace(target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
         return target
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autolite import registry
-from autolite.errors import AutoliteError, InputError, ModelError
+from autolite.errors import AutoliteError, InputError, ModelError, first_line
+from autolite.hardware.processor import processors
 from autolite.measure import Runner, Workload
 from autolite.tasks.base import DataSpec
 from autolite.tasks.encoding import max_tokens
@@ -158,7 +158,7 @@ def _threads(folder: Path, manifest: Mapping[str, Any]) -> int:
         wanted = Workload.parse(str(manifest["workload"])).threads if "workload" in manifest else 1
     except InputError as error:
         raise ModelError(f"{folder / MANIFEST} is damaged: {error}") from error
-    return min(wanted, os.cpu_count() or 1)
+    return min(wanted, processors())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -193,6 +193,5 @@ def _load_rest(folder: Path) -> tuple[PreTrainedTokenizerBase, Any]:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever a configuration or tokenizer file can do wrong
-        reason = (str(error).splitlines() or [repr(error)])[0][:200]
-        raise ModelError(f"the configuration or tokenizer in {folder} cannot be loaded: {reason}") from error
+        raise ModelError(f"the configuration or tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
     return tokenizer, config

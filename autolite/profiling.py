@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autolite.errors import InputError, ModelError
+from autolite.hardware.processor import processors
 from autolite.inference import FALLBACK, MANIFEST, read_manifest
 from autolite.measure import Workload
 
@@ -131,7 +131,7 @@ def _made_for(manifest: Mapping[str, Any] | None) -> Workload:
     if manifest is None or "workload" not in manifest:
         return Workload()
     made_for = Workload.parse(str(manifest["workload"]))
-    return replace(made_for, generated=0, threads=min(made_for.threads, os.cpu_count() or 1))
+    return replace(made_for, generated=0, threads=min(made_for.threads, processors()))
 
 
 def _config(folder: Path) -> Any:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from autolite.architecture import ModelShape, shape_of
-from autolite.errors import ModelError, StorageError
+from autolite.errors import ModelError, StorageError, first_line
 from autolite.hf_quantizer import METHOD, AutoliteConfig
 from autolite.unmapped import positions_of
 
@@ -96,7 +96,14 @@ def load_model(model: str, task_auto_class: str) -> tuple[PreTrainedModel, Any]:
                 f"'{model}' needs code of its own, from its folder, which is never run: choose a model of a type that "
                 "transformers itself has"
             ) from error
-        raise ModelError(f"cannot read the configuration of '{model}': {_first_line(error)}") from error
+        raise ModelError(f"cannot read the configuration of '{model}': {first_line(error)}") from error
+    quantized = getattr(settings, "quantization_config", None) or {}
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
+    if quantized and method != METHOD:
+        raise ModelError(
+            f"the weights of '{model}' are quantized already ({method or 'by an unknown method'}): give the model that "
+            "they were made from"
+        )
     auto: Any = getattr(transformers, task_auto_class)
     if type(settings) not in auto._model_mapping:
         raise ModelError(
@@ -120,7 +127,7 @@ def _tokenizer(model: str, loaded: PreTrainedModel) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # whatever a tokenizer file can do wrong, from JSON to protobuf
-        raise ModelError(f"cannot load the tokenizer of '{model}': {_first_line(error)}") from error
+        raise ModelError(f"cannot load the tokenizer of '{model}': {first_line(error)}") from error
     if tokenizer.pad_token is None:  # GPT-2 has none; what is padded is masked, so any token serves
         tokenizer.pad_token = tokenizer.eos_token
     if loaded.config.pad_token_id is None:
@@ -143,9 +150,9 @@ def _load(kind: Any, model: str) -> tuple[PreTrainedModel, set[str]]:
             raise ModelError(
                 f"'{model}' has no safetensors weights, only pickle weights or none: convert to safetensors"
             ) from error
-        raise ModelError(f"cannot load '{model}': {_first_line(error)}") from error
+        raise ModelError(f"cannot load '{model}': {first_line(error)}") from error
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(f"'{model}' is corrupt or incomplete: {_first_line(error)}") from error
+        raise ModelError(f"'{model}' is corrupt or incomplete: {first_line(error)}") from error
     loaded.train(False)
     return loaded, set(info["missing_keys"])
 
@@ -189,10 +196,6 @@ def _quietly() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _some(names: set[str]) -> str:

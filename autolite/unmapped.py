@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from autolite import families
-from autolite.errors import ModelError
+from autolite.errors import ModelError, first_line
 
 BATCH, TOKENS = 2, 8  # of the run that shows what is used: 2 rows are the sequences', 16 the tokens'
 _ATTENTION = frozenset(
@@ -205,8 +205,7 @@ def _run(model: PreTrainedModel) -> Tensor:
         with torch.no_grad():
             logits = getattr(model(**sample(model)), "logits", None)
     except Exception as error:  # whatever foreign code makes of these inputs
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-        raise ModelError(f"{kind} cannot be run on a batch of token ids alone: {reason}") from error
+        raise ModelError(f"{kind} cannot be run on a batch of token ids alone: {first_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
         raise ModelError(f"{kind} gives no logits [batch, classes] or [batch, tokens, vocabulary] to be judged by")
     return logits

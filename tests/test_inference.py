@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
 import autolite
+from autolite import inference
 from autolite.architecture import shape_of
 from autolite.errors import InputError, ModelError
 from autolite.runtime.emit import emit
@@ -155,7 +155,7 @@ def test_a_call_uses_the_threads_of_the_workload_that_the_candidate_was_made_for
     found: list[int] = []
     load = OnnxRuntime.load
     monkeypatch.setattr(OnnxRuntime, "load", lambda self, file, threads: found.append(threads) or load(self, file, 1))
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(inference, "processors", lambda: cores)
     assert autolite.pipeline(folder, threads=asked)("it was good")
     assert found == [used]
 

@@ -244,6 +244,7 @@ def test_pickle_weights_are_never_opened(teacher_folder: Path) -> None:
             {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.MyConfig"}},
             "needs code of its own, .*never run",
         ),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized already .gptq.: give the model that"),
     ],
 )
 def test_a_type_that_transformers_cannot_load_is_refused_before_weights_are_read(

@@ -18,6 +18,7 @@ from autolite.errors import StorageError, TargetError
 from autolite.files import write_atomically
 from autolite.formats import FORMATS, INT7, Format
 from autolite.hardware.probes import ACTIVATION, CHAIN, KERNELS, LAYER_ROWS, LAYERS, NORMALIZATION, Probe, probes
+from autolite.hardware.processor import cores, processors
 from autolite.hardware.profile import Profile, dump_profile, parse_profile
 from autolite.host_lock import host_lock
 from autolite.linear_grids import Linear
@@ -45,10 +46,9 @@ def local_profile(
         TargetError: if this machine has fewer processors than `threads`.
     """
     import onnxruntime
-    import psutil
 
     if threads is None:
-        threads = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+        threads = cores()
     say = progress or (lambda message: None)
     version = str(onnxruntime.__version__)
     file = cache_file(threads, f"r{_REVISION}.yaml")
@@ -88,14 +88,16 @@ def cache_file(threads: int, ending: str) -> Path:
 
 
 def check_threads(threads: int) -> None:
-    """Refuse more threads than this machine has processors.
+    """Refuse more threads than this process may use processors.
 
     Raises:
         TargetError: naming both.
     """
-    available = os.cpu_count() or 1
+    available = processors()
     if not 1 <= threads <= available:
-        raise TargetError(f"threads={threads}, but this machine has {available} processors: ask for 1 to {available}")
+        raise TargetError(
+            f"threads={threads}, but this process may use {available} processors: ask for 1 to {available}"
+        )
 
 
 def cache_dir() -> Path:

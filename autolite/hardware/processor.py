@@ -1,12 +1,27 @@
-"""What this machine's processor does that decides which kernels are exact on it."""
+"""This machine's processor: how much of it there is to use, and what decides which kernels are exact on it."""
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import numpy as np
 
 _DEPTH = 8  # products of one sum
+
+
+def processors() -> int:
+    """Return how many logical processors this process may use: all, or what a container or a scheduler leaves it."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cores() -> int:
+    """Return how many physical cores this process may use."""
+    import psutil
+
+    return min(psutil.cpu_count(logical=False) or 1, processors())
 
 
 @cache

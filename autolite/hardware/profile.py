@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from autolite import registry
 from autolite.errors import TargetError, unknown
 
+LOCAL = "local"  # the name of this machine, which is measured
 Kind = Literal["datasheet", "measured", "calibrated", "derived", "assumed"]
 _SHORT = ("value", "unit", "kind", "source", "date", "sigma")
 
@@ -273,6 +274,8 @@ def profile_names() -> list[str]:
 def load_profile(name_or_path: str | Path) -> Profile:
     """Read a profile by its name, or from a YAML file (a path that ends in .yaml or .yml).
 
+    What `local` measured on another machine is called by its file, for it is no longer this machine's.
+
     Raises:
         TargetError: if there is no such profile (the nearest is named), or the file, field and value that are wrong.
     """
@@ -280,14 +283,19 @@ def load_profile(name_or_path: str | Path) -> Profile:
     if path.suffix not in (".yaml", ".yml"):
         names = profile_names()
         if str(name_or_path) not in names:
-            message = unknown("target", str(name_or_path), [*names, "local"])
+            message = unknown("target", str(name_or_path), [*names, LOCAL])
             raise TargetError(f"{message}. A profile of your own is given as a path that ends in .yaml")
         path = registry.data_dir("hardware_profiles") / f"{name_or_path}.yaml"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TargetError(f"cannot read the hardware profile {path}: {error}") from None
-    return parse_profile(text, str(path))
+    profile = parse_profile(text, str(path))
+    if profile.name != LOCAL:
+        return profile
+    if path.stem == LOCAL:
+        raise TargetError(f"{path} would be taken for this machine, which is measured: give the file another name")
+    return profile.model_copy(update={"name": path.stem})
 
 
 def parse_profile(text: str, where: str) -> Profile:

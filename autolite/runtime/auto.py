@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from autolite import registry
-from autolite.errors import AutoliteError, PlanError
+from autolite.errors import AutoliteError, ModelError, PlanError
 from autolite.measure import Runner, Workload, random_texts, time_interleaved
 from autolite.runtime.base import Runtime
 from autolite.techniques.base import Student
@@ -55,6 +55,7 @@ class AutoRuntime:
         """Write the artifact of the runtime that is fastest, or with nothing to time, of the first.
 
         Raises:
+            ModelError: if none of the runtimes can read what is written for it.
             PlanError: if no runtime runs all of the student's formats.
         """
         able = [runtime for runtime in self.runtimes.values() if student.shape.formats <= runtime.formats]
@@ -64,14 +65,23 @@ class AutoRuntime:
         if len(able) == 1 or not tuned:
             return able[0].emit(student, folder, workload, tuned)
         workload = workload or Workload()
-        made = {r.name: r.emit(student, folder / r.name, workload, tuned) for r in able}
-        runners = {r.name: r.load(made[r.name][0], workload.threads) for r in able}
+        made: dict[str, list[Path]] = {}
+        runners: dict[str, Runner] = {}
+        failures: list[ModelError] = []
+        for each in able:
+            try:
+                made[each.name] = each.emit(student, folder / each.name, workload, tuned)
+                runners[each.name] = each.load(made[each.name][0], workload.threads)
+            except ModelError as error:  # what one cannot read, another may
+                failures.append(error)
+        if not runners:
+            raise failures[0]
         inputs = random_texts(student.shape.vocab, workload)
         timings = time_interleaved(runners, inputs, SECONDS * len(runners), warmup=0.05)
         best = min(timings, key=lambda name: timings[name].median)
         kept = [file.replace(folder / file.name) for file in made[best]]
-        for name in made:
-            shutil.rmtree(folder / name)
+        for each in able:
+            shutil.rmtree(folder / each.name, ignore_errors=True)
         return kept
 
     def load(self, file: Path, threads: int = 1) -> Runner:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from autolite.errors import ModelError
+from autolite.errors import ModelError, first_line
 from autolite.formats import FORMATS
 from autolite.measure import Workload
 from autolite.runtime import emit, requirements
@@ -57,7 +57,7 @@ class OnnxRuntime:
         try:
             return OrtRunner(_session(file, threads, trace, exact=True))
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
-            failure = str(error)
+            failure = error
         try:  # a weight that several products read cannot be converted; without the option, others can be loaded
             return OrtRunner(_session(file, threads, trace, exact=False), overflow=True)
         except Exception:
@@ -69,13 +69,13 @@ class OnnxRuntime:
         except Exception as error:
             raise ModelError(
                 f"cannot load {file}: it is damaged, or was made by another version of onnxruntime than this, "
-                f"{self.version}, can read; export it again with this version ({str(error).splitlines()[0][:200]})"
+                f"{self.version}, can read; export it again with this version ({first_line(error)})"
             ) from None
         requirements.check_version(file, session.get_modelmeta().custom_metadata_map, self.version)
         return OrtRunner(session)
 
-    def _refusal(self, file: Path, failure: str) -> str:
-        operator = next((found for pattern in _MISSING if (found := re.search(pattern, failure))), None)
+    def _refusal(self, file: Path, failure: Exception) -> str:
+        operator = next((found for pattern in _MISSING if (found := re.search(pattern, str(failure)))), None)
         if operator:
             name = operator["name"] if operator["domain"] in ("", None) else f"{operator['domain']}:{operator['name']}"
             return (
@@ -84,7 +84,7 @@ class OnnxRuntime:
             )
         return (
             f"cannot load {file}: it is damaged, or not a model that onnxruntime {self.version} supports; export it "
-            f"again ({failure.splitlines()[0][:200]})"
+            f"again ({first_line(failure)})"
         )
 
 
@@ -154,7 +154,7 @@ class OrtRunner:
             return dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
         except Exception as error:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
-            raise ModelError(f"the model failed on {shapes}: {str(error).splitlines()[0][:300]}") from error
+            raise ModelError(f"the model failed on {shapes}: {first_line(error)}") from error
 
 
 def _dtype(kind: str) -> np.dtype[Any]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from autolite.errors import ModelError
+from autolite.errors import ModelError, first_line
 from autolite.runtime.graph import OPSET
 from autolite.unmapped import sample
 
@@ -168,4 +168,4 @@ def _reason(error: BaseException) -> str:
     """The first line of what started it all."""
     while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = cause
-    return (str(error).strip() or repr(error)).splitlines()[0][:200]
+    return first_line(error)

@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime
 import torch
 
+from autolite.errors import StorageError
 from autolite.formats import FORMATS, encode
 from autolite.hardware.local import cache_dir, cpu_name
 from autolite.hardware.processor import saturates
@@ -82,10 +83,13 @@ def tuned(threads: int, store: Store | None = None) -> Choices:
 @cache
 def machine_store(threads: int) -> Store:
     """Return the user's store for this processor, runtime version and number of threads."""
-    folder = cache_dir()
-    folder.mkdir(parents=True, exist_ok=True)
     run = f"onnxruntime {onnxruntime.__version__} r{REVISION} {threads} threads {cpu_name()}"[:200]
-    return Store(f"sqlite:///{folder / 'variants.db'}", run)
+    try:
+        folder = cache_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        return Store(f"sqlite:///{folder / 'variants.db'}", run)
+    except (OSError, StorageError):  # a folder that cannot be written only costs time
+        return Store(f"sqlite:///{tempfile.mkdtemp(prefix='autolite-')}/variants.db", run)
 
 
 class _Tuned:

@@ -70,7 +70,7 @@ class Durations:
         """Seconds, in each step of training, of running the teacher where it was run before: what was not kept."""
         batches, seconds, epoch = self._taught
         efforts = [int(t.user_attrs["effort"]) for t in self.trials]
-        trained = sum(int(t.user_attrs["trained_steps"]) for t in self.trials if t.user_attrs["own_train_seconds"] > 0)
+        trained = sum(int(t.user_attrs["trained_steps"]) for t in self.trials if _trained(t))
         needed = min(max(efforts, default=0), epoch)
         return max(0.0, batches - needed) / max(1.0, trained) * seconds / max(1.0, batches)
 
@@ -157,15 +157,17 @@ def expected_seconds(
         student = _student(problem, decision, place)
         if student is None:  # it will be told as refused
             return 0.0
-        # Further number formats stand behind the student's own in the queue, and wait for it.
-        before = (_student(problem, decision, i) for i in range(place) if i not in study.given_up(decision.name))
-        trained = {t.user_attrs["student"] for t in done}
-        if student.digest in trained or any(each is not None and each.digest == student.digest for each in before):
-            return scoring
+        if study.stage == "confirm":
+            # Further number formats stand behind the student's own in the queue, and wait for it.
+            given_up = study.given_up(decision.name)
+            before = (_student(problem, decision, i) for i in range(place) if i not in given_up)
+            trained = {t.user_attrs["student"] for t in done}
+            if student.digest in trained or any(each is not None and each.digest == student.digest for each in before):
+                return scoring
         known = durations.like(untrained(student).digest)
         if known is not None:
             return scoring + durations.training(known, effort) + durations.teaching(effort)
-    last = [t for t in done if t.user_attrs["own_train_seconds"] > 0.1][-5:]
+    last = [t for t in done if _trained(t)][-5:]
     if not last:
         return scoring
     step, once = mean(t.user_attrs["step_seconds"] for t in last), mean(map(_once, last))
@@ -195,6 +197,11 @@ def folder_seconds(problem: Problem, processes: int) -> float:
     """What a confirmed candidate costs beside training and scoring: its folder, and on this machine its timing, for
     which all processes stop."""
     return 3.0 + (2 * SECONDS * processes if problem.profile.name == "local" else 0.0)
+
+
+def _trained(trial: FrozenTrial) -> bool:
+    """Whether it was trained in this trial, and not read from the disk."""
+    return bool(trial.user_attrs["own_train_seconds"] > 0.1)
 
 
 def _once(trial: FrozenTrial) -> float:

@@ -32,7 +32,7 @@ from autolite.search.record import Times, a_step, of_evaluation, of_training
 from autolite.search.schedule import Schedule
 from autolite.search.scoring import Score, kept
 from autolite.search.stages import RUNGS, Decision, objectives
-from autolite.search.studies import LEVELS, PROPOSED, StageStudy, place_in
+from autolite.search.studies import LEVELS, PROPOSED, STEPS, StageStudy, place_in
 from autolite.space import STAGES, Stage
 from autolite.store import Store
 from autolite.techniques.teacher import teaching
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from optuna import Trial
 
 SPLITS: dict[Stage, str] = {"screen": "screen", "recover": "search", "confirm": "selection"}
-EXPLORE_AFTER = 5  # fruitless trials in a row before the sampler is replaced by a random one
+EXPLORE_AFTER = 5  # fruitless trials in a row before every second one is drawn at random
 MAX_FRUITLESS = 50  # after which a space is taken to be exhausted
 OPEN = "open stage"  # the fact with the stage that all processes work on now, and its decision
 
@@ -71,8 +71,11 @@ class Engine:
             self._teacher(stage)
             for rung in range(RUNGS[stage]):
                 decision = self.schedule.decision(stage, rung)
+                self._planned[stage] = decision.trials
+                if self.schedule.is_over(stage, rung):
+                    continue
                 self.studies[stage].drop_queued(decision.name)
-                self.studies[stage].enqueue(decision.queue, decision.name)
+                self.studies[stage].enqueue(decision.queue, decision.name, decision.efforts)
                 self.store.put(OPEN, _opened(stage, decision))
                 self.work(stage, decision)
 
@@ -87,6 +90,10 @@ class Engine:
     def _teacher(self, stage: Stage) -> None:
         problem, split = self.problem, SPLITS[stage]
         quality = problem.teacher_quality(split)
+        if stage == "confirm":
+            problem.teacher_quality(
+                "test"
+            )  # takes longer than any student's: before the time that is left is shared out
         predicted = price(problem, problem.teacher.shape)
         size = float(sum(f.stat().st_size for f in problem.baseline))
         attributes = {"teacher": True, "plan": Plan(seed=problem.settings.seed).to_json(), "stage": stage}
@@ -105,7 +112,11 @@ class Engine:
                 self.leases.check_lead()
             taken = self._take(stage, decision, fruitless, closing=goes_on is None)
             if taken is not None:
-                done, fruitless = (done + 1, 0) if self._run_trial(stage, *taken, decision) else (done, fruitless + 1)
+                trial, lease = taken
+                if self._run_trial(stage, trial, lease, decision):
+                    done, fruitless = done + 1, 0
+                elif place_in(trial, decision.name) is None:  # what is queued says nothing of the space
+                    fruitless += 1
                 pauses = Pauses()
             elif self.store.get(OPEN) != _opened(stage, decision):
                 break
@@ -131,7 +142,7 @@ class Engine:
                 if lease is None:
                     continue
                 trial = study.take_up(frozen)
-                if self.schedule.in_time(stage, decision, frozen):
+                if self.schedule.is_open(stage, decision):
                     return trial, lease
                 self._finish(stage, trial, lease, state=TrialState.FAIL)
             while study.waiting() and not self.schedule.in_time(stage, decision):
@@ -141,7 +152,7 @@ class Engine:
                     self.leases.check(asking, asking=True)
                     self.store.put(OPEN, None)
                 return None
-            explore = fruitless >= EXPLORE_AFTER
+            explore = fruitless >= EXPLORE_AFTER and fruitless % 2 == 1  # a limit may be met by what is proposed alone
             if stage == "screen" and self.problem.additive and not explore and not study.waiting():
                 proposed = proposal(self.problem, study, decision.effort)
                 study.enqueue([] if proposed is None else [proposed], f"{PROPOSED} {study.next_number()}")
@@ -173,7 +184,7 @@ class Engine:
     def _evaluate(self, stage: Stage, trial: Trial, lease: Lease, decision: Decision) -> bool:
         problem, study = self.problem, self.studies[stage]
         params = problem.space.suggest(trial, stage) | trial.user_attrs.get(LEVELS, {})
-        effort = decision.effort_at(place_in(trial, decision.name))
+        effort = int(trial.user_attrs.get(STEPS, decision.effort))
         plan = Plan(seed=problem.settings.seed)  # of what cannot be made a plan of
         try:
             plan = problem.plan(params, effort)

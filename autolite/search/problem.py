@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import platform
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import numpy as np
 from autolite import registry
 from autolite.architecture import ModelShape, shape_of
 from autolite.compress import resolve, shape_after
-from autolite.errors import InputError, PlanError, RunError
+from autolite.errors import InputError, PlanError, RunError, first_line
 from autolite.export import Provenance
 from autolite.files import sha256, write_atomically
 from autolite.front import Quality
@@ -122,7 +123,16 @@ class Problem:
         return hashlib.sha256(f"{sha256(self.baseline[0])} {self.data.fingerprint}".encode()).hexdigest()[:12]
 
     def teacher_quality(self, name: str) -> Quality:
-        """Return the teacher's metric on a split, with its interval."""
+        """Return the teacher's metric on a split, with its interval.
+
+        Raises:
+            InputError: if it is no number: no example of the split counts.
+        """
+        if not math.isfinite(ratio := self.teacher_score(name).ratio):
+            raise InputError(
+                f"the teacher's {self.task.metric} on the {name} split is {ratio} ({len(self.split(name))} examples): "
+                "none of them counts for it; use more data, or another metric"
+            )
         return quality(self.teacher_score(name), self.task, name, self.settings.seed)
 
     def plan(self, params: Params, effort: int) -> Plan:
@@ -338,9 +348,8 @@ def _check_device(name: str) -> None:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"--device '{name}' cannot be used here ({reason}): use cpu, or cuda where there is one"
+            f"--device '{name}' cannot be used here ({first_line(error)}): use cpu, or cuda where there is one"
         ) from None
 
 

@@ -56,5 +56,6 @@ def proposal(problem: Problem, study: StageStudy, effort: int) -> Params | None:
         return canonical(plan, problem.teacher.shape).digest not in known
 
     columns = [OBJECTIVES.index(name) for name in problem.settings.objectives]
-    found = propose(frontier, seen, is_new, columns, within, np.random.default_rng(study.next_seed()))
+    rng = np.random.default_rng(study.next_seed())
+    found = propose(frontier, seen, is_new, columns, within, rng, limits.max_drop or 0.0)
     return None if found is None else problem.space.complete(found)

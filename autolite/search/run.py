@@ -43,7 +43,7 @@ from autolite.search.schedule import SINCE
 from autolite.search.settings import Budget, Settings
 from autolite.search.stages import promote
 from autolite.search.studies import StageStudy, open_studies
-from autolite.search.timing import measured_together
+from autolite.search.timing import baseline_together, measured_together
 from autolite.search.worker import invite, local_workers, share_of_cores
 from autolite.space import STAGES, Space, Stage, load_space
 from autolite.store import NAME, TEACHER_SHAPE, Store, storage_errors
@@ -257,7 +257,7 @@ def _write_front(
         task=problem.task.name,
         target={"name": problem.profile.name, "runtime": problem.runtime.name, "unit": problem.profile.default_unit},
         workload=asdict(problem.workload),
-        baseline=_baseline(problem, candidates),
+        baseline=_baseline(problem, candidates, store),
         teacher={"quality": asdict(problem.teacher_quality("selection")), "test": None},
         confidence={
             "level": 0.95,
@@ -285,9 +285,9 @@ def _write_front(
         scored = _tested(problem, found, store) if tested else found
         spent = {**scored.budget, "spent_seconds": round(clock.spent, 1)}
         write_json(front_file(out, target), replace(scored, budget=spent).to_json())
-    if complete:
-        for dominated in (c for c in candidates if c.id not in wanted):
-            shutil.rmtree(out / dominated.path, ignore_errors=True)
+    if complete:  # also what an interruption left, of plans that went no further
+        for folder in {*out.glob("candidates/*")} - {out / c.path for c in wanted.values()}:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tested(problem: Problem, front: Front, store: Store) -> Front:
@@ -328,14 +328,17 @@ def _early(problem: Problem, studies: dict[Stage, StageStudy]) -> Iterator[Candi
             return
 
 
-def _baseline(problem: Problem, candidates: list[Candidate]) -> dict[str, Any]:
+def _baseline(problem: Problem, candidates: list[Candidate], store: Store) -> dict[str, Any]:
     """What the candidates are compared with: the teacher's fp32 artifact; measured latency where it was measured."""
     found = price(problem, problem.teacher.shape)
     size = float(sum(f.stat().st_size for f in problem.baseline))
     size_bytes = replace(found["size_bytes"], value=size, low=size, high=size, source="measured")
     latency = found["latency_ms"]
     measured = [c for c in candidates if c.faster.source == "measured"]
-    if measured:
+    together = baseline_together(store)
+    if together is not None:
+        latency = together
+    elif measured:
         # Each candidate was timed beside the baseline; their product is the baseline's own time in that run.
         times = sorted(c.latency_ms.value * c.faster.value for c in measured)
         middle = times[len(times) // 2]

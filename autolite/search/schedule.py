@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from autolite.compress import student_plan, untrained
 from autolite.plan import Plan
@@ -13,13 +12,10 @@ from autolite.search.few_bits import SLOWER
 from autolite.search.leases import WORKER
 from autolite.search.problem import Problem
 from autolite.search.progress import Clock
-from autolite.search.stages import Decision, decide
-from autolite.search.studies import StageStudy, place_in
-from autolite.space import Stage
+from autolite.search.stages import RUNGS, Decision, decide
+from autolite.search.studies import StageStudy
+from autolite.space import STAGES, Stage
 from autolite.store import Store
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
 
 SINCE = "checkpoints since"  # the fact with the number of the first trial of recovery whose checkpoints are there
 
@@ -35,13 +31,22 @@ class Schedule:
 
     def decision(self, stage: Stage, rung: int) -> Decision:
         """Read what a rung decided under this budget, or decide now."""
-        key = f"stage {stage} {self.clock.budget} {rung}"
+        key = self._key(stage, rung)
         known = self.store.get(key)
         if known is not None:
             return Decision.from_json(known)
         decision = decide(stage, rung, self.problem, self.studies, self.clock, self.durations(stage))
         self.store.put(key, decision.to_json())
         return Decision.from_json(self.store.get(key))  # as any other process reads it
+
+    def is_over(self, stage: Stage, rung: int) -> bool:
+        """Whether the next rung, or the first of the next stage, was decided already: by a process that ended in it."""
+        order = [(each, number) for each in STAGES for number in range(RUNGS[each])]
+        later = order[order.index((stage, rung)) + 1 :]
+        return bool(later) and self.store.get(self._key(*later[0])) is not None
+
+    def _key(self, stage: Stage, rung: int) -> str:
+        return f"stage {stage} {self.clock.budget} {rung}"
 
     def durations(self, stage: Stage) -> Durations:
         """Return how long the plans that were tried will train in a stage."""
@@ -62,15 +67,17 @@ class Schedule:
         open_end = decision.deadline is None or stage == "screen" or study.waiting() > 0
         return open_end and self.in_time(stage, decision)
 
-    def in_time(self, stage: Stage, decision: Decision, taken_up: FrozenTrial | None = None) -> bool:
-        """Whether the next trial, or one that is taken up, ends before the deadline; a stage always does one, so that a
-        tight budget still ends with a model."""
+    def is_open(self, stage: Stage, decision: Decision) -> bool:
+        """Whether what a dead process left is taken up: before the deadline, for it was in time when it began and goes
+        on from its checkpoint. A stage always does one trial, so that a tight budget still ends with a model."""
+        return decision.deadline is None or not self.studies[stage].trials() or self.clock.spent <= decision.deadline
+
+    def in_time(self, stage: Stage, decision: Decision) -> bool:
+        """Whether the next trial ends before the deadline; a stage always does one."""
         study = self.studies[stage]
         if decision.deadline is None or not study.trials():
             return True
         (place, *_) = [*study.queued(decision.name), None]
-        if taken_up is not None:
-            place = place_in(taken_up, decision.name)
         return self.clock.spent + self._expected(stage, decision, place) <= decision.deadline
 
     def _expected(self, stage: Stage, decision: Decision, place: int | None) -> float:

@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autolite.front import Interval, Quality
+from autolite.hardware.processor import cores
 from autolite.measure import Runner
 from autolite.tasks.base import Split, Task
 
 BATCH = 32
 RESAMPLES = 1000
+IN_MEMORY = 4_000_000  # draws of examples at once
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,6 @@ def scoring_threads() -> int:
     return min(cores(), torch.get_num_threads())
 
 
-def cores() -> int:
-    """Physical cores of this machine."""
-    import psutil
-
-    return psutil.cpu_count(logical=False) or 1
-
-
 def score(runner: Runner, task: Task, split: Split, pad_id: int) -> Score:
     """Run an artifact over a split and score every example, in the split's order."""
     examples = np.zeros((len(split), 2))
@@ -56,13 +51,17 @@ def score(runner: Runner, task: Task, split: Split, pad_id: int) -> Score:
 def _resampled(scores: list[Score], seed: int) -> list[NDArray[np.float64]]:
     """Ratios of each score over the same bootstrap resamples (Efron 1979), so that differences are paired."""
     count = len(scores[0].examples)
-    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    sums = [weights @ s.examples for s in scores]
-    return [s[:, 0] / s[:, 1] for s in sums]
+    rng, even = np.random.default_rng(seed), np.full(count, 1 / count)
+    examples = np.concatenate([s.examples for s in scores], axis=1)
+    part = max(1, IN_MEMORY // count)
+    parts = [min(part, RESAMPLES - done) for done in range(0, RESAMPLES, part)]
+    sums = np.concatenate([rng.multinomial(count, even, size=size) @ examples for size in parts])
+    with np.errstate(invalid="ignore"):  # a quotient of nothing, where few examples count
+        return [sums[:, i] / sums[:, i + 1] for i in range(0, sums.shape[1], 2)]
 
 
 def _interval(values: NDArray[np.float64], point: float) -> Interval:
-    low, high = np.percentile(values, [2.5, 97.5])
+    low, high = np.nanpercentile(values, [2.5, 97.5])
     return Interval(point, float(min(low, point)), float(max(high, point)))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autolite import registry
+from autolite.errors import StorageError
 from autolite.files import write_atomically
 from autolite.hardware.local import cache_dir
 from autolite.space import Space
@@ -46,7 +47,7 @@ def _kept(technique: Layered, name: str, levels: tuple[object, ...], context: Co
         if known.shape == (len(levels), len(context.teacher.shape.stacks[-1].layers)):
             return known
     values = technique.damage(name.partition(".")[2], levels, context)
-    with suppress(OSError):  # a folder that cannot be written only costs time
+    with suppress(OSError, StorageError):  # a folder that cannot be written only costs time
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(values).encode())
     return np.array(values, dtype=np.float64)

@@ -118,7 +118,13 @@ def decide(
     else:
         queue = [(params, limits.effort) for params in _first(problem, new)]
     seen = {t.user_attrs["plan_digest"] for t in studies[stage].trials()}
-    queue = [(params, effort) for params, effort in queue if _digest(problem, params, effort) not in seen]
+
+    def is_new(params: Params, effort: int) -> bool:
+        # What recovery has the sampler draw settings for is a plan of its own each time.
+        drawn = stage == "recover" and params.keys() != space.complete(params).keys()
+        return drawn or _digest(problem, params, effort) not in seen
+
+    queue = [each for each in queue if is_new(*each)]
     if budget.trials is None:
         new = (len(queue) if stage == "confirm" else new) + len(seen)
     elif rung:
@@ -246,7 +252,8 @@ def promote(problem: Problem, trials: list[FrozenTrial], count: int, *, keep_flo
     reference = points.max(0) + 1e-6
     drop = problem.settings.constraints.max_drop
     recovered = 0.1 if drop is None else max(4 * drop, 0.02)
-    reference[0] = min(reference[0], recovered if keep_floor else worst(points[:, 0], problem.space.trains))
+    floor = recovered if keep_floor else worst(points[:, 0], problem.space.trains, drop or 0.0)
+    reference[0] = min(reference[0], floor)
     reference[1:] = np.maximum(reference[1:], 1e-6)
     order = spread_subset(points, reference.tolist(), len(trials))
     students = [str(trials[i].user_attrs["student"]) for i in order]

@@ -26,6 +26,7 @@ from autolite.tasks.base import Task
 OBJECTIVES = ("quality", "latency_ms", "size_bytes")
 PROPOSED = "additive"  # the key of what is queued one by one, by a model of the trials so far
 QUEUED = "queued"  # the attribute of a trial with the queue that it was begun from, and its place there
+STEPS = "steps"  # the attribute of a trial from a queue with its training steps, whoever takes it up under what budget
 LEVELS = "levels"  # the attribute of a trial with the level of each layer, for settings that are "by-layer" in Optuna
 
 
@@ -98,14 +99,16 @@ class StageStudy:
         failed = self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
         return {place_in(trial, key) for trial in failed}
 
-    def enqueue(self, queue: Iterable[Params], key: str) -> None:
-        """Queue trials with these parameters; what an earlier process queued under the same `key` is not repeated."""
+    def enqueue(self, queue: Iterable[Params], key: str, steps: Sequence[int] = ()) -> None:
+        """Queue trials with these parameters, and their training steps if these are given; what an earlier process
+        queued under the same `key` is not repeated."""
         known = {t.user_attrs.get(QUEUED) for t in self.study.get_trials(deepcopy=False)}
         for place, params in enumerate(queue):
             name = f"{key} {place}"
             if name not in known:
                 levels = {setting: list(value) for setting, value in params.items() if isinstance(value, list | tuple)}
-                attributes = {QUEUED: name} | ({LEVELS: levels} if levels else {})
+                attributes: dict[str, Any] = {QUEUED: name} | ({LEVELS: levels} if levels else {})
+                attributes |= {STEPS: steps[place]} if steps else {}
                 self.study.enqueue_trial({**params, **dict.fromkeys(levels, BY_LAYER)}, user_attrs=attributes)
 
     def drop_queued(self, key: str) -> None:

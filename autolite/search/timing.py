@@ -15,7 +15,7 @@ from autolite.store import Store
 
 SECONDS = 2.0  # for each model
 _TOGETHER = 2e9  # bytes of artifacts that are loaded at once
-_BASELINE = "baseline"
+BASELINE = "baseline"
 _TIMED = "timed together"  # the fact with the numbers of candidates by id
 
 
@@ -28,20 +28,20 @@ def measured(problem: Problem, files: Mapping[str, Path], vocab: int) -> dict[st
         vocab: the least of all vocabularies, since all have the same inputs.
 
     Returns:
-        For each name latency_ms, p90_ms and faster, and of language models ttft_ms; that alone where something is
-        generated, since the artifacts have no key/value cache yet.
+        For each name, and for `BASELINE`, latency_ms, p90_ms and faster, and of language models ttft_ms; that alone
+        where something is generated, since the artifacts have no key/value cache yet.
     """
     workload, runtime = problem.workload, problem.runtime
-    paths = {_BASELINE: problem.baseline[0], **files}
+    paths = {BASELINE: problem.baseline[0], **files}
     runners = {name: runtime.load(path, threads=workload.threads) for name, path in paths.items()}
     timings = time_interleaved(runners, random_texts(vocab, workload, problem.settings.seed), SECONDS * len(runners))
     generates = "ttft_ms" in problem.prices[0].of_shape(problem.teacher.shape)
     found: dict[str, dict[str, Measurement]] = {}
-    for name, path in files.items():
+    for name, path in paths.items():
         used = problem.runtime_of(path)
         title = f"{used.name} {used.version}"
         numbers = timing_to_measurements(timings[name], workload, title)
-        ratio = faster(timings[_BASELINE], timings[name])
+        ratio = faster(timings[BASELINE], timings[name])
         numbers["faster"] = Measurement("faster", *ratio, "measured", title, str(workload))
         if generates:  # a call with the whole prompt is the time to the first token
             first = {"ttft_ms": replace(numbers["latency_ms"], metric="ttft_ms")}
@@ -70,6 +70,12 @@ def measured_together(problem: Problem, candidates: Sequence[Candidate], store: 
             export.rewrite_card(out / each.path, changed, provenance(problem))
         found.append(changed)
     return found
+
+
+def baseline_together(store: Store) -> Measurement | None:
+    """Return the baseline's latency in the run of `measured_together`; None if there was none."""
+    known = store.get(_TIMED, {}).get(BASELINE, {}).get("latency_ms")
+    return None if known is None else Measurement(**known)
 
 
 def _groups(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from autolite.errors import InputError, RunError
+from autolite.hardware.processor import cores
 from autolite.search.engine import OPEN, Engine
 from autolite.search.leases import SEARCH, WORKER, Leases, Pauses
 from autolite.search.problem import Problem, check_same_run, load_problem, run_identity
 from autolite.search.progress import FollowingClock, Observer, Snapshot, silent
-from autolite.search.scoring import cores
 from autolite.search.settings import Settings
 from autolite.search.stages import Decision
 from autolite.search.studies import open_studies

@@ -113,10 +113,10 @@ class CustomTask:
         return ratio if self.own_metric is not None else self.inner.summary(ratio)
 
     def kept(self, ratio: float, teacher_ratio: float) -> float:
-        """The user's metric as a fraction of the teacher's (1 if both are 0)."""
+        """The user's metric as a fraction of the teacher's; where that is not positive, 1 plus the difference."""
         if self.own_metric is None:
             return self.inner.kept(ratio, teacher_ratio)
-        return ratio / teacher_ratio if teacher_ratio else 1.0 + ratio
+        return ratio / teacher_ratio if teacher_ratio > 0 else 1.0 + ratio - teacher_ratio
 
     def pipeline_outputs(self, logits: np.ndarray, config: Mapping[str, Any]) -> Any:
         """As the inner task."""

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,11 +66,6 @@ class Table:
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
 
-    def take(self, rows: Iterable[int]) -> Table:
-        """Return the rows with these indices, in that order."""
-        chosen = list(rows)
-        return Table(self.origin, {name: [v[i] for i in chosen] for name, v in self.columns.items()}, self.plain)
-
 
 def read(source: str) -> dict[str, Table]:
     """Read `source`, a file, a folder or the name of a hub data set ("name" or "name:configuration").
@@ -106,7 +102,7 @@ def read_file(path: Path) -> Table:
         content = path.read_bytes()
         if path.suffix.lower() == ".gz":
             content = gzip.decompress(content)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"'{path}' cannot be read: {error}") from error
     if not content.strip():
         raise DataError(f"'{path}' is empty")
@@ -174,15 +170,26 @@ def _separated(text: str, path: Path) -> Columns:
     header = text.split("\n", 1)[0]
     separator = "\t" if _kind(path) == ".tsv" else max(",;\t", key=header.count)
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses texts above 128 KiB
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True) if row]
+        rows = [row for row in reader if row]
     except csv.Error as error:
-        raise DataError(f"'{path}' is not well-formed: {error}") from error
+        if separator != "\t":
+            raise DataError(f"line {reader.line_num} of '{path}' is not well-formed: {error}") from error
+        rows = _unquoted(text)
+    if separator == "\t" and any("\t" in field and "\n" in field for row in rows for field in row):
+        plain = _unquoted(text)  # two marks of two rows may have made one of them
+        rows = plain if len({len(row) for row in plain}) == 1 else rows
     names = rows[0]
     for number, row in enumerate(rows[1:], 1):
         if len(row) != len(names):
             raise DataError(f"row {number} of '{path}' has {len(row)} fields, but the header has {len(names)}")
     return {name: [row[i] for row in rows[1:]] for i, name in enumerate(names)}
+
+
+def _unquoted(text: str) -> list[list[str]]:
+    """Rows of a file that separates by tabs and never quotes, as GLUE's: its quotation marks belong to the texts."""
+    return [line.split("\t") for line in _lines(text) if line]
 
 
 def _parquet(content: bytes, path: Path) -> Columns:
@@ -223,7 +230,8 @@ def _read_folder(folder: Path) -> dict[str, Table]:
     for split in sorted(by_split, key=["train", "validation", "test"].index):
         parts = [read_file(file) for file in by_split[split]]
         names = list(parts[0].columns)
-        if any(set(part.columns) != set(names) or part.plain != parts[0].plain for part in parts):
+        kinds = {(_kind(file), file.suffix.lower() == ".gz") for file in by_split[split]}
+        if len(kinds) > 1 or any(set(part.columns) != set(names) for part in parts):
             raise DataError(
                 f"the {split} files in '{folder}' ({', '.join(p.origin for p in parts)}) have different columns or"
                 " formats; keep one of them"
@@ -303,7 +311,8 @@ def _find(table: Table, name: str) -> str | None:
 
 
 def texts(table: Table, name: str) -> list[str]:
-    """Return a column of texts; a missing value is the empty text.
+    """Return a column of texts; a missing value is the empty text, and half of a surrogate pair, which no tokenizer
+    takes, is the replacement character.
 
     Raises:
         DataError: naming the first row whose value is not a text.
@@ -312,7 +321,15 @@ def texts(table: Table, name: str) -> list[str]:
     for number, value in enumerate(values, 1):
         if not isinstance(value, str):
             raise DataError(f"row {number} of {table.origin}: '{name}' is {_short(value)}, which is not a text")
-    return values
+    return [_whole(value) for value in values]
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def cut(keys: Sequence[str], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

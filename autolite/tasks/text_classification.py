@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,15 +61,16 @@ class TextClassification:
         limit = max_tokens(spec, tokenizer, config, MAX_TOKENS)
         notes: list[str] = []
         found = _demo(names) if spec.source is None else _columns(spec, notes)
-        known = {split: replace(r, labels=_map_labels(r, names)) for split, r in _labelled(found, notes).items()}
+        known = _with_ids(_labelled(found, notes), names)
         rows = {split: _filled(r, notes) for split, r in known.items()}
         notes[:0] = [f"{split}: {len(r.texts)} rows, {r.origin}" for split, r in rows.items()]
         if len(classes := np.unique(rows["train"].labels)) < 2:
             origin, only = rows["train"].origin, names[classes[0]]
             raise DataError(f"every row of {origin} has the label '{only}': there is nothing to tell apart")
-        where, cuts = data.assign({split: r.keys() for split, r in rows.items()}, spec.seed)
+        keys = {split: r.keys() for split, r in rows.items()}
+        where, cuts = data.assign(keys, spec.seed)
         if spec.unlabelled is not None:
-            judged = {rows[where[s][0]].keys()[i] for s in ("search", "selection", "test") for i in where[s][1]}
+            judged = {keys[where[s][0]][i] for s in ("search", "selection", "test") for i in where[s][1]}
             rows["unlabelled"] = _unlabelled(spec, rows["train"].pairs is not None, judged, notes)
         encoded = _tokenise(rows, tokenizer, config, limit)
         long = sum(len(ids) == limit for split in encoded.values() for ids in split.input_ids)
@@ -217,17 +218,32 @@ def _labelled(rows: dict[str, _Rows], notes: list[str]) -> dict[str, _Rows]:
     return kept
 
 
-def _map_labels(rows: _Rows, names: Sequence[str]) -> np.ndarray:
-    """Return the model's label ids, int64 [rows]: by name where all are names of the model's, else as integers."""
-    ids = {name.casefold(): i for i, name in reversed(list(enumerate(names)))}
-    for values in (rows.names, rows.labels):
-        if values is not None and all(str(v).casefold() in ids for v in values):
-            return np.array([ids[str(v).casefold()] for v in values], dtype=np.int64)
-    numbers = [_integer(value) for value in rows.labels]
-    if any(n is not None for n in numbers):  # integers throughout, but for the one that is wrong
-        known, what = [n is not None and 0 <= n < len(names) for n in numbers], f"0 to {len(names) - 1}, or "
-    else:
-        known, what = [str(v).casefold() in ids for v in rows.labels], ""
+def _with_ids(rows: Mapping[str, _Rows], names: Sequence[str]) -> dict[str, _Rows]:
+    """Replace labels by the model's label ids, int64 [rows]: by name where all are names of the model's, else as
+    integers. Which of both a column has is asked of all splits together: "1" to "5" may be names, too."""
+    folded = [name.casefold() for name in names]
+    fold = str.casefold if len(set(folded)) == len(names) else str
+    ids: dict[Any, int] = {fold(name): i for i, name in reversed(list(enumerate(names)))}
+
+    def by_name(values: Iterable[Any]) -> list[int | None]:
+        return [None if v is None else ids.get(fold(str(v))) for v in values]
+
+    named = all(None not in by_name(r.labels) for r in rows.values())
+    found = {}
+    for split, r in rows.items():
+        values = [None] if r.names is None else by_name(r.names)
+        if None in values:
+            values = by_name(r.labels) if named else list(_numbered(r, names, by_name(r.labels)))
+        found[split] = replace(r, labels=np.array(values, dtype=np.int64))
+    return found
+
+
+def _numbered(rows: _Rows, names: Sequence[str], named: Sequence[int | None]) -> np.ndarray:
+    """Return the ids, int64 [rows], of labels that are integers; or if none is, those that they are by name."""
+    numbers, what = [_integer(value) for value in rows.labels], f"0 to {len(names) - 1}, or "
+    if all(n is None for n in numbers):  # else integers throughout, but for the one that is wrong
+        numbers, what = list(named), ""
+    known = [n is not None and 0 <= n < len(names) for n in numbers]
     if not all(known):
         row = known.index(False)
         shown = ", ".join(names[:20]) + (f", … ({len(names)} in all)" if len(names) > 20 else "")

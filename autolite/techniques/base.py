@@ -166,8 +166,9 @@ def require_float32(technique: str, shape: ModelShape) -> None:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of every parameter's name, shape and bytes."""
-    digest = hashlib.sha256()
+    """Return 16 hexadecimal digits of the SHA-256 of every parameter's name, shape and bytes, and of the depth, which
+    repeated layers (ALBERT) have none of."""
+    digest = hashlib.sha256(str(getattr(model.config, "num_hidden_layers", "")).encode())
     for name, parameter in model.named_parameters(remove_duplicate=False):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
     for parameter in model.parameters():

@@ -114,8 +114,9 @@ class FeatureCache:
 
 def room(folder: Path) -> int:
     """Return how many bytes such a folder may take where the user does not say: a tenth of what is free on its disk,
-    within limits. What does not fit is computed again in each epoch, by each process."""
-    return min(max(CACHE_LIMIT, shutil.disk_usage(folder).free // 10), 16 * CACHE_LIMIT)
+    within limits, and never more than half. What does not fit is computed again in each epoch, by each process."""
+    free = shutil.disk_usage(folder).free
+    return min(max(CACHE_LIMIT, free // 10), 16 * CACHE_LIMIT, free // 2)
 
 
 def _metadata(content: bytes) -> dict[str, str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from autolite.formats import INT7
-from autolite.hardware.processor import saturates
+from autolite.hardware.processor import cores, processors, saturates
 
 
 def exact(weights: np.ndarray, rows: int) -> bool:
@@ -36,3 +38,10 @@ def test_signed_weights_overflow_where_it_says_so_and_seven_bits_nowhere(rows: i
     assert exact(full, rows) != saturates()
     assert exact(np.full((k, n), INT7, np.int8), rows)
     assert exact((full.astype(np.int16) + 128).astype(np.uint8), rows)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system tells no process which processors it has")
+def test_a_process_has_the_processors_that_it_may_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= cores() <= processors() <= (os.cpu_count() or 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert (cores(), processors()) == (1, 1)

@@ -65,6 +65,16 @@ def test_a_profile_of_your_own_is_a_path(tmp_path: Path) -> None:
     assert load_target(file).name == load_target(str(file)).name == "mine"
 
 
+def test_what_was_measured_elsewhere_is_not_this_machine(tmp_path: Path) -> None:
+    """A file that `local` left on a board, copied here, is called by its file."""
+    text = yaml.safe_dump({**shipped(), "name": "local"})
+    for name in ("board.yaml", "local.yaml"):
+        (tmp_path / name).write_text(text)
+    assert load_target(tmp_path / "board.yaml").name == "board"
+    with pytest.raises(TargetError, match="would be taken for this machine"):
+        load_target(tmp_path / "local.yaml")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

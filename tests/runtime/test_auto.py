@@ -10,7 +10,7 @@ import pytest
 
 from autolite import registry
 from autolite.architecture import shape_of
-from autolite.errors import InputError, PlanError
+from autolite.errors import InputError, ModelError, PlanError
 from autolite.measure import Timing, Workload
 from autolite.runtime import auto
 from autolite.runtime.auto import AutoRuntime
@@ -42,6 +42,20 @@ def test_the_faster_artifact_is_kept_and_nothing_else(
     alone = registry.get("runtime", "onnxruntime")
     expected = alone.load(alone.emit(student(), tmp_path / "alone")[0]).run(INPUTS)["logits"]
     np.testing.assert_allclose(runtime.load(files[0]).run(INPUTS)["logits"], expected, atol=1e-4)
+
+
+def test_what_one_runtime_cannot_read_is_left_to_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ModelError("no such operator")
+
+    runtime = AutoRuntime()
+    monkeypatch.setattr(type(runtime.runtimes[".onnx"]), "load", refuse)
+    files = runtime.emit(student(), tmp_path / "one", Workload(tokens=3), tuned=True)
+    assert files[0] == tmp_path / "one" / "model.xml"
+    assert sorted((tmp_path / "one").iterdir()) == sorted(files)
+    monkeypatch.setattr(type(runtime.runtimes[".xml"]), "emit", refuse)
+    with pytest.raises(ModelError, match="no such operator"):
+        runtime.emit(student(), tmp_path / "none", Workload(tokens=3), tuned=True)
 
 
 def test_a_format_that_no_runtime_has_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,3 +90,13 @@ def test_a_bucket_is_near_and_its_own_bucket(n: int) -> None:
     (rounded,) = bucket(Place("gelu", "int8", (n,))).sizes
     assert abs(rounded - n) <= n / 8
     assert bucket(Place("gelu", "int8", (rounded,))).sizes == (rounded,)
+
+
+def test_where_the_cache_cannot_be_written_measurements_are_kept_for_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    store = tune.machine_store.__wrapped__(1)
+    store.put("key", 1)
+    assert store.get("key") == 1

@@ -133,8 +133,8 @@ def problem(monkeypatch: pytest.MonkeyPatch) -> Any:
     return SimpleNamespace(plan=lambda *_: PLAN, teacher=SimpleNamespace(shape=None))
 
 
-def study(*done: Any, given_up: tuple[int, ...] = ()) -> Any:
-    return SimpleNamespace(trials=lambda: list(done), given_up=lambda name: given_up)
+def study(*done: Any, given_up: tuple[int, ...] = (), stage: str = "confirm") -> Any:
+    return SimpleNamespace(stage=stage, trials=lambda: list(done), given_up=lambda name: given_up)
 
 
 def last(**changes: Any) -> Any:
@@ -177,3 +177,12 @@ def test_further_formats_of_a_queued_student_cost_their_scoring(problem: Any) ->
     decision = Decision("1h 0", 4, 90, 100.0, ({}, {}))
     assert expected_seconds(problem, study(last()), decision, Durations([own]), 1) == 2
     assert expected_seconds(problem, study(last(), given_up=(0,)), decision, Durations([own]), 1) == 2 + 90 / 8
+
+
+def test_a_plan_that_is_queued_again_for_other_settings_of_training_costs_its_training(problem: Any) -> None:
+    """The sampler has not drawn them yet, so that it looks like the plan with the default settings."""
+    own = costing()
+    own.user_attrs["trunk"] = untrained(student_plan(PLAN)).digest
+    decision = Decision("1h 0", 4, 90, 100.0, ({}, {}))
+    known = last(student=student_plan(PLAN).digest)
+    assert expected_seconds(problem, study(known, stage="recover"), decision, Durations([own]), 1) == 2 + 90 / 8

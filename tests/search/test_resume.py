@@ -78,6 +78,8 @@ def test_interrupted_it_leaves_a_front_and_exit_code_130(
     assert all((out / c.path / "model.onnx").is_file() for c in front)
     done = run_search(out=out, budget=f"{TRIALS}trials")
     assert done.front.complete
+    listed = {c.id for c in done.front} | {miss["id"] for miss in done.front.nearest_misses}
+    assert {folder.name for folder in out.glob("candidates/*")} == listed, "what it had then is gone"
     assert len(completed(out)) == TRIALS
 
 

@@ -132,13 +132,20 @@ def test_weights_too_large_for_one_file_follow_their_model_everywhere(
         autolite.pipeline(str(out))
 
 
-def test_pick_and_export_give_a_folder_that_runs(finished: Result, tmp_path: Path) -> None:
+def test_pick_and_export_give_a_folder_that_runs(
+    finished: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     picked = finished.pick(max_drop=0.9)
     assert picked.candidate.latency_ms.value == min(c.latency_ms.value for c in finished.front)
     out = picked.export(tmp_path / "deploy")
     assert autolite.pipeline(str(out))("w1 great")[0]["score"] > 0.5
     with pytest.raises(InputError, match="not an empty folder"):
         picked.export(out)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    picked.export(".")
+    assert {f.name for f in Path().iterdir()} == {f.name for f in out.iterdir()}
+    assert {f.name for f in tmp_path.iterdir()} == {"deploy", "here"}, "nothing half-done is left"
     with pytest.raises(NoCandidateError, match=r"max_size.*nearest"):
         finished.pick(max_size_bytes=10)
 

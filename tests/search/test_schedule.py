@@ -12,7 +12,8 @@ from autolite.plan import Plan, make_step
 from autolite.search import durations
 from autolite.search.few_bits import SLOWER
 from autolite.search.schedule import SINCE, Schedule
-from autolite.search.stages import Decision
+from autolite.search.stages import RUNGS, Decision
+from autolite.space import STAGES, Stage
 from tests.search.test_durations import costing
 
 FOLDER = 3.0  # seconds that are kept for the candidate's folder
@@ -23,11 +24,13 @@ def plan_of(steps: int) -> Plan:
     return Plan((make_step("prune", {"heads": 0.5}), make_step("distill", {"steps": steps})))
 
 
-def schedule(waiting: list[int | None], workers: int = 0, spent: float = 0.0) -> Schedule:
+def schedule(waiting: list[int | None], workers: int = 0, spent: float = 0.0, done: int = 0) -> Schedule:
     """Of a run whose plan trained at an eighth of a second a step, without a thing done once, from the beginning."""
     trial = costing()
     trial.user_attrs |= {"trunk": untrained(student_plan(PLAN)).digest, "student": "another", "taught": (0, 0.0, 0)}
-    confirm: Any = SimpleNamespace(trials=list, queued=lambda name: waiting, given_up=lambda name: set())
+    confirm: Any = SimpleNamespace(
+        stage="confirm", trials=lambda: [trial] * done, queued=lambda name: waiting, given_up=lambda name: set()
+    )
     screen: Any = SimpleNamespace(trials=list)
     recover: Any = SimpleNamespace(trials=lambda: [trial])
     store: Any = SimpleNamespace(get=lambda key, other: {SINCE: 1}[key], leases=lambda key: ["worker"] * workers)
@@ -71,3 +74,31 @@ def test_what_is_queued_comes_first(workers: int, spare: float) -> None:
     """160 and 40 steps of an eighth of a second, which all processes share out."""
     ends = schedule([1, 2], workers)
     assert ends.recovery("confirm", confirming(100.0), PLAN, 1000, 0.1) == int((spare - FOLDER) / (0.1 * SLOWER))
+
+
+def test_what_a_dead_process_left_is_taken_up_until_the_deadline() -> None:
+    """Judged anew, as if nothing of it were done, a training that filled the time to the deadline would be dropped."""
+    late = schedule([0], spent=99.0, done=1)
+    assert not late.in_time("confirm", confirming(100.0))
+    assert late.is_open("confirm", confirming(100.0))
+    assert not schedule([0], spent=101.0, done=1).is_open("confirm", confirming(100.0))
+    assert schedule([0], spent=101.0).is_open("confirm", confirming(100.0)), "one trial is always done"
+
+
+@pytest.mark.parametrize(
+    ("decided", "over"),
+    [
+        (["screen 1h 0"], []),
+        (["screen 1h 0", "recover 1h 0"], [("screen", 0)]),
+        (["screen 1h 0", "recover 1h 0", "recover 1h 1"], [("screen", 0), ("recover", 0)]),
+        (["screen 2h 0", "recover 2h 0"], []),
+    ],
+    ids=["in the screen", "in the first rung", "in the second rung", "of another budget"],
+)
+def test_a_rung_is_over_when_the_next_one_was_decided(decided: list[str], over: list[tuple[Stage, int]]) -> None:
+    facts = {f"stage {key}": {} for key in decided}
+    store: Any = SimpleNamespace(get=lambda key: facts.get(key))
+    clock: Any = SimpleNamespace(budget="1h")
+    problem: Any = None
+    found = Schedule(problem, {}, store, clock)
+    assert [(s, r) for s in STAGES for r in range(RUNGS[s]) if found.is_over(s, r)] == over

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 
 from autolite import registry
+from autolite.search import scoring
 from autolite.search.scoring import Score, kept, quality
+from autolite.tasks.custom import CustomTask
 
 
 def binary(correct: np.ndarray) -> Score:
@@ -38,3 +41,20 @@ def test_kept_of_a_language_model_is_one_less_the_rise_of_its_loss_in_nats() -> 
     found = kept(student, teacher, task, seed=0)
     assert math.isclose(found.value, 0.9)
     assert math.isclose(quality(student, task, "test", 0).value, math.exp(2.6))
+
+
+def test_resamples_are_the_same_however_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = registry.get("task", "text-classification")
+    right = binary(np.arange(100) < 80)
+    at_once = quality(right, task, "test", seed=0)
+    monkeypatch.setattr(scoring, "IN_MEMORY", 700)
+    assert quality(right, task, "test", seed=0) == at_once
+
+
+def test_a_quotient_for_which_few_examples_count_has_an_interval() -> None:
+    """Resamples without any of them are a quotient of nothing."""
+    examples = np.zeros((50, 2))
+    examples[:2] = [[2, 2], [0, 1]]
+    task = CustomTask(registry.get("task", "text-classification"), own_metric=lambda logits, labels: labels)
+    found = quality(Score(examples), task, "test", seed=0)
+    assert (found.low, found.value, found.high) == (0.0, 2 / 3, 1.0)

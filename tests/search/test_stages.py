@@ -52,15 +52,17 @@ def test_one_student_is_promoted_once_while_there_are_others(problem: Any) -> No
     assert {t.user_attrs["student"] for t in chosen} == {"a", "b"}
 
 
-@pytest.mark.parametrize("trains", [True, False])
-def test_a_fast_plan_that_loses_much_in_the_screen_goes_on_where_training_wins_it_back(
-    problem: Any, trains: bool
+@pytest.mark.parametrize(
+    ("trains", "max_drop", "goes_on"), [(True, 0.02, True), (False, 0.02, False), (False, 0.3, True)]
+)
+def test_a_fast_plan_that_loses_much_goes_on_where_training_wins_it_back_or_the_user_allows_it(
+    problem: Any, trains: bool, max_drop: float, goes_on: bool
 ) -> None:
-    problem.space.trains = trains
+    problem.space.trains, problem.settings.constraints = trains, Constraints(max_drop=max_drop)
     good, alike, fast = trial(0.99, 20, 500, "a"), trial(0.985, 19, 480, "b"), trial(0.78, 1, 10, "c")
     ruined = trial(0.5, 1, 9, "d")
     chosen = stages.promote(problem, [good, alike, fast, ruined], 2, keep_floor=False)
-    assert (fast in chosen) == trains
+    assert (fast in chosen) == goes_on
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,16 @@ def test_two_columns_are_the_sums_of_a_quotient() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("score", "teacher", "kept"),
+    [(0.4, 0.5, 0.8), (-0.9, -0.3, 0.4), (-0.2, -0.3, 1.1), (0.0, 0.0, 1.0), (0.2, 0.0, 1.2)],
+)
+def test_kept_is_a_part_of_a_positive_metric_and_falls_with_any_other(
+    score: float, teacher: float, kept: float
+) -> None:
+    assert CustomTask(INNER, own_metric=f1).kept(score, teacher) == pytest.approx(kept)
+
+
 @pytest.mark.parametrize("wrong", [lambda a, b: a, lambda a, b: (a**2).mean(-1)])
 def test_a_loss_that_is_no_number_is_refused(wrong: Any) -> None:
     with pytest.raises(InputError, match="must return a scalar tensor"):

@@ -97,6 +97,31 @@ def test_a_folder_is_split_by_the_names_of_its_files(tmp_path: Path) -> None:
     assert tables["train"].origin == "train-00000-of-00002.csv, train-00001-of-00002.csv"
 
 
+def test_the_same_split_in_two_formats_is_not_read_twice(tmp_path: Path) -> None:
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / name).write_text("text,label\na,0\n")
+    (tmp_path / "test.csv.gz").write_bytes(gzip.compress(b"text,label\na,0\n", mtime=0))
+    with pytest.raises(DataError, match=r"\(test.csv, test.csv.gz\) have different columns or formats; keep one"):
+        data.read(str(tmp_path))
+
+
+def test_marks_belong_to_the_texts_where_tabs_separate_and_nothing_is_quoted(tmp_path: Path) -> None:
+    """GLUE's files; a mark at the beginning of a text would begin a quoted one, which ends at the next row's."""
+    file = tmp_path / "train.tsv"
+    for rows in (
+        [('"extreme ops " exceeds expectations', "1"), ('a "b" c', "0")],
+        [('"a', "1"), ('b"', "0")],
+    ):
+        file.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+        assert list(zip(*data.read(str(file))["train"].columns.values(), strict=True)) == rows
+
+
+def test_half_of_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"text": "cut \\ud83d"}\n{"text": "whole \\ud83d\\ude00"}\n')
+    assert data.texts(data.read(str(file))["train"], "text") == ["cut \ufffd", "whole \U0001f600"]
+
+
 def test_a_folder_with_one_file_of_any_name(tmp_path: Path) -> None:
     (tmp_path / "reviews.csv").write_text("text,label\na,0\n")
     assert list(data.read(str(tmp_path))) == ["train"]
@@ -114,7 +139,7 @@ def test_a_folder_with_one_file_of_any_name(tmp_path: Path) -> None:
         ("d.json", b'["a"]', "row 1 of '{path}' is not a JSON object but 'a'"),
         ("d.json", b'{"text": ["a"], "label": [0, 1]}', "the columns of '{path}' differ in length"),
         ("d.csv", b"text,label\na,0\nb,1,2\n", "row 2 of '{path}' has 3 fields, but the header has 2"),
-        ("d.csv", b'text,label\n"a,0\n', "'{path}' is not well-formed"),
+        ("d.csv", b'text,label\n"a,0\n', "line 2 of '{path}' is not well-formed"),
         ("d.parquet", b"PAR1 no more", "'{path}' is not a Parquet file"),
         ("d.jsonl.gz", b"not compressed", "'{path}' cannot be read: Not a gzipped file"),
         (
@@ -122,6 +147,7 @@ def test_a_folder_with_one_file_of_any_name(tmp_path: Path) -> None:
             gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-20],
             "'{path}' cannot be read: Compressed file ended",
         ),
+        ("d.jsonl.gz", gzip.compress(b"{}", mtime=0)[:10] + b"\xff" * 20, "'{path}' cannot be read: Error -3 while"),
         (
             "d.txt",
             "Größe".encode("latin-1"),

@@ -155,6 +155,27 @@ def test_labels_are_names_or_numbers(
         assert split.labels.tolist() == [expected[tuple(i)] for i in split.input_ids]
 
 
+def test_names_that_are_numbers_hold_for_all_splits_or_for_none(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The test split has no 0: by itself it would go by the names 1 to 3, and be wrong by one."""
+    write(tmp_path / "train.jsonl", rows(40, [0, 1, 2]))
+    write(tmp_path / "test.jsonl", rows(4, [1, 2]))
+    assert load(str(tmp_path), tokenizer, ("1", "2", "3")).test.labels.tolist() == [1, 2, 1, 2]
+
+
+def test_names_that_differ_in_case_alone_are_told_apart(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    found = load(write(tmp_path / "d.jsonl", rows(40, ["us", "US"])), tokenizer, ("US", "us"))
+    plain = load(write(tmp_path / "e.jsonl", rows(40, [1, 0])), tokenizer)
+    assert found.train.labels.tolist() == plain.train.labels.tolist()
+
+
+def test_a_missing_label_is_no_class_called_none(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    content = [*rows(9, ["none", "some"]), {"text": "z", "label": None}]
+    with pytest.raises(DataError, match=r"row 10 of d\.jsonl: the label None is unknown to the model"):
+        load(write(tmp_path / "d.jsonl", content), tokenizer, ("none", "some"))
+
+
 def test_label_names_beside_the_numbers_settle_their_order(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     named = [{**r, "label_text": ("positive", "negative")[r["label"]]} for r in rows(40, [0, 1])]
     data = load(write(tmp_path / "d.jsonl", named), tokenizer)

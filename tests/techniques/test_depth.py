@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from autolite.parts import layer_modules
 from autolite.surgery import keep_layers
 from autolite.techniques import depth, walk
-from autolite.techniques.base import Context
+from autolite.techniques.base import Context, weights_digest
 from autolite.techniques.depth import block_influence, chosen_layers
 from autolite.techniques.observe import sample
 from autolite.techniques.prune import Prune, PruneConfig
@@ -109,3 +109,12 @@ def test_other_examples_are_others(make_context: MakeContext, examples: int, oth
     first, second = ({id(ids) for ids in sample(context, others=each).input_ids} for each in (False, True))
     assert (len(first), len(second)) == (min(examples, 256), others)
     assert first.isdisjoint(second) == (examples > 256)
+
+
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_models_of_another_depth_are_told_apart(family: str, make_tiny: MakeContext) -> None:
+    """ALBERT has one layer's weights however often it is repeated; what is cached by their digest depends on that."""
+    model = make_tiny(family).teacher.model
+    shallow = copy.deepcopy(model)
+    keep_layers(shallow, [0, 1])
+    assert weights_digest(shallow) != weights_digest(model) == weights_digest(copy.deepcopy(model))
