@@ -59,7 +59,7 @@ def corrected(
     lost: NDArray[np.float64],
     errors: NDArray[np.float64],
     rng: np.random.Generator | None = None,
-    floor: float = WORST,
+    least: float = WORST,
 ) -> NDArray[np.float64]:
     """Return the costs [features] that the evaluated plans make likely: their posterior mean, or with `rng` a draw from
     the posterior (Thompson 1933; by Matheron's rule), with which what is unknown gets its turn.
@@ -74,7 +74,7 @@ def corrected(
         lost: by the plans [plans].
         errors: standard errors of that [plans].
         rng: the source of randomness of a draw.
-        floor: of what is lost, from which on nothing is learned from it.
+        least: what a plan may lose at least before nothing is learned from how much it is (`worst`).
     """
     if not len(lost):
         return estimates
@@ -82,7 +82,7 @@ def corrected(
     precision = 1 / noise
     predicted = used @ estimates
     # Of plans that are ruined, what they lose no longer grows with what it is predicted to be.
-    weights = precision**2 * (lost <= floor)
+    weights = precision**2 * (lost <= worst(lost, least))
     norm = (weights * predicted**2).sum()
     scale = max(float((weights * predicted * lost).sum() / norm), 1e-3) if norm > 0 else 1.0
     width = SPREAD * scale * estimates + unknown
@@ -96,11 +96,15 @@ def corrected(
     return np.maximum(prior + width * change, 0)
 
 
-def worst(lost: NDArray[np.float64], trains: bool, allowed: float = 0.0) -> float:
-    """Return what a plan may lose to be worth something, where others lost so much: their median, but no less than
-    the user allows, and than `WORST`, or `WORST_TRAINED` if plans train on after this."""
-    least = max(WORST_TRAINED if trains else WORST, allowed)
+def worst(lost: NDArray[np.float64], least: float) -> float:
+    """Return what a plan may lose to be worth something, where others lost so much: `least`, or their median."""
     return max(least, float(np.median(lost))) if len(lost) else least
+
+
+def tolerated(trains: bool, allowed: float = 0.0) -> float:
+    """Return what a plan may lose in any case: what the user allows, but no less than `WORST`, or than `WORST_TRAINED`
+    if it trains on after this."""
+    return max(WORST_TRAINED if trains else WORST, allowed)
 
 
 def draws(seen: int) -> bool:
@@ -147,7 +151,7 @@ def learn(frontier: Frontier, seen: Sequence[Observation], rng: np.random.Genera
     lost = np.array([max(each.lost, 0.0) for each in seen])
     errors = np.array([max(each.error, PRECISE) for each in seen])
     prior = np.array(list(estimates.values()))
-    costs = corrected(prior, unknown, used, lost, errors, rng, worst(lost, frontier.space.trains))
+    costs = corrected(prior, unknown, used, lost, errors, rng, tolerated(frontier.space.trains))
     found, begin = {}, 0
     for name, table in damage.items():
         found[name] = costs[begin : begin + table.size].reshape(table.shape)
@@ -249,7 +253,7 @@ def propose(
     if not found:
         return None
     offered = np.concatenate([each.points for each in found])
-    least = worst(points[:, 0], frontier.space.trains, allowed)
+    least = worst(points[:, 0], tolerated(frontier.space.trains, allowed))
     reference = np.array([least, *np.maximum(points[:, 1:].max(0, initial=0), 0)]) + 1e-6
     outside = (offered[:, 1:] > np.log(np.array(within))).any(1)
     owners = np.repeat(np.arange(len(found)), [len(each.points) for each in found])

@@ -13,7 +13,7 @@ import numpy as np
 from autolite.compress import canonical
 from autolite.errors import PlanError
 from autolite.pareto import nondominated, spread_subset
-from autolite.search.additive import worst
+from autolite.search.additive import tolerated, worst
 from autolite.search.durations import FEWEST, Durations, Fitted, folder_seconds, scoring_seconds
 from autolite.search.evaluate import price
 from autolite.search.frontier import first_plans
@@ -252,7 +252,7 @@ def promote(problem: Problem, trials: list[FrozenTrial], count: int, *, keep_flo
     reference = points.max(0) + 1e-6
     drop = problem.settings.constraints.max_drop
     recovered = 0.1 if drop is None else max(4 * drop, 0.02)
-    floor = recovered if keep_floor else worst(points[:, 0], problem.space.trains, drop or 0.0)
+    floor = recovered if keep_floor else worst(points[:, 0], tolerated(problem.space.trains, drop or 0.0))
     reference[0] = min(reference[0], floor)
     reference[1:] = np.maximum(reference[1:], 1e-6)
     order = spread_subset(points, reference.tolist(), len(trials))
