@@ -12,11 +12,12 @@ demo: $(BIN)/autolite
 test: $(VENV)/.dev style
 	$(MAKE) --jobs 2 types units
 
-# A process for each core; a file's tests stay together, and so does what they share. Bytecode is kept as modules are
-# imported, whatever the environment says: to compile all that is installed takes a minute.
+# A process for each core; a file's tests stay together, and so does what they share. Files come in their own order, which
+# has the long ones of tests/search before many short ones, so that both processes end together. Bytecode is kept as
+# modules are imported, whatever the environment says: to compile all that is installed takes a minute.
 units: export PYTHONDONTWRITEBYTECODE :=
 units: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

@@ -108,6 +108,7 @@ def test_layers_of_different_widths(family: str, tmp_path: Path) -> None:
     check(model, OpenVino().emit(student_of(model), tmp_path)[0])
 
 
+@pytest.mark.slow
 def test_a_model_without_an_architecture_map(tmp_path: Path) -> None:
     model = tiny_model("electra", layers=2, embedding_size=16)
     check(model, OpenVino().emit(student_of(model), tmp_path)[0])
