@@ -33,6 +33,7 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, NoSuchM
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from autolite.errors import RunError, StorageError
+from autolite.interrupts import let_finish
 from autolite.measure import Measurement
 
 NAME = ".name"  # the file in a run's folder with what the run is called in its database
@@ -168,6 +169,7 @@ class Store:
         self.url, self.run = url, run
         with storage_errors(url):
             self._engine = create_engine(url, **engine_kwargs(url))
+            let_finish(self._engine)
             if self._engine.dialect.name == "sqlite":
                 event.listen(self._engine, "connect", _use_wal)
             try:

@@ -35,6 +35,7 @@ LAYERS = [
     "codebooks",
     "formats",
     "host_lock",
+    "interrupts",
     "measure",
     "store",
     "hf_quantizer transformers_hook reload",

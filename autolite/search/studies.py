@@ -16,6 +16,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from autolite.errors import RunError
+from autolite.interrupts import let_finish
 from autolite.search.leases import Lease, LeaseLostError
 from autolite.search.samplers import SAMPLERS, MakeSampler, sampler_of
 from autolite.search.settings import Settings
@@ -35,6 +36,7 @@ class FencedStorage(RDBStorage):
 
     def __init__(self, url: str, run: str = "") -> None:
         super().__init__(url, engine_kwargs=engine_kwargs(url))
+        let_finish(self.engine)
         self._run = run
         self._fences: dict[int, Lease] = {}
 
