@@ -92,12 +92,13 @@ def in_bins(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def grouped(weight: Tensor, importance: Tensor | None, group: int) -> tuple[Tensor, Tensor]:
     """Return the values [n * groups, group] of a matrix [n, k] that share a scale, zeros at the end of a row, and the
-    weights of their squared errors, which broadcast to that."""
-    groups = grouping.split(weight, group)
-    if importance is None and weight.shape[1] % group == 0:
-        return groups, torch.ones(1, 1)
-    importance = torch.ones(1, 1) if importance is None else importance
-    return groups, grouping.split(importance.expand(weight.shape), group)
+    weights of their squared errors, which broadcast to that: none where all are zero, which a scale of zero is for."""
+    groups, weights = grouping.split(weight, group), torch.ones(1, 1)
+    if importance is not None or weight.shape[1] % group:
+        importance = weights if importance is None else importance
+        weights = grouping.split(importance.expand(weight.shape), group)
+    used = (groups != 0).any(dim=1, keepdim=True)
+    return groups, weights if used.all() else weights * used
 
 
 def best_scales(groups: Tensor, weights: Tensor, levels: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:

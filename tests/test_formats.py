@@ -65,6 +65,14 @@ def test_encoding_a_decoded_matrix_changes_nothing(name: str, weight: torch.Tens
     assert ((twice - once).abs() <= tolerance).all()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_groups_of_zeros_take_no_level_from_the_others(bits: int) -> None:
+    """As many values as there are levels, 2^-i in each row, are exact beside rows that were pruned."""
+    values = 2.0 ** -torch.arange(2**bits)
+    weight = torch.cat((values.expand(3, -1), torch.zeros(5, len(values))))
+    assert torch.equal(decode(encode(weight, f"kmeans{bits}-g64")), weight)
+
+
 @pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if isinstance(form.layout, Linear)])
 @settings(max_examples=12, deadline=None)
 @given(weight=matrices)
