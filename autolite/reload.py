@@ -97,12 +97,10 @@ def load_model(model: str, task_auto_class: str) -> tuple[PreTrainedModel, Any]:
                 "transformers itself has"
             ) from error
         raise ModelError(f"cannot read the configuration of '{model}': {first_line(error)}") from error
-    quantized = getattr(settings, "quantization_config", None) or {}
-    method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
-    if quantized and method != METHOD:
+    quantized = getattr(settings, "quantization_config", None)
+    if quantized and (method := quantized.get("quant_method")) != METHOD:
         raise ModelError(
-            f"the weights of '{model}' are quantized already ({method or 'by an unknown method'}): give the model that "
-            "they were made from"
+            f"the weights of '{model}' are quantized already ({method}): give the model that they were made from"
         )
     auto: Any = getattr(transformers, task_auto_class)
     if type(settings) not in auto._model_mapping:

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from autolite.hardware.profile import Profile
 
-__all__ = ["load_target", "target_names"]
+__all__ = ["LOCAL", "load_target", "target_names"]
+
+LOCAL = "local"  # the name of this machine, which is measured
 
 
 def target_names() -> list[str]:
     """Return what `--target` knows by name: the shipped profiles and "local", this machine."""
     from autolite.hardware.profile import profile_names
 
-    return [*profile_names(), "local"]
+    return [*profile_names(), LOCAL]
 
 
 def load_target(
@@ -33,7 +35,7 @@ def load_target(
     Raises:
         TargetError: if the target is unknown or its file invalid, or `threads` is not available here.
     """
-    if str(name_or_path) == "local":
+    if str(name_or_path) == LOCAL:
         from autolite.hardware.local import local_profile
 
         return local_profile(threads, progress=progress)

@@ -17,6 +17,7 @@ import numpy as np
 from autolite.errors import StorageError, TargetError
 from autolite.files import write_atomically
 from autolite.formats import FORMATS, INT7, Format
+from autolite.hardware import LOCAL
 from autolite.hardware.probes import ACTIVATION, CHAIN, KERNELS, LAYER_ROWS, LAYERS, NORMALIZATION, Probe, probes
 from autolite.hardware.processor import cores, processors
 from autolite.hardware.profile import Profile, dump_profile, parse_profile
@@ -195,7 +196,7 @@ def fit_profile(
         "power": number(4 + 6 * threads, "W", 0.7, "assumed", watts),
     }
     profile = {
-        "name": "local",
+        "name": LOCAL,
         "description": f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}, ONNX Runtime {version}",
         "default_unit": "cpu",
         "units": [unit],

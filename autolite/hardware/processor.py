@@ -11,7 +11,7 @@ _DEPTH = 8  # products of one sum
 
 
 def processors() -> int:
-    """Return how many logical processors this process may use: all, or what a container or a scheduler leaves it."""
+    """Return how many logical processors this process may run on: all, or those that a scheduler gave it."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

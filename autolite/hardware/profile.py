@@ -15,8 +15,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from autolite import registry
 from autolite.errors import TargetError, unknown
+from autolite.hardware import LOCAL
 
-LOCAL = "local"  # the name of this machine, which is measured
 Kind = Literal["datasheet", "measured", "calibrated", "derived", "assumed"]
 _SHORT = ("value", "unit", "kind", "source", "date", "sigma")
 

@@ -13,6 +13,7 @@ from autolite import export
 from autolite.compress import training
 from autolite.errors import PlanError
 from autolite.front import Candidate, Quality
+from autolite.hardware import LOCAL
 from autolite.hardware.predict import predict_faster
 from autolite.plan import Plan
 from autolite.search.evaluate import Evaluation, evaluate, kept_on
@@ -70,7 +71,7 @@ def confirm(
         **found.predicted,
         "faster": predict_faster(problem.teacher.shape, found.student.shape, problem.profile, problem.workload),
     }
-    if problem.profile.name == "local":
+    if problem.profile.name == LOCAL:
         vocab = min(problem.teacher.shape.vocab, found.student.shape.vocab)
         numbers |= measured(problem, {"candidate": found.files[0]}, vocab)["candidate"]
     files = [file.relative_to(part).as_posix() for file in found.files]

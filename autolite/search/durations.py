@@ -15,6 +15,7 @@ import numpy as np
 
 from autolite.compress import canonical, student_plan, untrained
 from autolite.errors import PlanError
+from autolite.hardware import LOCAL
 from autolite.plan import Plan
 from autolite.search.problem import Problem
 from autolite.search.timing import SECONDS
@@ -196,7 +197,7 @@ def scoring_seconds(trials: Sequence[FrozenTrial]) -> float:
 def folder_seconds(problem: Problem, processes: int) -> float:
     """What a confirmed candidate costs beside training and scoring: its folder, and on this machine its timing, for
     which all processes stop."""
-    return 3.0 + (2 * SECONDS * processes if problem.profile.name == "local" else 0.0)
+    return 3.0 + (2 * SECONDS * processes if problem.profile.name == LOCAL else 0.0)
 
 
 def _trained(trial: FrozenTrial) -> bool:

@@ -90,10 +90,8 @@ class Engine:
     def _teacher(self, stage: Stage) -> None:
         problem, split = self.problem, SPLITS[stage]
         quality = problem.teacher_quality(split)
-        if stage == "confirm":
-            problem.teacher_quality(
-                "test"
-            )  # takes longer than any student's: before the time that is left is shared out
+        if stage == "confirm":  # slower than any student's: before the time that is left is shared out
+            problem.teacher_quality("test")
         predicted = price(problem, problem.teacher.shape)
         size = float(sum(f.stat().st_size for f in problem.baseline))
         attributes = {"teacher": True, "plan": Plan(seed=problem.settings.seed).to_json(), "stage": stage}

@@ -23,7 +23,7 @@ from autolite.errors import InputError, PlanError, RunError, first_line
 from autolite.export import Provenance
 from autolite.files import sha256, write_atomically
 from autolite.front import Quality
-from autolite.hardware import load_target
+from autolite.hardware import LOCAL, load_target
 from autolite.hardware.profile import Profile, dump_profile, parse_profile
 from autolite.measure import Workload
 from autolite.plan import Plan
@@ -95,7 +95,7 @@ class Problem:
     def emit(self, student: Student, folder: Path, *, final: bool) -> list[Path]:
         """Write a student's artifact for the workload. Of equivalent forms a `final` one has the fastest: by
         measurements where the target is here, for which whatever else trains here pauses."""
-        tuned = final and self.profile.name == "local"
+        tuned = final and self.profile.name == LOCAL
         return self.runtime.emit(student, folder, self.workload, tuned)
 
     def runtime_of(self, file: Path) -> Runtime:
@@ -254,7 +254,7 @@ def load_problem(
     if settings.loss is not None or settings.metric is not None:
         task = CustomTask(task, settings.loss, settings.metric)
     runtime: Runtime = registry.get("runtime", settings.runtime)
-    if isinstance(runtime, AutoRuntime) and settings.target != "local":
+    if isinstance(runtime, AutoRuntime) and settings.target != LOCAL:
         raise InputError(
             f"--runtime auto times both runtimes on this machine, which is not '{settings.target}': use --target "
             "local, or name the runtime"
@@ -299,7 +299,7 @@ def load_problem(
     )
     if baseline is None:
         note("emitting the baseline")
-        baseline = runtime.emit(teacher, folder, workload, tuned=profile.name == "local")
+        baseline = runtime.emit(teacher, folder, workload, tuned=profile.name == LOCAL)
     others = tuple(_prices(name, teacher.shape, asked, store, note) for name in settings.others)
     return Problem(
         settings, space, task, data, teacher, tokenizer, runtime, profile, workload, context, baseline, {}, others
@@ -355,7 +355,7 @@ def _check_device(name: str) -> None:
 
 def _profile(target: str, threads: int | None, store: Store, note: Callable[[str], None]) -> Profile:
     """Load the target; this machine is measured once a run, so that all of its plans are priced by the same numbers."""
-    if target != "local":
+    if target != LOCAL:
         return load_target(target)
     known = store.get("profile")
     if known is not None:

@@ -17,7 +17,8 @@ from autolite import registry
 from autolite.architecture import ModelShape
 from autolite.errors import InputError, RunError, TargetError
 from autolite.front import Candidate, Constraints, Front, Interval, Quality, Result, read_front
-from autolite.hardware import load_target
+from autolite.hardware import LOCAL, load_target
+from autolite.inference import MANIFEST
 from autolite.measure import Workload
 from autolite.plan import Plan
 from autolite.search.choose import point
@@ -90,7 +91,7 @@ def reprice(
     }
     folder = run.path if isinstance(run, Result) else Path(run)
     before = read_front(folder)
-    if target != "local":  # a wrong name or file is told first; "local" may have to be measured
+    if target != LOCAL:  # a wrong name or file is told first; "local" may have to be measured
         load_target(target)
     record = _read(folder, before, storage)
     begun = record.workload
@@ -115,7 +116,7 @@ def _repriced(folder: Path, before: Front, record: _Record, prices: Prices, limi
             "Search for that target in a folder of its own (--out)"
         )
     chosen = front.candidates
-    removed = tuple(c.id for c in chosen if not (folder / c.path / "autolite.json").is_file())
+    removed = tuple(c.id for c in chosen if not (folder / c.path / MANIFEST).is_file())
     confirmed = {_untrained(candidate.plan) for candidate in record.candidates}
     promising = tuple(
         one
@@ -206,7 +207,7 @@ def _teacher(folder: Path, candidates: Iterable[Candidate]) -> ModelShape:
     """Read the teacher's shape off a candidate that only has other number formats, for a run that did not keep it."""
     for candidate in candidates:
         techniques = [registry.get("technique", step.technique) for step in candidate.plan.steps]
-        manifest = folder / candidate.path / "autolite.json"
+        manifest = folder / candidate.path / MANIFEST
         if all(technique.numeric for technique in techniques) and manifest.is_file():
             found: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
             return ModelShape.from_json(found["shape"]).without_formats()

@@ -18,8 +18,9 @@ from autolite import registry
 from autolite.errors import InputError, NoCandidateError, PlanError, RunError
 from autolite.files import write_atomically
 from autolite.front import Candidate, Front, Result, front_file, read_front, write_json
-from autolite.hardware import load_target
+from autolite.hardware import LOCAL, load_target
 from autolite.hardware.local import cpu_name
+from autolite.inference import MANIFEST
 from autolite.plan import Plan
 from autolite.search.choose import blocked, choose
 from autolite.search.confirm import confirm, score_on_test
@@ -62,7 +63,7 @@ def run(settings: Settings, observer: Observer = silent) -> Result:
         )
     space = load_space(settings.space)
     for target in (settings.target, *settings.others):
-        if target != "local":  # a wrong name or file is told at once; "local" may have to be measured first
+        if target != LOCAL:  # a wrong name or file is told at once; "local" may have to be measured first
             load_target(target)
     with storage_errors(str(settings.out)), _locked(settings.out):
         store = Store(settings.storage_url, _name(settings))
@@ -122,7 +123,7 @@ def _search_as_leader(
         try:
             with local_workers(settings, observer):
                 engine.run()
-            timing = "timing the finalists together, " if problem.profile.name == "local" else ""
+            timing = "timing the finalists together, " if problem.profile.name == LOCAL else ""
             engine.show(stage="finish", doing=f"{timing}scoring the finalists on the test split", step=0, steps=0)
             _write_front(problem, studies, store, clock, complete=True)
             store.put(SINCE, len(studies["recover"].study.get_trials(deepcopy=False)))
@@ -162,7 +163,7 @@ def _is_whole(front: Front, settings: Settings) -> bool:
     return (
         front.complete
         and (front.constraints, front.objectives) == (settings.constraints, settings.objectives)
-        and all((settings.out / each.path / "autolite.json").is_file() for each in _listed(front))
+        and all((settings.out / each.path / MANIFEST).is_file() for each in _listed(front))
     )
 
 
@@ -249,7 +250,7 @@ def _write_front(
     candidates = [Candidate.from_json(t.user_attrs["candidate"]) for t in studies["confirm"].trials()]
     if not candidates and not complete:
         candidates = list(_early(problem, studies))
-    if complete and problem.profile.name == "local":
+    if complete and problem.profile.name == LOCAL:
         candidates = measured_together(problem, candidates, store)
     front, misses = choose(candidates, limits, problem.settings.objectives)
     first = Front(
@@ -312,7 +313,7 @@ def _processors(studies: dict[Stage, StageStudy]) -> set[str]:
 
 def _make_folder(problem: Problem, candidate: Candidate) -> None:
     """Make a confirmed candidate's folder anew if it is gone: dominated then, wanted under other constraints now."""
-    if not (problem.settings.out / candidate.path / "autolite.json").is_file():
+    if not (problem.settings.out / candidate.path / MANIFEST).is_file():
         confirm(problem, candidate.plan, lambda done, total: None, candidate.stage)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from autolite.compress import canonical
 from autolite.errors import PlanError
+from autolite.hardware import LOCAL
 from autolite.pareto import nondominated, spread_subset
 from autolite.search.additive import tolerated, worst
 from autolite.search.durations import FEWEST, Durations, Fitted, folder_seconds, scoring_seconds
@@ -229,7 +230,7 @@ def _deadline(stage: Stage, rung: int, problem: Problem, source: Sequence[Frozen
         scored = len(problem.split("search" if trains else "screen"))
         finalists = math.ceil(problem.space.stages["confirm"].trials * FINALISTS_SHARE)
         last = finalists * scoring_seconds(source) * len(problem.data.test) / scored
-        if problem.profile.name == "local":
+        if problem.profile.name == LOCAL:
             last += (1 + problem.space.stages["confirm"].trials) * SECONDS
         left -= min(left / 2, last)
     return clock.spent + max(left, 0.0) * share

@@ -9,6 +9,7 @@ from typing import Any
 
 from autolite import export
 from autolite.front import Candidate
+from autolite.inference import MANIFEST
 from autolite.measure import Measurement, faster, random_texts, time_interleaved, timing_to_measurements
 from autolite.search.problem import Problem, provenance
 from autolite.store import Store
@@ -55,7 +56,7 @@ def measured_together(problem: Problem, candidates: Sequence[Candidate], store: 
     it meets all of them alike, while each was confirmed at another time. Made again only for new candidates."""
     out = problem.settings.out
     known: dict[str, dict[str, dict[str, Any]]] = store.get(_TIMED, {})
-    there = [each for each in candidates if (out / each.path / "autolite.json").is_file()]
+    there = [each for each in candidates if (out / each.path / MANIFEST).is_file()]
     if any(each.id not in known for each in there):
         for group in _groups(there):
             vocab = min(problem.shape(each.plan).vocab for each in group)

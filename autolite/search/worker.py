@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autolite.errors import InputError, RunError
+from autolite.hardware import LOCAL
 from autolite.hardware.processor import cores
 from autolite.search.engine import OPEN, Engine
 from autolite.search.leases import SEARCH, WORKER, Leases, Pauses
@@ -33,7 +34,7 @@ INVITATION = "invitation"  # the fact with what another process needs to work on
 def invite(problem: Problem, space: Space, store: Store) -> None:
     """Leave in the store what workers need; `space` is the one that was asked for, before any of it was left out."""
     settings = problem.settings
-    local = problem.profile.name == "local"
+    local = problem.profile.name == LOCAL
     store.put(
         INVITATION,
         {
