@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pytest
 import autolite
 from autolite.errors import RunError
 from tests.conftest import RunSearch
+from tests.processes import CommandLine
 from tests.search.test_run import completed, strip
 
 TRIALS = 10
@@ -24,14 +22,11 @@ class Session:
     """`autolite search` as a process of its own, watched through its JSON events."""
 
     def __init__(self, teacher: Path, data: Path, space: Path, out: Path, *more: str) -> None:
-        command = [sys.executable, "-m", "autolite", "search", "--model", str(teacher), "--data", str(data)]
-        command += ["--space", str(space), "--target", "pixel8", "--budget", f"{TRIALS}trials", "--out", str(out)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([*command, *more, "--json"], stdout=subprocess.PIPE, text=True, env=environment)
+        words = ["search", "--model", str(teacher), "--data", str(data), "--space", str(space), "--out", str(out)]
+        self.process = CommandLine(*words, "--target", "pixel8", "--budget", f"{TRIALS}trials", *more, "--json")
 
     def wait_for_trials(self, count: int) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self.process.lines():
             event = json.loads(line)
             if sum(done for done, _ in event.get("trials", {}).values()) >= count:
                 return
@@ -39,8 +34,7 @@ class Session:
 
     def stop(self, how: signal.Signals) -> int:
         self.process.send_signal(how)
-        self.process.communicate(timeout=120)
-        return self.process.returncode
+        return self.process.wait(120)
 
 
 def test_killed_twice_it_ends_with_every_trial_once(

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +26,7 @@ from autolite.search.settings import Budget, Settings
 from autolite.store import Store
 from autolite.tasks.base import DataSpec
 from tests.conftest import RunSearch
+from tests.processes import CommandLine, hold_first_trial
 from tests.search.test_resume import Session
 from tests.search.test_run import completed
 
@@ -38,24 +38,6 @@ SETTINGS = Settings(
     "language-modeling", "decoder", Budget(trials=5), Constraints(max_drop=0.01, strict=True), "tokens=8",
     "onnxruntime", "sqlite:///x.db", 3, "cpu", 1000,
 )  # fmt: skip
-
-# A worker that stops in its first trial, when its student is trained and scored, until a file is there.
-HELD = f"""
-import sys, time
-from pathlib import Path
-from autolite.search import engine, leases
-leases.SECONDS = {LEASE}
-original = engine.evaluate
-def held(*arguments):
-    found = original(*arguments)
-    Path(sys.argv[1], "evaluated").touch()
-    while not Path(sys.argv[1], "go").exists():
-        time.sleep(0.05)
-    return found
-engine.evaluate = held
-from autolite.cli import main
-main(["worker", sys.argv[2], "--quiet", "--threads", "1"])
-"""
 
 
 def until(condition: Callable[[], object], seconds: float = 120) -> None:
@@ -98,22 +80,26 @@ def before_first(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) ->
 
 
 # What two processes do on SQLite is below.
-@pytest.mark.parametrize("storage", [pytest.param("sqlite", marks=pytest.mark.slow), "postgresql"], indirect=True)
-def test_three_processes_end_with_exactly_the_trials_of_the_budget(
-    storage: str, run_search: RunSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("storage", "others"),
+    [("postgresql", 1), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("sqlite", "postgresql"))],
+    indirect=["storage"],
+)
+def test_several_processes_end_with_exactly_the_trials_of_the_budget(
+    storage: str, others: int, run_search: RunSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
 
     def wait_for_workers() -> None:
         store = Store(storage, (out / ".name").read_text(encoding="utf-8"))
-        until(lambda: len(store.leases("trial ")) == 3)
+        until(lambda: len(store.leases("trial ")) == others + 1)
         store.close()
 
     before_first(monkeypatch, wait_for_workers)
-    result = run_search(out=out, storage=storage, workers=2, budget=f"{TRIALS}trials")
+    result = run_search(out=out, storage=storage, workers=others, budget=f"{TRIALS}trials")
     found = evaluated(storage, out)
     assert len(found) == TRIALS
-    assert len({t.user_attrs["worker"] for t in found}) == 3
+    assert len({t.user_attrs["worker"] for t in found}) == others + 1
     assert result.front.complete
     assert all((out / c.path / "model.onnx").is_file() for c in result.front)
     assert not [p for pattern in ("**/.*.part", "scratch", "candidates/.*") for p in out.glob(pattern)]
@@ -128,10 +114,11 @@ def test_the_trial_of_a_worker_that_is_gone_is_taken_up_and_told_once(
 ) -> None:
     out, storage = tmp_path / "run", f"sqlite:///{tmp_path / 'run' / 'study.db'}"
     monkeypatch.setattr(leases, "SECONDS", LEASE)
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[CommandLine] = []
 
     def start_and_lose_a_worker() -> None:
-        started.append(subprocess.Popen([sys.executable, "-c", HELD, str(tmp_path), str(out)]))
+        words = ("worker", str(out), "--quiet", "--threads", "1")
+        started.append(CommandLine(*words, patch=hold_first_trial, given=(tmp_path, LEASE)))
         until((tmp_path / "evaluated").exists)
         started[0].send_signal(how)
 
@@ -144,10 +131,10 @@ def test_the_trial_of_a_worker_that_is_gone_is_taken_up_and_told_once(
     (tmp_path / "go").touch()
     if how == signal.SIGSTOP:  # it wakes up with a result that is not its own any more, and an end that it missed
         process.send_signal(signal.SIGCONT)
-        assert process.wait(timeout=60) == 0
+        assert process.wait(60) == 0
         assert {t.number: t for t in trials(storage, out)["screen"]} == before
         assert not list((out / "scratch").glob("*"))
-    assert process.wait(timeout=60) in (0, -signal.SIGKILL)
+    assert process.wait(60) in (0, -signal.SIGKILL)
 
 
 def test_ctrl_c_ends_the_workers_too(tiny_teacher: Path, tiny_data: Path, tiny_space: Path, tmp_path: Path) -> None:
