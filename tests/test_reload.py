@@ -292,7 +292,9 @@ def test_importing_autolite_imports_nothing_heavy() -> None:
     assert run_python(f"import sys, autolite; print(sorted(set('{heavy}'.split()) & set(sys.modules)))") == "[]"
 
 
-@pytest.mark.parametrize("order", ["autolite, transformers", "transformers, autolite"])
+@pytest.mark.parametrize(
+    "order", ["transformers, autolite", pytest.param("autolite, transformers", marks=pytest.mark.slow)]
+)
 def test_reloading_works_whichever_is_imported_first(order: str, tmp_path: Path) -> None:
     save_student(model := compressed(), shape_of(model), tmp_path)
     code = f"""

@@ -60,7 +60,7 @@ BEYOND: dict[str, dict[str, Any]] = {
     "bert": {"hidden_act": "mish"},
     "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
 }
-QUICK = ("deberta-v2", "opt")
+QUICK = ("electra", "opt")
 EVERY = [
     pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in (*CLASSIFIERS, *GENERATORS, *BEYOND)
 ]
@@ -189,6 +189,7 @@ def test_products_are_those_of_the_format(kind: str, tmp_path: Path) -> None:
     assert not floats
 
 
+@pytest.mark.slow
 def test_products_with_what_does_not_depend_on_the_input_are_left_to_loading(tmp_path: Path) -> None:
     shape = shape_of(model_of("deberta-v2"))  # its relative positions are projected by the queries' and keys' matrices
     assert shape.unmapped is not None

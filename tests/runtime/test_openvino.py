@@ -132,11 +132,15 @@ def test_token_types_count_and_are_zero_where_not_given(tmp_path: Path) -> None:
     assert not np.allclose(run(runner, inputs), run(runner, types), atol=1e-3)
 
 
-# Formats that round weights only. Tables are looked up in the formats that can be.
-@pytest.mark.parametrize("form", [f.name for f in FORMATS.values() if f.activations != "static"])
-@pytest.mark.parametrize(("family", "task"), [("bert", "text-classification"), ("llama", "language-modeling")])
+# Formats that round weights only: all of them in one family, and one of each kind of code in the other.
+ROUNDED = [("bert", "text-classification", f.name) for f in FORMATS.values() if f.activations != "static"]
+ROUNDED += [("llama", "language-modeling", form) for form in ("bf16", "int8", "int8-asym", "int4", "kmeans3-g64")]
+
+
+@pytest.mark.parametrize(("family", "task", "form"), ROUNDED)
 def test_products_are_those_of_the_decoded_matrices(family: str, task: str, form: str, tmp_path: Path) -> None:
-    """Activations may be rounded by each call's range on processors that multiply 8-bit integers."""
+    """Tables are looked up in the formats that can be. Activations may be rounded by each call's range on processors
+    that multiply 8-bit integers."""
     table = form if FORMATS[form].embedding else "bf16"
     student = calibrated(family, task, attention=form, ffn=form, embedding=table, head=form)
     inputs = random_inputs(student.model, 8, 21)
@@ -276,6 +280,7 @@ def test_nothing_local_is_in_a_model(tmp_path: Path) -> None:
     assert "onnxruntime" not in text
 
 
+@pytest.mark.slow
 def test_nothing_is_reported_to_others(tmp_path: Path) -> None:
     """OpenVINO's telemetry is a package that it does without where it is not installed; it writes before it sends."""
     code = "from autolite.runtime import openvino; openvino.imported().Core(); import sys; print(sorted(sys.modules))"
