@@ -16,6 +16,7 @@ ROOT = Path(autolite.__file__).parent
 LAYERS = [
     "errors",
     "files",
+    "cache",
     "registry",
     "plan",
     "families",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import os
 import platform
 import re
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from autolite.cache import cache_dir
 from autolite.errors import StorageError, TargetError
 from autolite.files import write_atomically
 from autolite.formats import FORMATS, INT7, Format
@@ -99,11 +99,6 @@ def check_threads(threads: int) -> None:
         raise TargetError(
             f"threads={threads}, but this process may use {available} processors: ask for 1 to {available}"
         )
-
-
-def cache_dir() -> Path:
-    """Return the user's cache folder for AutoLite: `$XDG_CACHE_HOME/autolite`, or `~/.cache/autolite`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autolite"
 
 
 def cpu_name() -> str:

@@ -17,9 +17,10 @@ import numpy as np
 import onnxruntime
 import torch
 
+from autolite.cache import cache_dir
 from autolite.errors import StorageError
 from autolite.formats import FORMATS, encode
-from autolite.hardware.local import cache_dir, cpu_name
+from autolite.hardware.local import cpu_name
 from autolite.hardware.processor import saturates
 from autolite.measure import time_interleaved
 from autolite.parts import Matrix, Norm

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from contextlib import suppress
-
 import numpy as np
 from numpy.typing import NDArray
 
 from autolite import registry
-from autolite.errors import StorageError
-from autolite.files import write_atomically
-from autolite.hardware.local import cache_dir
+from autolite.cache import remember, remembered
 from autolite.space import Space
 from autolite.techniques.base import Context, Layered, weights_digest
 
@@ -39,15 +33,9 @@ def damages(space: Space, context: Context) -> Damages:
 
 
 def _kept(technique: Layered, name: str, levels: tuple[object, ...], context: Context) -> NDArray[np.float64]:
-    given = [weights_digest(context.teacher.model), context.training_data(), context.seed, name, levels, _REVISION]
-    digest = hashlib.sha256(json.dumps(given).encode()).hexdigest()[:24]
-    file = cache_dir() / "sensitivities" / f"{digest}.json"
-    with suppress(OSError, ValueError):  # a damaged file is made anew
-        known = np.array(json.loads(file.read_text(encoding="utf-8")), dtype=np.float64)
-        if known.shape == (len(levels), len(context.teacher.shape.stacks[-1].layers)):
-            return known
-    values = technique.damage(name.partition(".")[2], levels, context)
-    with suppress(OSError, StorageError):  # a folder that cannot be written only costs time
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(values).encode())
+    key = [weights_digest(context.teacher.model), context.training_data(), context.seed, name, levels, _REVISION]
+    values = remembered("sensitivities", key)
+    if values is None:
+        values = technique.damage(name.partition(".")[2], levels, context)
+        remember("sensitivities", key, values)
     return np.array(values, dtype=np.float64)

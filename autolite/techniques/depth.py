@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.nn import functional as F
 
+from autolite.cache import remember, remembered
 from autolite.parts import layer_modules
 from autolite.surgery import clone, keep_layers
 from autolite.techniques.base import Context, Student
@@ -19,6 +20,8 @@ from autolite.techniques.teacher import forward, to_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_REVISION = 1  # of what is computed here: what is kept of another one is not read
 
 Choice = Literal["spaced", "similarity", "damage", "second-order"]
 
@@ -36,7 +39,8 @@ def spaced_layers(layers: int, fraction: float) -> tuple[int, ...]:
 
 
 def chosen_layers(student: Student, choice: Choice, count: int, context: Context) -> tuple[int, ...]:
-    """Return the `count` layers that stay, ascending, from `context.memory` if these weights were looked at before.
+    """Return the `count` layers that stay, ascending, from `context.memory` or the user's cache folder if these weights
+    were looked at before.
 
     "similarity": those of the largest block influence. "damage": layers are skipped one after the other, each time the
     one without which the loss on the calibration examples is least. "second-order": the same with every gap bridged by
@@ -44,22 +48,34 @@ def chosen_layers(student: Student, choice: Choice, count: int, context: Context
     those that it is fitted to, which it flatters, unless the training split has no others.
     """
     layers = len(student.shape.stacks[-1].layers)
-    key = f"{scored_on(student, context)}-layers-{choice}"
+    scored = scored_on(student, context)
+    key = f"{scored}-layers-{choice}"
     if choice == "similarity":
         if key not in context.memory:
             context.memory[key] = block_influence(student.model, context)
         ranked = torch.argsort(context.memory[key], stable=True).tolist()
         return tuple(sorted(ranked[layers - count :]))
-    gone: list[int] = context.memory.setdefault(key, [])
-    original: Any = clone(student.model) if choice == "second-order" else None
+    gone: list[int] = context.memory.get(key, [])
+    if len(gone) < layers - count:  # it takes a minute, which other processes and later runs need not spend again
+        named = [scored, context.training_data(), choice, _REVISION]
+        known = remembered("layers", named) or []
+        gone = context.memory[key] = _removed(student, choice, layers - count, known, context)
+        remember("layers", named, gone)
+    return tuple(index for index in range(layers) if index not in gone[: layers - count])
+
+
+def _removed(student: Student, choice: Choice, count: int, gone: list[int], context: Context) -> list[int]:
+    """Return the `count` layers that go first, in order, of which some are known, `gone`."""
+    layers, gone = range(len(student.shape.stacks[-1].layers)), list(gone)
+    original: Any = clone(student.model) if choice == "second-order" and len(gone) < count else None
     if original is not None:
         original.to(context.device).train(False)
-    while len(gone) < layers - count:
-        left = [index for index in range(layers) if index not in gone]
+    while len(gone) < count:
+        left = [index for index in layers if index not in gone]
         tried = {index: [i for i in left if i != index] for index in left}
         losses = {index: _loss(student.model, kept, original, context) for index, kept in tried.items()}
         gone.append(min(left, key=lambda index: losses[index]))
-    return tuple(index for index in range(layers) if index not in gone[: layers - count])
+    return gone
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from autolite.cache import cache_dir
 from autolite.errors import TargetError
 from autolite.formats import FORMATS
 from autolite.hardware import load_target, local
@@ -159,11 +160,11 @@ class TestLocalProfile:
     def test_a_damaged_cache_file_is_measured_anew(self, monkeypatch: pytest.MonkeyPatch) -> None:
         measured = self.synthetic(monkeypatch)
         first = local.local_profile(1)
-        (file,) = local.cache_dir().rglob("*.yaml")
+        (file,) = cache_dir().rglob("*.yaml")
         file.write_text(file.read_text()[:300])
         assert local.local_profile(1) == first
         assert len(measured) == 2
-        assert [f.name for f in local.cache_dir().rglob("*") if f.is_file()] == [file.name]
+        assert [f.name for f in cache_dir().rglob("*") if f.is_file()] == [file.name]
 
     def test_what_a_busy_machine_gave_is_used_but_not_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
         measured, said = self.synthetic(monkeypatch, slow=2.0), list[str]()

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from autolite.cache import cache_dir
 from autolite.errors import TargetError
 from autolite.hardware import peaks
-from autolite.hardware.local import cache_dir
 from autolite.hardware.peaks import CLASSES
 from autolite.hardware.probes import Probe, square
 from autolite.measure import Timing

@@ -11,12 +11,6 @@ from tests.search.layers import SPACE
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Estimates that no other test has made."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
 def space_file(tmp_path: Path) -> Path:
     file = tmp_path / "layers.yaml"
     file.write_text(SPACE, encoding="utf-8")

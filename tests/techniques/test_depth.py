@@ -21,6 +21,7 @@ from autolite.techniques.prune import Prune, PruneConfig
 from autolite.techniques.reconstruct import bridge_gaps
 
 MakeContext = Callable[..., Context]
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "gpt2"])
@@ -90,6 +91,17 @@ def test_layers_go_that_the_rest_makes_up_for(make_tiny: MakeContext) -> None:
     assert found == PruneConfig(depth=tuple(i for i in range(4) if i != gone), reconstruct=True)
     whole = Prune().resolve(context.teacher.shape, PruneConfig(layers="second-order"), context)
     assert whole == PruneConfig()
+
+
+def test_other_processes_find_what_was_chosen(make_tiny: MakeContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make_tiny("bert", layers=4)
+    kept = [chosen_layers(first.teacher, "second-order", count, first) for count in (3, 2)]
+    monkeypatch.setattr(depth, "_loss", lambda *_: pytest.fail("scored again"))
+    again = make_tiny("bert", layers=4)  # nothing in its memory
+    assert [chosen_layers(again.teacher, "second-order", count, again) for count in (2, 3)] == kept[::-1]
+    other = make_tiny("bert", layers=4, seed=1)
+    with pytest.raises(pytest.fail.Exception, match="scored again"):
+        chosen_layers(other.teacher, "second-order", 3, other)
 
 
 def test_what_is_fitted_is_not_scored_on_what_it_was_fitted_to(
