@@ -300,4 +300,4 @@ def _quiet(timing: Timing) -> float:
 
 def _sigma(timing: Timing) -> float:
     low, high = timing.median_interval()
-    return max(0.02, (high - low) / (2 * 1.96 * timing.median))
+    return min(max(0.02, (high - low) / (2 * 1.96 * timing.median)), 1.0)  # where others run, it may be a hundred

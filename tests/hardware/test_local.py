@@ -108,6 +108,14 @@ def test_codes_of_seven_bits_take_the_kernel_of_int8_where_that_is_exact() -> No
     assert set(profile.formats) == set(FORMATS)
 
 
+def test_rounds_that_took_a_thousand_times_as_long_make_numbers_unsure_and_nothing_fail() -> None:
+    times, models = world()
+    disturbed = {name: Timing((*[(us / 1e3,)] * 3, *[(us,)] * 2)) for name, us in times.items()}
+    profile = local.fit_profile(disturbed, models, 1, "1.0", NOMINAL, True)
+    assert profile.unit.elementwise["normalization"].value == pytest.approx(3.0, rel=0.1)
+    assert profile.unit.elementwise["normalization"].sigma == profile.fixed.sigma == 1
+
+
 def test_a_few_disturbed_probes_do_not_bend_the_fit() -> None:
     times, models = world()
     for name in ("fp32 128 768 3072", "fp32 64 768 3072", "int8 16 128 512"):
