@@ -356,7 +356,7 @@ def targets(context: click.Context) -> None:
       autolite targets show pixel8
     """
     if context.invoked_subcommand is None:
-        from autolite.hardware.profile import load_profile, profile_names
+        from autolite.hardware.profile_files import load_profile, profile_names
         from autolite.report.tables import targets_table
 
         _console().print(targets_table({name: load_profile(name) for name in profile_names()}))

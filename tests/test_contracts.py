@@ -9,7 +9,7 @@ import pytest
 
 from autolite import contracts, registry
 from autolite.errors import PlanError
-from autolite.hardware.profile import load_profile, profile_names
+from autolite.hardware.profile_files import load_profile, profile_names
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "share": {"part": "ffn", "groups": 1, "init": "best", "rank": 2},

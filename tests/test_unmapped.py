@@ -15,7 +15,7 @@ from autolite.architecture import ModelShape, matmuls, shape_of
 from autolite.errors import ModelError, PlanError
 from autolite.formats import nbytes
 from autolite.hardware.predict import predict, predict_faster
-from autolite.hardware.profile import load_profile
+from autolite.hardware.profile_files import load_profile
 from autolite.measure import Workload
 from autolite.parts import matrices_of
 from autolite.plan import make_step

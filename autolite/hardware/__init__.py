@@ -16,7 +16,7 @@ LOCAL = "local"  # the name of this machine, which is measured
 
 def target_names() -> list[str]:
     """Return what `--target` knows by name: the shipped profiles and "local", this machine."""
-    from autolite.hardware.profile import profile_names
+    from autolite.hardware.profile_files import profile_names
 
     return [*profile_names(), LOCAL]
 
@@ -39,6 +39,6 @@ def load_target(
         from autolite.hardware.local import local_profile
 
         return local_profile(threads, progress=progress)
-    from autolite.hardware.profile import load_profile
+    from autolite.hardware.profile_files import load_profile
 
     return load_profile(name_or_path)

@@ -20,7 +20,8 @@ from autolite.formats import FORMATS, INT7, Format
 from autolite.hardware import LOCAL
 from autolite.hardware.probes import ACTIVATION, CHAIN, KERNELS, LAYER_ROWS, LAYERS, NORMALIZATION, Probe, probes
 from autolite.hardware.processor import cores, processors
-from autolite.hardware.profile import Profile, dump_profile, parse_profile
+from autolite.hardware.profile import Profile
+from autolite.hardware.profile_files import dump_profile, parse_profile
 from autolite.host_lock import host_lock
 from autolite.linear_grids import Linear
 from autolite.measure import Timing, time_interleaved

@@ -7,18 +7,15 @@ import hashlib
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from autolite import registry
 from autolite.errors import TargetError, unknown
-from autolite.hardware import LOCAL
 
 Kind = Literal["datasheet", "measured", "calibrated", "derived", "assumed"]
-_SHORT = ("value", "unit", "kind", "source", "date", "sigma")
+# The parts of a number in short form, in order.
+SHORT = ("value", "unit", "kind", "source", "date", "sigma")
 
 
 class _Strict(BaseModel):
@@ -52,11 +49,9 @@ class Number(_Strict):
     def _short(cls, data: Any) -> Any:
         if not isinstance(data, list | tuple):
             return data
-        if len(data) != len(_SHORT):
-            raise ValueError(
-                f"a number in short form is [{', '.join(_SHORT)}], but this has {len(data)} of the 6 parts"
-            )
-        return dict(zip(_SHORT, data, strict=True))
+        if len(data) != len(SHORT):
+            raise ValueError(f"a number in short form is [{', '.join(SHORT)}], but this has {len(data)} of the 6 parts")
+        return dict(zip(SHORT, data, strict=True))
 
     def __str__(self) -> str:
         unit = "" if self.unit == "1" else f" {self.unit}"
@@ -148,14 +143,21 @@ class Memory(_Strict):
 
     Args:
         size: all of it.
+        usable: what one program may have of it, if that is known to be less.
         bandwidth: at which a product with one row reads weights that are not in the cache.
         stall: what such weights add to the time of a product with several rows, as a multiple of bytes / bandwidth: 0
             where reading hides behind computing, above 1 where it is even slower than with one row.
     """
 
     size: Gigabytes
+    usable: Gigabytes | None = None
     bandwidth: GigabytesPerSecond
     stall: Count
+
+    @property
+    def limit(self) -> float:
+        """How many bytes one program may have."""
+        return (self.usable or self.size).value * 1e9
 
 
 class Cache(_Strict):
@@ -190,6 +192,7 @@ class Profile(_Strict):
         dispatch: cost of one operator whatever its size.
         fixed: cost of one call whatever the model.
         idle: watts with nothing to do.
+        thermal: what becomes of its speed when it is warm, in words; predictions are for a cool device.
         packing: bytes that the runtime keeps in memory for a byte of matrix weights, beyond the file's own.
         correction: factor on every predicted time; its sigma is what the model of `predict` misses by itself.
     """
@@ -210,6 +213,7 @@ class Profile(_Strict):
     idle: Watts
     packing: Count
     correction: Ratio
+    thermal: str = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> Profile:
@@ -239,6 +243,22 @@ class Profile(_Strict):
         """Threads of the default compute unit: the default of a workload on this target."""
         return self.unit.threads
 
+    def on(self, unit: str) -> Profile:
+        """Return the profile with another default unit, called after both.
+
+        Raises:
+            TargetError: if there is no such unit, or models cannot run there.
+        """
+        names = [each.name for each in self.units]
+        if unit not in names:
+            raise TargetError(unknown(f"unit of {self.name}", unit, names))
+        data = {**self.model_dump(), "name": f"{self.name}-{unit}", "default_unit": unit}
+        try:
+            return Profile.model_validate(data)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise TargetError(f"{self.name}:{unit}: {message}") from None
+
     @cached_property
     def digest(self) -> str:
         """First 12 hexadecimal digits of the SHA-256 of the profile's JSON."""
@@ -264,76 +284,6 @@ def _numbers(node: Any, path: str) -> list[tuple[str, Number]]:
     else:
         return []
     return [found for name, part in parts for found in _numbers(part, f"{path}.{name}".lstrip("."))]
-
-
-def profile_names() -> list[str]:
-    """Return the names of the shipped profiles."""
-    return sorted(path.stem for path in registry.data_dir("hardware_profiles").glob("*.yaml"))
-
-
-def load_profile(name_or_path: str | Path) -> Profile:
-    """Read a profile by its name, or from a YAML file (a path that ends in .yaml or .yml).
-
-    What `local` measured on another machine is called by its file, for it is no longer this machine's.
-
-    Raises:
-        TargetError: if there is no such profile (the nearest is named), or the file, field and value that are wrong.
-    """
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        names = profile_names()
-        if str(name_or_path) not in names:
-            message = unknown("target", str(name_or_path), [*names, LOCAL])
-            raise TargetError(f"{message}. A profile of your own is given as a path that ends in .yaml")
-        path = registry.data_dir("hardware_profiles") / f"{name_or_path}.yaml"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TargetError(f"cannot read the hardware profile {path}: {error}") from None
-    profile = parse_profile(text, str(path))
-    if profile.name != LOCAL:
-        return profile
-    if path.stem == LOCAL:
-        raise TargetError(f"{path} would be taken for this machine, which is measured: give the file another name")
-    return profile.model_copy(update={"name": path.stem})
-
-
-def parse_profile(text: str, where: str) -> Profile:
-    """Read a profile from YAML text; `where` names it in errors.
-
-    Raises:
-        TargetError: naming `where`, the field, its value and the remedy.
-    """
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise TargetError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise TargetError(f"{where} holds {type(data).__name__}, not a profile: see docs/targets.md for the fields")
-    try:
-        return Profile.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "profile"
-        value = "" if isinstance(first["input"], dict) else f", but got {first['input']!r}"
-        message = first["msg"].removeprefix("Value error, ")
-        raise TargetError(f"{where}: {field}: {message}{value}. See docs/targets.md") from None
-
-
-def dump_profile(profile: Profile) -> str:
-    """Return the YAML of a profile, numbers in short form; `parse_profile` reads it back equal."""
-
-    def plain(node: Any) -> Any:
-        if isinstance(node, dict):
-            if set(node) == set(_SHORT):
-                return [node[part] for part in _SHORT]
-            return {key: plain(value) for key, value in node.items() if value not in (None, "", {})}
-        if isinstance(node, list | tuple):
-            return node[0] if len(node) == 1 and isinstance(node[0], str) else [plain(item) for item in node]
-        return node
-
-    data = plain(profile.model_dump(mode="python"))
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000, default_flow_style=None)
 
 
 def growth(sigma: float) -> float:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from autolite.front import Front
-    from autolite.hardware.profile import Profile
+    from autolite.hardware.profile import ComputeUnit, Profile
     from autolite.runtime.tune import Found
     from autolite.runtime.variants import Place
     from autolite.search.reprice import Repriced
@@ -132,15 +132,23 @@ def targets_table(profiles: dict[str, Profile]) -> Table:
     for head in ("target", "runs on", "memory", "what it is"):
         table.add_column(head)
     for name, profile in profiles.items():
-        unit = f"{profile.default_unit}, {profile.threads} threads"
-        table.add_row(name, unit, f"{profile.memory.size.value:g} GB", profile.description)
+        memory = f"{profile.memory.size.value:g} GB"
+        table.add_row(name, _unit(profile.unit), memory, profile.description)
+        for unit in profile.units:
+            if unit is not profile.unit and not unit.unavailable:
+                table.add_row(f"{name}:{unit.name}", _unit(unit), memory, "the same, on these cores")
     table.add_row("local", "this machine", "", "measured here when first used")
     return table
 
 
+def _unit(unit: ComputeUnit) -> str:
+    return f"{unit.name}, {unit.threads} thread{'s' if unit.threads > 1 else ''}"
+
+
 def profile_table(profile: Profile) -> Table:
     """Return every number of a profile with where it comes from."""
-    table = Table(title=f"{profile.name}: {profile.description}", title_justify="left")
+    caption = f"when it is warm: {profile.thermal}" if profile.thermal else None
+    table = Table(title=f"{profile.name}: {profile.description}", caption=caption, title_justify="left")
     for head in ("number", "value", "kind", "+-", "source", "date"):
         table.add_column(head)
     for path, number in profile.numbers().items():

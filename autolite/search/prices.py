@@ -49,10 +49,8 @@ class Prices:
             )
         found: dict[str, Any] = self.of_shape(shape)
         need = found["memory_bytes"].low
-        if need > self._memory:
-            raise TargetError(
-                f"it needs at least {need / 1e9:.3g} GB of the {self._memory / 1e9:g} GB of {profile.name}"
-            )
+        if need > (limit := profile.memory.limit):
+            raise TargetError(f"it needs at least {need / 1e9:.3g} GB of the {limit / 1e9:g} GB of {profile.name}")
         found["size_bytes"] = replace(found["size_bytes"], value=size, low=size, high=size, source="measured")
         return found | {"faster": predict_faster(self.teacher, shape, profile, self.workload)}
 
@@ -72,17 +70,13 @@ class Prices:
         and the target's memory. Number formats that the target lacks are "format", with an excess of 1."""
         if self.missing(shape):
             return {"format": 1.0}
-        found = self.of_shape(shape)
+        found, most = self.of_shape(shape), self.profile.memory.limit
         pairs = {
             "latency": (found["latency_ms"].low, limits.max_latency_ms),
             "size": (found["size_bytes"].low, limits.max_size_bytes),
-            "memory": (found["memory_bytes"].low, min(self._memory, limits.max_memory_bytes or self._memory)),
+            "memory": (found["memory_bytes"].low, min(most, limits.max_memory_bytes or most)),
         }
         return {k: value / limit - 1 for k, (value, limit) in pairs.items() if limit is not None and value > limit}
-
-    @property
-    def _memory(self) -> float:
-        return self.profile.memory.size.value * 1e9  # bytes
 
 
 def beyond_on_all(prices: Sequence[Prices], shape: ModelShape, limits: Constraints) -> dict[str, float]:

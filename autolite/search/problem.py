@@ -24,7 +24,8 @@ from autolite.export import Provenance
 from autolite.files import sha256, write_atomically
 from autolite.front import Quality
 from autolite.hardware import LOCAL, load_target
-from autolite.hardware.profile import Profile, dump_profile, parse_profile
+from autolite.hardware.profile import Profile
+from autolite.hardware.profile_files import dump_profile, parse_profile
 from autolite.measure import Workload
 from autolite.plan import Plan
 from autolite.runtime.auto import AutoRuntime

@@ -17,7 +17,8 @@ from autolite.architecture import LayerShape, ModelShape, Stack, shape_of
 from autolite.errors import TargetError
 from autolite.formats import FORMATS
 from autolite.hardware.predict import UNCALIBRATED, predict, predict_faster
-from autolite.hardware.profile import Number, Profile, load_profile, profile_names
+from autolite.hardware.profile import Number, Profile
+from autolite.hardware.profile_files import load_profile, profile_names
 from autolite.measure import Workload
 from autolite.runtime.onnxruntime import OnnxRuntime
 from autolite.techniques.base import Student

@@ -13,7 +13,8 @@ from autolite import registry
 from autolite.errors import TargetError
 from autolite.formats import FORMATS
 from autolite.hardware import load_target, target_names
-from autolite.hardware.profile import Profile, dump_profile, growth, load_profile, parse_profile, profile_names
+from autolite.hardware.profile import Profile, growth
+from autolite.hardware.profile_files import dump_profile, load_profile, parse_profile, profile_names
 
 SHIPPED = profile_names()
 
@@ -73,6 +74,56 @@ def test_what_was_measured_elsewhere_is_not_this_machine(tmp_path: Path) -> None
     assert load_target(tmp_path / "board.yaml").name == "board"
     with pytest.raises(TargetError, match="would be taken for this machine"):
         load_target(tmp_path / "local.yaml")
+
+
+GUESS = ["assumed", "a guess", "2026-01-01", 0.5]
+
+
+def write(file: Path, **fields: Any) -> Path:
+    file.write_text(yaml.safe_dump(fields))
+    return file
+
+
+def test_a_variant_says_only_what_differs(tmp_path: Path) -> None:
+    base = load_profile("pixel8")
+    units = [{"name": "big", "power": [9, "W", *GUESS]}, {"name": "gpu", "threads": 1, "unavailable": "no driver"}]
+    fields = {"description": "mine", "memory": {"size": [12, "GB", *GUESS]}, "units": units}
+    found = load_profile(write(tmp_path / "warm.yaml", extends="pixel8", name="warm", **fields))
+    changed = {path for path, number in found.numbers().items() if number != base.numbers().get(path)}
+    assert changed == {"memory.size", "units.big.power"}
+    assert [unit.name for unit in found.units] == [*(unit.name for unit in base.units), "gpu"]
+    further = write(tmp_path / "hot.yaml", extends="warm.yaml", name="hot", description="hotter")
+    assert load_profile(further).numbers() == found.numbers()
+    assert parse_profile(dump_profile(found), "dump").numbers() == found.numbers()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"extends": "pixle8"}, r"mine\.yaml: extends: unknown target 'pixle8': did you mean 'pixel8'"),
+        ({"extends": "pixel8", "name": None}, r"mine\.yaml: a profile that extends 'pixel8' needs a name of its own"),
+        ({"extends": "mine.yaml"}, r"mine\.yaml: extends mine\.yaml, which extends it in turn"),
+        ({"extends": "nowhere.yaml"}, "cannot read the hardware profile .*nowhere"),
+        ({"extends": "pixel8", "idle": 3}, r"mine\.yaml: idle: .*got 3"),
+    ],
+)
+def test_variants_of_nothing_are_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    given = {"name": "mine", "description": "mine", **fields}
+    file = write(tmp_path / "mine.yaml", **{name: value for name, value in given.items() if value is not None})
+    with pytest.raises(TargetError, match=message):
+        load_profile(file)
+
+
+def test_any_unit_that_models_run_on_can_be_the_target(tmp_path: Path) -> None:
+    profile = load_target("pixel8:prime")
+    assert (profile.name, profile.unit.name, profile.threads) == ("pixel8-prime", "prime", 1)
+    assert profile.numbers() == load_profile("pixel8").numbers()
+    file = write(tmp_path / "mine.yaml", extends="pixel8", name="mine", description="mine")
+    assert load_target(f"{file}:prime").name == "mine-prime"
+    with pytest.raises(TargetError, match="unknown unit of pixel8 'prme': did you mean 'prime'"):
+        load_target("pixel8:prme")
+    with pytest.raises(TargetError, match="pixel8:npu: default_unit 'npu' is unavailable: the Edge TPU"):
+        load_target("pixel8:npu")
 
 
 @pytest.mark.parametrize(

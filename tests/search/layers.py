@@ -5,7 +5,7 @@ from __future__ import annotations
 from autolite import contracts
 from autolite.architecture import ModelShape
 from autolite.hardware.predict import predict
-from autolite.hardware.profile import load_profile
+from autolite.hardware.profile_files import load_profile
 from autolite.measure import Workload
 from autolite.techniques.base import Context
 

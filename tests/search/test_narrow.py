@@ -16,7 +16,7 @@ from autolite.architecture import ModelShape
 from autolite.compress import shape_after
 from autolite.errors import SpaceError
 from autolite.formats import FORMATS, decode, encode
-from autolite.hardware.profile import load_profile
+from autolite.hardware.profile_files import load_profile
 from autolite.measure import Workload
 from autolite.search.narrow import EQUAL, Option, beaten, narrow, rounding, slower
 from autolite.search.prices import Prices

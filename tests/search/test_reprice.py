@@ -24,7 +24,7 @@ from autolite.compress import shape_after
 from autolite.errors import InputError, RunError, TargetError
 from autolite.front import Candidate, Constraints, Front, Interval, Quality, Result, write_json
 from autolite.hardware.predict import predict, predict_faster
-from autolite.hardware.profile import dump_profile, load_profile
+from autolite.hardware.profile_files import dump_profile, load_profile
 from autolite.measure import Workload
 from autolite.plan import Plan, make_step
 from autolite.search.choose import blocked, choose

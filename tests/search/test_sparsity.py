@@ -10,7 +10,8 @@ import pytest
 from autolite.architecture import shape_of
 from autolite.errors import PlanError
 from autolite.hardware.predict import predict
-from autolite.hardware.profile import Profile, load_profile, profile_names
+from autolite.hardware.profile import Profile
+from autolite.hardware.profile_files import load_profile, profile_names
 from autolite.measure import Workload
 from autolite.plan import Plan, make_step
 from autolite.runtime.onnxruntime import OnnxRuntime

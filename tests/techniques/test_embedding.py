@@ -23,7 +23,7 @@ from autolite.families import FAMILIES, family_of
 from autolite.formats import nbytes
 from autolite.hardware.footprint import file_size, matrices
 from autolite.hardware.predict import predict
-from autolite.hardware.profile import load_profile
+from autolite.hardware.profile_files import load_profile
 from autolite.measure import Workload
 from autolite.parts import embeddings_of, head_of, matrices_of
 from autolite.plan import Plan, make_step

@@ -17,7 +17,7 @@ from autolite.compress import compress
 from autolite.errors import PlanError
 from autolite.export import decoded
 from autolite.hardware.predict import predict
-from autolite.hardware.profile import load_profile
+from autolite.hardware.profile_files import load_profile
 from autolite.measure import Workload
 from autolite.parts import layers_of, matrices_of
 from autolite.plan import Plan, make_step
