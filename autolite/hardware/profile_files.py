@@ -98,7 +98,9 @@ def _complete(text: str, where: str, folder: Path, children: tuple[Path, ...] = 
         raise TargetError(f"{where}: extends: {error}") from None
     if path.resolve() in children:
         raise TargetError(f"{where}: extends {base}, which extends it in turn: one of them has to be complete")
-    return _merged(_complete(_read(path), str(path), path.parent, (*children, path.resolve())), data)
+    parent = _complete(_read(path), str(path), path.parent, (*children, path.resolve()))
+    merged: dict[str, Any] = _merged(parent, data)
+    return merged
 
 
 def _merged(base: Any, own: Any) -> Any:

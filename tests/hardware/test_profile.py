@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,15 @@ def test_profiles_are_values() -> None:
 def test_the_interval_of_a_log_normal() -> None:
     assert growth(0) == 1
     assert growth(0.1) == pytest.approx(1.2161, abs=1e-3)  # exp(1.96 * 0.09975)
+
+
+def test_the_board_of_the_guide_is_a_target(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "targets.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(# my-board.*?)```", guide, flags=re.S)
+    (tmp_path / "my-board.yaml").write_text(example)
+    found, base = load_target(tmp_path / "my-board.yaml"), load_profile("raspberry-pi-5")
+    changed = {path for path, number in found.numbers().items() if number != base.numbers()[path]}
+    assert changed == {"units.cpu.peak.fp32", "memory.size"}
 
 
 def test_the_guide_explains_every_field_and_target() -> None:
