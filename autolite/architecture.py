@@ -368,19 +368,29 @@ def matmuls(shape: ModelShape) -> Iterator[MatMul]:
 
 def _deltas(family: str, stack: Stack, index: int) -> Iterator[MatMul]:
     """Yield for each product of layer `index` the two of its difference, if it has one: down, then up."""
-    layer, name = stack.layers[index], f"{stack.name}.delta.{index}"
+    name = f"{stack.name}.delta.{index}"
+    fused = bool(FAMILIES[family].fused_qkv)
+    for part, side, k, n, form in differences(stack.layers[index], stack.hidden, stack.gated, fused):
+        yield MatMul(part, index, k, n, form, f"{name}.{part}.{side}", delta=True)
+
+
+def differences(layer: LayerShape, hidden: int, gated: bool, fused: bool) -> Iterator[tuple[str, str, int, int, str]]:
+    """Yield part, side, k, n and number format of the products [rows, k] x [k, n] of a layer's low-rank differences, in
+    pairs; `fused` says that query, key and value are one matrix of the original."""
+    if not layer.attention_rank and not layer.ffn_rank:
+        return
     width, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-    inputs, gates = 1 if FAMILIES[family].fused_qkv else 3, 2 if stack.gated else 1
+    inputs, gates = 1 if fused else 3, 2 if gated else 1
     attention, ffn = factor_format(layer.attention_format), factor_format(layer.ffn_format)
     for part, side, rank, k, n, merged, form in (
-        ("attention", "qkv", layer.attention_rank, stack.hidden, width + 2 * kv, inputs, attention),
-        ("attention", "out", layer.attention_rank, width, stack.hidden, 1, attention),
-        ("ffn", "in", layer.ffn_rank, stack.hidden, layer.ffn * gates, gates, ffn),
-        ("ffn", "out", layer.ffn_rank, layer.ffn, stack.hidden, 1, ffn),
+        ("attention", "qkv", layer.attention_rank, hidden, width + 2 * kv, inputs, attention),
+        ("attention", "out", layer.attention_rank, width, hidden, 1, attention),
+        ("ffn", "in", layer.ffn_rank, hidden, layer.ffn * gates, gates, ffn),
+        ("ffn", "out", layer.ffn_rank, layer.ffn, hidden, 1, ffn),
     ):
         if rank:
-            yield MatMul(part, index, k, merged * rank, form, f"{name}.{part}.{side}.down", delta=True)
-            yield MatMul(part, index, rank, n, form, f"{name}.{part}.{side}.up", delta=True)
+            yield part, f"{side}.down", k, merged * rank, form
+            yield part, f"{side}.up", rank, n, form
 
 
 def _layer(name: str) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 
 from autolite import formats
-from autolite.architecture import ModelShape, factor_format, matmuls
-from autolite.errors import TargetError
+from autolite.architecture import LayerShape, ModelShape, Stack, differences, factor_format, matmuls
 from autolite.families import FAMILIES, Head
 from autolite.hardware import without_map
 from autolite.measure import Workload
@@ -35,42 +36,103 @@ def square_layers(head: Head | None) -> int:
     return len(head.dense) - 1 if head else 0
 
 
-def matrices(shape: ModelShape, kernels: Mapping[str, str]) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the bytes of each product's matrix by the name of its weights: in the file, and as the kernel reads it.
+@lru_cache(maxsize=1 << 16)
+def read_as(form: str, kernel: str, n: int, k: int) -> int:
+    """Return the bytes of a matrix [n, k] of a number format as a kernel class reads it.
 
-    Args:
-        shape: of the model.
-        kernels: the number formats the target runs, and the kernel class that computes with each.
-
-    Raises:
-        TargetError: if the target cannot run one of the model's number formats.
+    A format that another one's kernel computes with is decoded to it when the model is loaded (kmeans4 to int8); the
+    kernel of int4 reads codes in groups as they are stored.
     """
-    stored, read = {}, {}
-    for product in matmuls(shape):
-        if product.format not in kernels:
-            known = ", ".join(kernels)
-            raise TargetError(f"the target cannot run the number format '{product.format}'; it runs {known}")
-        stored[product.weights] = formats.nbytes(product.format, product.n, product.k)
-        # A format that another one's kernel computes with is decoded to it when the model is loaded (kmeans4 to int8);
-        # the kernel of int4 reads codes in groups as they are stored.
-        kernel = kernels[product.format]
-        kernel = kernel if kernel in formats.FORMATS and kernel != "int4" else product.format
-        read[product.weights] = formats.nbytes(kernel, product.n, product.k)
-    return stored, read
+    return formats.nbytes(kernel if kernel in formats.FORMATS and kernel != "int4" else form, n, k)
 
 
-def file_size(shape: ModelShape, stored: Mapping[str, int]) -> int:
-    """Return the bytes of the artifact: matrices and tables in their formats, everything else in fp32, the graph.
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a layer's sizes mean: those of its stack, and the kernel classes of its matrices and of the factors of its
+    low-rank differences; `zeros` is the time of a product with its zeros as a part of the dense one's."""
 
-    `stored` are the bytes of the products' matrices, as `matrices` gives them first.
-    """
+    hidden: int
+    gated: bool
+    fused: bool
+    attention: str
+    ffn: str
+    attention_factor: str = ""
+    ffn_factor: str = ""
+    zeros: float = 1.0
+
+
+def sizes_of(
+    layer: LayerShape, stack: Stack, fused: bool, chosen: Mapping[str, str], sparsity: Mapping[str, float]
+) -> Sizes:
+    """Return what a layer of a stack is computed with, if `chosen` has the kernel classes of number formats."""
+    factors = ("", "")
+    if layer.attention_rank or layer.ffn_rank:
+        factors = chosen[factor_format(layer.attention_format)], chosen[factor_format(layer.ffn_format)]
+    zeros = sparsity.get(layer.sparsity, 1.0)
+    kernels = chosen[layer.attention_format], chosen[layer.ffn_format]
+    return Sizes(stack.hidden, stack.gated, fused, *kernels, *factors, zeros)
+
+
+def head_width(shape: ModelShape) -> int:
+    """Return the width of what the head's last matrix multiplies."""
+    return (shape.tied and shape.embedding_rank) or shape.stacks[-1].hidden
+
+
+@lru_cache(maxsize=1 << 16)
+def matrices_read(layer: LayerShape, sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the bytes of a layer's matrices as the kernels read them: of attention, of the feed-forward network, and
+    of low-rank differences."""
+    query, kv, hidden = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim, sizes.hidden
+    inner = layer.ffn * (2 if sizes.gated else 1)
+    attention = [(query + 2 * kv, hidden), (hidden, query)]
+    ffn = [(inner, hidden), (hidden, layer.ffn)]
+    kernels = {"attention": sizes.attention_factor, "ffn": sizes.ffn_factor}
+    return (
+        tuple(read_as(layer.attention_format, sizes.attention, n, k) for n, k in attention),
+        tuple(read_as(layer.ffn_format, sizes.ffn, n, k) for n, k in ffn),
+        tuple(
+            read_as(form, kernels[part], n, k)
+            for part, _, k, n, form in differences(layer, sizes.hidden, sizes.gated, sizes.fused)
+        ),
+    )
+
+
+def weights_read(shape: ModelShape, chosen: Mapping[str, str]) -> tuple[list[int], int]:
+    """Return the bytes of the matrix of each product as its kernel reads it, in order, and the sum over those that
+    are stored: a matrix that several layers share counts once there."""
     if shape.unmapped is not None:
-        return without_map.file_size(shape, stored)
+        products = list(matmuls(shape))
+        every = [read_as(p.format, chosen[p.format], p.n, p.k) for p in products]
+        return every, sum(dict(zip((p.weights for p in products), every, strict=True)).values())
+    fused = bool(FAMILIES[shape.family].fused_qkv)
+    every, stored = [], 0
+    seen: set[tuple[str, str, int]] = set()
+    for stack in shape.stacks:
+        for layer in stack.layers:
+            attention, ffn, own = matrices_read(layer, sizes_of(layer, stack, fused, chosen, {}))
+            every += [*attention, *ffn, *own]
+            stored += sum(own)
+            for part, number, each in (("attention", layer.attention, attention), ("ffn", layer.feed_forward, ffn)):
+                if (key := (stack.name, part, number)) not in seen:
+                    seen.add(key)
+                    stored += sum(each)
+    if shape.outputs:
+        form, k = shape.head_format, head_width(shape)
+        every.append(read_as(form, chosen[form], shape.outputs, k))
+        stored += every[-1]
+    return every, stored
+
+
+def file_size(shape: ModelShape) -> int:
+    """Return the bytes of the artifact: matrices and tables in their formats, everything else in fp32, the graph."""
+    _, total = weights_read(shape, {form: form for form in formats.FORMATS})
+    if shape.unmapped is not None:
+        return without_map.file_size(shape, total)
     family = FAMILIES[shape.family]
     hidden = shape.stacks[0].hidden
     norm = 1 if family.rms_norm else 2
-    total = sum(stored.values())
-    floats = 0
+    floats = graph = 0
+    tied_head = bool(shape.outputs) and shape.tied  # whose matrix is the embedding's
     if family.patch:
         floats += shape.positions * hidden
     elif family.position:
@@ -82,7 +144,7 @@ def file_size(shape: ModelShape, stored: Mapping[str, int]) -> int:
     if family.embedding_projection or family.patch:
         total += formats.nbytes(shape.embedding_format, hidden, shape.embedding)
         floats += hidden * (2 if family.class_token else 1)
-    if shape.vocab and "embedding" not in stored:
+    if shape.vocab and not tied_head:
         total += formats.nbytes(shape.embedding_format, shape.vocab, shape.embedding_rank or shape.embedding)
     if shape.embedding_rank:
         form = factor_format(shape.embedding_format)
@@ -93,12 +155,16 @@ def file_size(shape: ModelShape, stored: Mapping[str, int]) -> int:
         floats += norms * (1 if family.repeated else len(stack.layers))
         for layer in stack.layers:
             # With low-rank differences each layer has its own biases.
-            if (name := (stack.name, "attention", layer.attention)) not in seen or layer.attention_rank:
+            is_new = (name := (stack.name, "attention", layer.attention)) not in seen
+            graph += 2 * is_new * _decoding(layer.attention_format)
+            if is_new or layer.attention_rank:
                 seen.add(name)
                 qkv = (layer.heads + 2 * layer.kv_heads) * layer.head_dim
                 floats += qkv if not family.rms_norm or family.name == "qwen2" else 0
                 floats += 0 if family.rms_norm else stack.hidden
-            if (name := (stack.name, "ffn", layer.feed_forward)) not in seen or layer.ffn_rank:
+            is_new = (name := (stack.name, "ffn", layer.feed_forward)) not in seen
+            graph += 2 * is_new * _decoding(layer.ffn_format)
+            if is_new or layer.ffn_rank:
                 seen.add(name)
                 floats += 0 if family.rms_norm else layer.ffn + stack.hidden
     hidden = shape.stacks[-1].hidden
@@ -107,11 +173,10 @@ def file_size(shape: ModelShape, stored: Mapping[str, int]) -> int:
     total += square * formats.nbytes(shape.head_format, hidden, hidden)
     floats += square * hidden + (shape.outputs if not family.causal else 0)
     layers = sum(len(stack.layers) for stack in shape.stacks)
-    products = {product.weights: product.format for product in matmuls(shape)}
-    looked_up = (bool(shape.vocab) and "embedding" not in products) + bool(family.position and not family.patch)
-    dense = [shape.embedding_format] * bool(family.embedding_projection or family.patch)
-    graph = layers * _GRAPH_BYTES["layer"] + _GRAPH_BYTES["around"]
-    graph += sum(_decoding(form) for form in [*products.values(), *dense])
+    looked_up = (bool(shape.vocab) and not tied_head) + bool(family.position and not family.patch)
+    graph += layers * _GRAPH_BYTES["layer"] + _GRAPH_BYTES["around"]
+    graph += bool(shape.outputs) * _decoding(shape.head_format)
+    graph += bool(family.embedding_projection or family.patch) * _decoding(shape.embedding_format)
     graph += looked_up * _decoding(shape.embedding_format, coded=False)
     return total + BYTES * floats + graph + _graph_of_deltas(shape)
 
@@ -137,6 +202,7 @@ def _graph_of_deltas(shape: ModelShape) -> int:
     return total
 
 
+@lru_cache
 def _decoding(form: str, coded: bool = True) -> int:
     """Return the bytes of the operators that decode a matrix in this format; `coded` if to 8 bits where it can be
     multiplied so, which tables are not."""

@@ -1,14 +1,17 @@
-"""A profile as plain numbers for so many threads, and the time of a pass as a sum of what each of them governs."""
+"""A profile as plain numbers for so many threads, and the times of passes as sums of what each of them governs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from copy import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autolite.errors import TargetError
+from autolite.hardware.blocks import KINDS, Array, Block
 from autolite.hardware.profile import Number, Profile
 
 CALIBRATED = ("measured", "calibrated")
@@ -16,108 +19,106 @@ CALIBRATED = ("measured", "calibrated")
 # seven such models the slowest (DeBERTa, whose attention to relative positions nobody counts) took 1.7 times as long as
 # was predicted, the others less than 1.4 times.
 ESTIMATED = 0.3
+_HALVES = ("rows", "columns", "depth")
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """Speed of one kernel class on so many threads: FLOPs per microsecond, and its efficiency's half sizes."""
-
-    speed: float
-    rows: float
-    columns: float
-    depth: float
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Speeds:
-    """A profile reduced to plain floats for so many threads; times are in microseconds."""
+    """A profile reduced to plain numbers for so many threads; times are in microseconds.
 
-    kernels: dict[str, Kernel]
-    formats: dict[str, tuple[str, ...]]
-    sparsity: dict[str, float]  # the time of a product with such zeros, as a part of the dense one's
-    elementwise: dict[str, float]  # elements (softmax: rows) per microsecond
-    memory: float  # bytes per microsecond
-    stall: float
-    cache: float
-    cache_size: float  # bytes
-    dispatch: float
-    fixed: float
-    correction: float
-    watts: float
-    sigmas: dict[str, float]  # relative uncertainty of what governs each key of a `Time`
-    weak: frozenset[str]  # the keys that rest on a number which was not measured or calibrated
-
-
-class Time:
-    """Microseconds of one pass, by the number of the profile that governs them.
-
-    `kernels` names the kernel class that computes with each format, and `weights` the bytes of each matrix as it
-    reads them.
+    Attributes:
+        keys: what the parts of a time are governed by: for each kernel class "<kernel>.peak", ".rows", ".columns" and
+            ".depth", and then the rest.
+        places: of the kernel classes.
+        kernels: FLOPs per microsecond of each, and the half sizes of its efficiency: rows, columns, depth [kernels, 4].
+        units: microseconds that each of `KINDS` adds to each key [kinds, keys].
+        formats: the kernel classes that can run each number format.
+        sparsity: the time of a product with such zeros, as a part of the dense one's.
+        memory: bytes per microsecond.
+        stall: as a multiple of that time.
+        cache: bytes per microsecond.
+        cache_size: bytes.
+        correction: of all times.
+        watts: under load.
+        groups: which keys one number governs together [keys, groups].
+        variances: of these numbers, relative [groups].
+        own: the same of the correction.
+        power: relative uncertainty of `watts`.
+        weak: the keys that rest on a number which was not measured or calibrated [keys]; of `watts`, `weak_power`.
     """
 
-    def __init__(self, speeds: Speeds, kernels: Mapping[str, str], weights: Mapping[str, int]) -> None:
-        self.speeds, self.kernels, self.weights = speeds, kernels, weights
-        self.parts: dict[str, float] = {}
-        # Weights are used in the same order in every call, so that a cache too small for all of them keeps few.
-        self.missing = min(1.0, max(0.0, sum(weights.values()) / speeds.cache_size - 1.0))
+    keys: tuple[str, ...]
+    places: Mapping[str, int]
+    kernels: Array
+    units: Array
+    formats: Mapping[str, tuple[str, ...]]
+    sparsity: Mapping[str, float]
+    memory: float
+    stall: float
+    cache: float
+    cache_size: float
+    correction: float
+    watts: float
+    groups: Array
+    variances: Array
+    own: float
+    power: float
+    weak: Array
+    weak_power: bool
 
-    def add(self, key: str, microseconds: float) -> None:
-        """Add what the number called `key` governs."""
-        self.parts[key] = self.parts.get(key, 0.0) + microseconds
+    def spread(self, elasticities: Array, models: int, estimated: NDArray[np.bool_]) -> Array:
+        """Return the relative uncertainty [times] of what changes with each key by these elasticities [times, keys];
+        `models` is how many times enter whose own errors (the correction's) are independent, and `estimated` says of
+        each whether they are of models without an architecture map [times]."""
+        own = models * (self.own**2 + ESTIMATED**2 * estimated)
+        found: Array = np.sqrt((elasticities @ self.groups) ** 2 @ self.variances + own)
+        return found
 
-    def product(self, kernel: str, m: float, k: int, n: int, weights: float, times: float = 1) -> None:
-        """A product [m, k] x [k, n], `times` over, with a second factor of `weights` bytes."""
-        speeds = self.speeds
-        roof = speeds.kernels[kernel]
-        rows, columns, depth = roof.rows / m, roof.columns / n, roof.depth / k
-        compute = times * 2.0 * m * k * n / roof.speed
-        cached = times * weights * (1.0 - self.missing) / speeds.cache
-        streamed = times * weights * self.missing / speeds.memory
-        stalled = speeds.stall * streamed if m > 1 else 0.0
-        if compute * (1.0 + rows + columns + depth) + stalled >= cached + streamed:
-            self.add(f"{kernel}.peak", compute)
-            self.add(f"{kernel}.rows", compute * rows)
-            self.add(f"{kernel}.columns", compute * columns)
-            self.add(f"{kernel}.depth", compute * depth)
-            self.add("stall", stalled)
-        else:
-            self.add("cache", cached)
-            self.add("memory", streamed)
+    def is_weak(self, elasticities: Array) -> Array:
+        """Return whether anything behind these is uncalibrated [times]."""
+        found: Array = ((elasticities != 0) & (self.weak > 0)).any(1)
+        return found
 
-    def elements(self, kind: str, count: float) -> None:
-        """An elementwise operator on so many elements (softmax: rows)."""
-        self.add(kind, count / self.speeds.elementwise[kind])
 
-    def copy(self, nbytes: float) -> None:
-        """Reading and writing so many bytes of activations."""
-        self.add("cache", nbytes / self.speeds.cache)
+def times(speeds: Speeds, passes: Sequence[Sequence[Block]], weights: Array) -> Array:
+    """Return the microseconds of passes by what governs them [passes, keys of `speeds`]; times `correction`, they add
+    up to the time of a pass.
 
-    def operators(self, count: float) -> None:
-        """Dispatching so many operators."""
-        self.add("dispatch", count * self.speeds.dispatch)
+    Args:
+        speeds: of the target.
+        passes: of each, its blocks.
+        weights: bytes of all matrices that the kernels of each read [passes].
+    """
+    every = [block for blocks in passes for block in blocks]
+    starts = np.cumsum([0, *(len(blocks) for blocks in passes)])[:-1]
+    counts = np.add.reduceat(np.stack([block.counts for block in every]), starts)
+    found = counts @ speeds.units
+    kernels = np.array([speeds.places[kernel] for block in every for kernel in block.kernels])
+    products = np.concatenate([block.products for block in every])
+    sizes = [sum(len(block.kernels) for block in blocks) for blocks in passes]
+    owners = np.repeat(np.arange(len(passes)), sizes)
+    m, k, n, nbytes, often = products.T
+    # Weights are used in the same order in every call, so that a cache too small for all of them keeps few.
+    missing = np.clip(weights / speeds.cache_size - 1.0, 0.0, 1.0)[owners]
+    compute = often * 2.0 * m * k * n / speeds.kernels[kernels, 0]
+    halves = compute[:, None] * speeds.kernels[kernels, 1:] / np.stack([m, n, k], axis=1)
+    cached = often * nbytes * (1.0 - missing) / speeds.cache
+    streamed = often * nbytes * missing / speeds.memory
+    stalled = np.where(m > 1, speeds.stall * streamed, 0.0)
+    bound = compute + halves.sum(1) + stalled >= cached + streamed  # by computing, not by reading
+    width = len(speeds.keys)
 
-    def take_fastest(self, *options: Callable[[Time], None]) -> None:
-        """Add what one of these adds, the one that takes the least time."""
-        times = [self.empty() for _ in options]
-        for add, time in zip(options, times, strict=True):
-            add(time)
-        self.include(min(times, key=lambda time: time.total))
+    def add(columns: Array | int, values: Array) -> None:
+        places = owners * width + columns
+        found.ravel()[:] += np.bincount(places, values, minlength=found.size)
 
-    def empty(self) -> Time:
-        """Return a time of nothing in the same pass."""
-        other = copy(self)
-        other.parts = {}
-        return other
-
-    def include(self, other: Time) -> None:
-        """Add all of another time."""
-        for key, microseconds in other.parts.items():
-            self.add(key, microseconds)
-
-    @property
-    def total(self) -> float:
-        """Microseconds of the whole pass."""
-        return sum(self.parts.values()) * self.speeds.correction
+    add(4 * kernels, compute * bound)
+    for part in range(3):
+        add(4 * kernels + 1 + part, halves[:, part] * bound)
+    add(speeds.keys.index("stall"), stalled * bound)
+    add(speeds.keys.index("cache"), cached * ~bound)
+    add(speeds.keys.index("memory"), streamed * ~bound)
+    return found
 
 
 @lru_cache(maxsize=64)
@@ -137,51 +138,70 @@ def speeds_of(profile: Profile, threads: int) -> Speeds:
     further = (threads - 1) * unit.scaling.value
     used = (1 + further) / unit.threads
     shared = further / (1 + further) * unit.scaling.sigma
-    sigmas: dict[str, float] = {}
-    weak: set[str] = set()
-
-    def behind(key: str, *numbers: Number, extra: float = 0.0) -> None:
-        sigmas[key] = math.hypot(extra, *(number.sigma for number in numbers))
-        if any(number.kind not in CALIBRATED for number in numbers):
-            weak.add(key)
-
-    kernels = {}
-    for name, efficiency in profile.efficiency.items():
-        if name in unit.peak:
-            speed = unit.peak[name].value * efficiency.fraction.value * used * 1e3
-            halves = {part: getattr(efficiency, part) for part in ("rows", "columns", "depth")}
-            kernels[name] = Kernel(speed, **{part: number.value for part, number in halves.items()})
-            behind(f"{name}.peak", unit.peak[name], efficiency.fraction, extra=shared)
-            for part, number in halves.items():
-                behind(f"{name}.{part}", number)
+    kernels = [name for name in profile.efficiency if name in unit.peak]
+    keys = [f"{name}.{part}" for name in kernels for part in ("peak", *_HALVES)]
+    keys += ["stall", "cache", "memory", "activation", "approximation", "normalization", "softmax", "dispatch", "fixed"]
+    speeds = np.array(
+        [
+            (
+                unit.peak[name].value * profile.efficiency[name].fraction.value * used * 1e3,
+                *(getattr(profile.efficiency[name], part).value for part in _HALVES),
+            )
+            for name in kernels
+        ]
+    )
     elementwise = {"approximation": unit.elementwise["activation"], **unit.elementwise}
-    for kind, number in elementwise.items():
-        behind(kind, number, extra=shared)
-    behind("softmax", unit.softmax, extra=shared)
-    behind("memory", profile.memory.bandwidth)
-    behind("stall", profile.memory.bandwidth, profile.memory.stall)
-    behind("cache", profile.cache.bandwidth)
-    behind("dispatch", profile.dispatch)
-    behind("fixed", profile.fixed)
-    behind("correction", profile.correction)
-    behind("estimated", extra=ESTIMATED)
-    behind("watts", profile.idle, unit.power)
+    costs: dict[str, tuple[str, float]] = {
+        **{str(kind): (kind, 1 / (number.value * used * 1e3)) for kind, number in elementwise.items()},
+        "softmax": ("softmax", 1 / (unit.softmax.value * used)),
+        "copy": ("cache", 1 / (profile.cache.bandwidth.value * 1e3)),
+        "operators": ("dispatch", profile.dispatch.value),
+        "calls": ("fixed", profile.fixed.value),
+    }
+    units = np.zeros((len(KINDS), len(keys)))
+    for row, kind in enumerate(KINDS):
+        key, cost = costs[kind]
+        units[row, keys.index(key)] = cost
+
+    # One kernel's peak governs all its parts together; its half sizes govern their own.
+    behind: list[tuple[Sequence[str], tuple[Number, ...], float]] = []
+    for name in kernels:
+        efficiency, parts = profile.efficiency[name], [f"{name}.{part}" for part in ("peak", *_HALVES)]
+        behind.append((parts, (unit.peak[name], efficiency.fraction), shared))
+        behind += [([f"{name}.{part}"], (getattr(efficiency, part),), 0.0) for part in _HALVES]
+    behind += [([kind], (number,), shared) for kind, number in elementwise.items()]
+    behind += [
+        (["softmax"], (unit.softmax,), shared),
+        (["memory"], (profile.memory.bandwidth,), 0.0),
+        (["stall"], (profile.memory.bandwidth, profile.memory.stall), 0.0),
+        (["cache"], (profile.cache.bandwidth,), 0.0),
+        (["dispatch"], (profile.dispatch,), 0.0),
+        (["fixed"], (profile.fixed,), 0.0),
+    ]
+    groups, weak = np.zeros((len(keys), len(behind))), np.zeros(len(keys))
+    variances = np.array([extra**2 + sum(number.sigma**2 for number in numbers) for _, numbers, extra in behind])
+    for column, (governed, numbers, _) in enumerate(behind):
+        for key in governed:
+            groups[keys.index(key), column] = 1.0
+            weak[keys.index(key)] += any(number.kind not in CALIBRATED for number in numbers)
+    power = (profile.idle, unit.power)
     return Speeds(
-        kernels=kernels,
+        keys=tuple(keys),
+        places={name: place for place, name in enumerate(kernels)},
+        kernels=speeds,
+        units=units,
         formats=profile.formats,
         sparsity={pattern: number.value for pattern, number in profile.sparsity.items()},
-        elementwise={
-            "softmax": unit.softmax.value * used,
-            **{kind: number.value * used * 1e3 for kind, number in elementwise.items()},
-        },
         memory=profile.memory.bandwidth.value * 1e3,
         stall=profile.memory.stall.value,
         cache=profile.cache.bandwidth.value * 1e3,
         cache_size=profile.cache.size.value * 1e6,
-        dispatch=profile.dispatch.value,
-        fixed=profile.fixed.value,
         correction=profile.correction.value,
         watts=profile.idle.value + (unit.power.value - profile.idle.value) * threads / unit.threads,
-        sigmas=sigmas,
-        weak=frozenset(weak),
+        groups=groups,
+        variances=variances,
+        own=profile.correction.sigma,
+        power=math.hypot(*(number.sigma for number in power)),
+        weak=weak,
+        weak_power=any(number.kind not in CALIBRATED for number in power),
     )

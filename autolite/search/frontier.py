@@ -28,8 +28,8 @@ from autolite.space import BY_LAYER, FRONTIER, PRICES, THIRDS, Params, Scalar, S
 from autolite.techniques.base import Context, Part
 from autolite.techniques.mixed_precision import Block, blocks_of, origins
 
-# Latency and size of a model of this shape.
-Price = Callable[[ModelShape], tuple[float, float]]
+# Latency and size of models of these shapes.
+Price = Callable[[Sequence[ModelShape]], list[tuple[float, float]]]
 _GRID = {"latency": 57, "size": 29}  # prices that a sweep tries, over the range of the space's
 
 
@@ -193,7 +193,7 @@ class Frontier:
                 known[alike] = self._options(given, plan, base, mildest)
             left = {source for block in blocks_of(base) for source in block.sources}
             gone = (i for i, source in enumerate(self.context.teacher.shape.source_layers[0]) if source not in left)
-            return Structure(known[alike], self._part(base), tuple(gone))
+            return Structure(known[alike], self._parts([base])[0], tuple(gone))
         except PlanError as error:
             return error
 
@@ -212,16 +212,17 @@ class Frontier:
             found.append(block.rises(self.damage) @ weights * float(values[f"{FRONTIER}.{block.third}"]))
         return found
 
-    def _part(self, shape: ModelShape) -> NDArray[np.float64]:
+    def _parts(self, shapes: Sequence[ModelShape]) -> NDArray[np.float64]:
+        """Latency and size of models as parts of the teacher's [models, 2]."""
         key = "frontier-whole"
         if key not in self.context.memory:
-            self.context.memory[key] = np.array(self.price(self.context.teacher.shape))
-        found: NDArray[np.float64] = np.array(self.price(shape)) / self.context.memory[key]
+            self.context.memory[key] = np.array(self.price([self.context.teacher.shape]))
+        found: NDArray[np.float64] = np.array(self.price(shapes)) / self.context.memory[key]
         return found
 
     def _options(self, given: Plan, plan: Plan, base: ModelShape, mildest: Mapping[str, Scalar]) -> tuple[Options, ...]:
         layered, teacher = self.space.layered, self.context.teacher.shape
-        count, now = len(base.stacks[0].layers), self._part(base)
+        count, now = len(base.stacks[0].layers), self._parts([base])[0]
         known: dict[object, NDArray[np.float64]] = {}
         made = []
         for block in blocks_of(base):
@@ -233,7 +234,7 @@ class Frontier:
             alike = (block.part, count - 1 in block.layers, *(_sizes(base.stacks[0].layers[i]) for i in block.layers))
             if alike not in known:
                 rows = (_in_block(block, count, dict(zip(names, each, strict=True)), mildest) for each in combinations)
-                known[alike] = np.array([self._leveled_price(given, plan, levels) for levels in rows]) - now
+                known[alike] = self._parts([self._leveled(given, plan, levels) for levels in rows]) - now
             third = THIRDS[min(3 * block.layers[0] // count, 2)]
             sources = tuple(origins(block, teacher))
             made.append(
@@ -242,16 +243,14 @@ class Frontier:
         # What is fused or cached does not quite add up, and where little is left, a little less than nothing would be:
         # changes of latency are scaled so that the fastest plan has its own.
         fastest = np.array([[int(each.prices[:, 0].argmin()) for each in made]])
-        exact = self._leveled_price(given, plan, by_layer(made, fastest[0])) - now
+        exact = self._parts([self._leveled(given, plan, by_layer(made, fastest[0]))])[0] - now
         change = total([each.prices for each in made], fastest)[0]
         factors = np.array([exact[0] / change[0] if change[0] < 0 else 1.0, 1.0])
         return tuple(replace(each, prices=each.prices * factors) for each in made)
 
-    def _leveled_price(
-        self, given: Plan, resolved: Plan, levels: Mapping[str, Sequence[Scalar]]
-    ) -> NDArray[np.float64]:
+    def _leveled(self, given: Plan, resolved: Plan, levels: Mapping[str, Sequence[Scalar]]) -> ModelShape:
         plan = resolve(_leveled(given, resolved, levels), self.context)
-        return self._part(shape_after(plan, self.context.teacher.shape))
+        return shape_after(plan, self.context.teacher.shape)
 
 
 def first_plans(frontier: Frontier, count: int) -> list[Params]:

@@ -11,7 +11,7 @@ from autolite.architecture import ModelShape
 from autolite.compress import shape_after
 from autolite.errors import TargetError
 from autolite.front import Candidate, Constraints, Front
-from autolite.hardware.predict import predict, predict_faster
+from autolite.hardware.predict import predict, predict_all, predict_faster
 from autolite.hardware.profile import Profile
 from autolite.measure import Measurement, Workload
 from autolite.plan import Plan
@@ -31,6 +31,10 @@ class Prices:
     def of_shape(self, shape: ModelShape) -> dict[str, Measurement]:
         """Predict latency, size, memory and energy of a shape; the target is taken to have its number formats."""
         return predict(shape, self.profile, self.workload)
+
+    def of_shapes(self, shapes: Sequence[ModelShape]) -> list[dict[str, Measurement]]:
+        """Predict the same of many shapes at once."""
+        return predict_all(shapes, self.profile, self.workload)
 
     def missing(self, shape: ModelShape) -> list[str]:
         """Return the number formats of a shape that the target lacks."""

@@ -8,7 +8,7 @@ import json
 import math
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -155,9 +155,9 @@ class Problem:
         """What makes levels for each layer, priced on the target."""
         return Frontier(self.space, self.context, self._price)
 
-    def _price(self, shape: ModelShape) -> tuple[float, float]:
-        found = self.prices[0].of_shape(shape)
-        return found["latency_ms"].value, found["size_bytes"].value
+    def _price(self, shapes: Sequence[ModelShape]) -> list[tuple[float, float]]:
+        found = self.prices[0].of_shapes(shapes)
+        return [(each["latency_ms"].value, each["size_bytes"].value) for each in found]
 
     def shape(self, plan: Plan) -> ModelShape:
         """Return the shape that a resolved plan leads to.

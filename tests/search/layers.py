@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from autolite import contracts
 from autolite.architecture import ModelShape
-from autolite.hardware.predict import predict
+from autolite.hardware.predict import predict_all
 from autolite.hardware.profile_files import load_profile
 from autolite.measure import Workload
 from autolite.techniques.base import Context
@@ -31,6 +33,6 @@ def context_of(family: str = "bert") -> Context:
     return contracts.tiny_context(family, contracts.tiny_task(family))
 
 
-def price(shape: ModelShape) -> tuple[float, float]:
-    found = predict(shape, PROFILE, Workload(tokens=16))
-    return found["latency_ms"].value, found["size_bytes"].value
+def price(shapes: Sequence[ModelShape]) -> list[tuple[float, float]]:
+    found = predict_all(shapes, PROFILE, Workload(tokens=16))
+    return [(each["latency_ms"].value, each["size_bytes"].value) for each in found]

@@ -36,7 +36,7 @@ def test_what_is_chosen_has_the_least_estimated_loss_and_price_of_all_combinatio
     frontier = Frontier(space, context_of(), price)
     params = space.complete({"frontier.latency": 0.02, "frontier.size": 0.05, "frontier.prune.ffn": 3.0})
     chosen = frontier.levels(params)
-    damage, teacher = damages(space, frontier.context), price(frontier.context.teacher.shape)
+    damage, teacher = damages(space, frontier.context), price([frontier.context.teacher.shape])[0]
     # Costs of single levels, found with whole models in which one layer has it, of each pair of settings of a part.
     mildest = {n: s.levels[int(damage[n].sum(1).argmin())] for n, s in space.layered.items()}
 
@@ -48,7 +48,7 @@ def test_what_is_chosen_has_the_least_estimated_loss_and_price_of_all_combinatio
         for name, row in levels.items():
             indices = [space.layered[name].levels.index(v) for v in row]
             loss += params[f"frontier.{name}"] * float(damage[name][indices, range(3)].sum())
-        latency, size = (price(shape)[i] / teacher[i] for i in range(2))
+        latency, size = (price([shape])[0][i] / teacher[i] for i in range(2))
         return float(loss + params["frontier.latency"] * latency + params["frontier.size"] * size)
 
     for names in (("prune.heads", "quantize.attention"), ("prune.ffn", "quantize.ffn")):
@@ -102,7 +102,7 @@ def test_a_sweep_goes_from_the_slightest_to_the_strongest_cut(space: Space) -> N
     frontier = Frontier(space, context_of(), price)
     found = frontier.sweep({}, 12)
     assert len(found) == len({str(frontier.levels(each)) for each in found})
-    sizes = sorted(price(shape_of_plan(frontier, each))[1] for each in found)
+    sizes = sorted(price([shape_of_plan(frontier, each)])[0][1] for each in found)
     assert sizes[-1] > 1.1 * sizes[0]
     first = first_plans(frontier, 6)
     assert first[0] == dict(space.start[0])

@@ -1,0 +1,226 @@
+"""What a model computes in one pass, whatever the target: products, elements, bytes and operators, block by block.
+
+Layers of equal sizes are the same block, so that thousands of plans of one model are described in no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autolite import formats
+from autolite.architecture import LayerShape, ModelShape, differences, factor_format, matmuls
+from autolite.families import FAMILIES
+from autolite.hardware.footprint import BYTES, Sizes, head_of_shape, head_width, read_as, sizes_of, square_layers
+
+Array = NDArray[np.float64]
+
+# What is counted beside products: elements, rows of softmax, bytes of activations, operators and calls.
+KINDS = ("activation", "approximation", "normalization", "softmax", "copy", "operators", "calls")
+# Operators of the graph that is run; "gated" layers also turn queries and keys by their positions.
+_OPERATORS = {"attention": 9, "ffn": 6, "gated": 10, "absorbed": 9, "around": 26}
+_UNMAPPED_OPERATORS = {"layer": 60, "around": 40}  # most of them are about shapes
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Block:
+    """A part of a pass.
+
+    Attributes:
+        kernels: the kernel class of each product [products].
+        products: of each [m, k] x [k, n]: m, k, n, the bytes of the second factor, and how often it is made; less than
+            once where zeros are skipped [products, 5].
+        counts: how much of each of `KINDS` [kinds].
+    """
+
+    kernels: tuple[str, ...]
+    products: Array
+    counts: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A pass over `tokens` new tokens in each of `batch` sequences, that attend to `context`, themselves included."""
+
+    batch: int
+    tokens: int
+    context: int
+
+
+class Work:
+    """A block in the making."""
+
+    def __init__(self) -> None:
+        self._kernels: list[str] = []
+        self._products: list[tuple[float, ...]] = []
+        self._counts = dict.fromkeys(KINDS, 0.0)
+
+    def product(self, kernel: str, m: float, k: float, n: float, nbytes: float, times: float = 1) -> None:
+        """Add a product [m, k] x [k, n], `times` over, with a second factor of so many bytes."""
+        self._kernels.append(kernel)
+        self._products.append((m, k, n, nbytes, times))
+
+    def add(self, kind: str, count: float) -> None:
+        """Add so much of one of `KINDS`."""
+        self._counts[kind] += count
+
+    def done(self) -> Block:
+        """Return the block."""
+        products = np.array(self._products, dtype=np.float64).reshape(-1, 5)
+        return Block(tuple(self._kernels), products, np.array([self._counts[kind] for kind in KINDS]))
+
+
+def variants(
+    shape: ModelShape, chosen: Mapping[str, str], sparsity: Mapping[str, float], call: Call
+) -> list[list[Block]]:
+    """Return the blocks of a pass, in each way that the last layer's attention can be computed: the faster is taken.
+
+    Args:
+        shape: of the model.
+        chosen: the kernel class that computes with each number format.
+        sparsity: the time of a product with such zeros, as a part of the dense one's.
+        call: the pass.
+    """
+    if shape.unmapped is not None:
+        return [[_without_map(shape, chosen, call)]]
+    head = head_of_shape(shape)
+    pooled = head is not None and head.pooling != "none"
+    fused = bool(FAMILIES[shape.family].fused_qkv)
+    forms = {shape.embedding_format, factor_format(shape.embedding_format), shape.head_format}
+    kernels = tuple((form, chosen[form]) for form in sorted(forms) if form in chosen)
+    found = [_around(_without_layers(shape), kernels, pooled, call)]
+    both: list[Block] = []
+    for stack in shape.stacks:
+        for index, layer in enumerate(stack.layers):
+            last = stack is shape.stacks[-1] and index == len(stack.layers) - 1
+            # Where only the first position is read, the last layer computes all but keys and values there alone.
+            read = 1 if last and pooled and not stack.causal else call.tokens
+            sizes = sizes_of(layer, stack, fused, chosen, sparsity)
+            if read < call.tokens:
+                both = [_layer(layer, sizes, call, read, absorbed) for absorbed in (False, True)]
+            else:
+                found.append(_layer(layer, sizes, call, read, False))
+    return [[*found, each] for each in both] or [found]
+
+
+def _without_map(shape: ModelShape, chosen: Mapping[str, str], call: Call) -> Block:
+    """A pass of a model without an architecture map: the products are its own. What is between them is taken to be that
+    of a transformer of the configuration's depth, width and heads: attention over all of the context, two norms and two
+    residual sums a layer, and an activation of what the widening matrices of the feed-forward blocks give."""
+    other, work = shape.unmapped, Work()
+    assert other is not None
+    rows, hidden, layers = call.batch * call.tokens, shape.stacks[0].hidden, other.layers
+    work.add("copy", 7 * BYTES * rows * shape.embedding)  # two rows looked up, and their sum
+    work.add("normalization", rows * shape.embedding)
+    for each in matmuls(shape):
+        kernel, read = chosen[each.format], call.batch if each.pooled else rows
+        work.product(kernel, read, each.k, each.n, read_as(each.format, kernel, each.n, each.k))
+    inner = sum(p.n * p.calls for p in other.products if p.part == "ffn" and p.n > p.k)
+    work.add("activation", rows * inner)
+    work.add("normalization", rows * hidden * 2 * layers)
+    work.add("copy", 6 * BYTES * rows * hidden * layers)  # residual sums
+    if other.heads:
+        dim = max(1, hidden // other.heads)
+        for _ in range(layers):
+            past = 2 * BYTES * call.context * dim
+            work.product("attention", call.tokens, 2 * dim, call.context, past, call.batch * other.heads)
+        work.add("softmax", call.batch * other.heads * call.tokens * layers)
+        work.add("copy", 8 * BYTES * rows * hidden * layers)  # queries, keys, values and outputs, transposed
+    work.add("operators", _UNMAPPED_OPERATORS["layer"] * layers + _UNMAPPED_OPERATORS["around"])
+    work.add("calls", 1)
+    return work.done()
+
+
+def _without_layers(shape: ModelShape) -> ModelShape:
+    return replace(shape, stacks=tuple(replace(stack, layers=()) for stack in shape.stacks), source_layers=())
+
+
+@lru_cache(maxsize=1 << 12)
+def _around(shape: ModelShape, kernels: tuple[tuple[str, str], ...], pooled: bool, call: Call) -> Block:
+    """All but the layers; `kernels` are those of the number formats around them."""
+    family, work, chosen = FAMILIES[shape.family], Work(), dict(kernels)
+    rows = call.batch * call.tokens
+
+    def dense(form: str, rows: int, k: int, n: int) -> None:
+        work.product(chosen[form], rows, k, n, formats.nbytes(form, n, k))
+
+    tables = 1 + bool(family.position) + bool(family.token_type)
+    work.add("copy", (5 * tables - 3) * BYTES * rows * shape.embedding)  # rows looked up, and summed
+    if shape.embedding_rank:
+        dense(factor_format(shape.embedding_format), rows, shape.embedding_rank, shape.embedding)
+        work.add("operators", 1)
+    if family.embedding_norm:
+        work.add("normalization", rows * shape.embedding)
+    if family.embedding_projection or family.patch:
+        dense(shape.embedding_format, rows, shape.embedding, shape.stacks[0].hidden)
+    read = call.batch if pooled else rows
+    hidden = shape.stacks[-1].hidden
+    if family.final_norm:
+        work.add("normalization", read * hidden)
+    for _ in range(square_layers(head_of_shape(shape))):
+        dense(shape.head_format, read, hidden, hidden)
+    if shape.embedding_rank and shape.tied:
+        dense(factor_format(shape.embedding_format), read, hidden, shape.embedding_rank)
+        work.add("operators", 1)
+    if shape.outputs:
+        kernel, k = chosen[shape.head_format], head_width(shape)
+        work.product(kernel, read, k, shape.outputs, read_as(shape.head_format, kernel, shape.outputs, k))
+    work.add("operators", _OPERATORS["around"])
+    work.add("calls", 1)
+    return work.done()
+
+
+@lru_cache(maxsize=1 << 16)
+def _layer(layer: LayerShape, sizes: Sizes, call: Call, read: int, absorbed: bool) -> Block:
+    """A layer of which `read` tokens a sequence are needed; `absorbed` says that keys and values are not computed:
+    their matrices, decoded, multiply what is on the other side of them."""
+    work = Work()
+    rows, needed = call.batch * call.tokens, call.batch * read
+    query, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+    merged, kernel, hidden, zeros = query + 2 * kv, sizes.attention, sizes.hidden, sizes.zeros
+    nbytes = read_as(layer.attention_format, kernel, merged, hidden)
+    rest = merged
+    if read < call.tokens:
+        rest -= query
+        work.product(kernel, needed, hidden, query, nbytes * query / merged, zeros)
+    if absorbed:
+        width, inputs = BYTES * hidden * layer.head_dim, BYTES * call.tokens * hidden
+        work.product("fp32", call.batch, layer.head_dim, hidden, width, layer.heads)
+        work.product("fp32", layer.heads, hidden, call.tokens, inputs, call.batch)
+        work.product("fp32", layer.heads, call.tokens, hidden, inputs, call.batch)
+        work.product("fp32", call.batch, hidden, layer.head_dim, width, layer.heads)
+        work.add("copy", 2 * inputs * call.batch)  # transposed
+        work.add("operators", _OPERATORS["absorbed"])
+    else:
+        work.product(kernel, rows, hidden, rest, nbytes * rest / merged, zeros)
+        past = 2 * BYTES * call.context * layer.head_dim * layer.kv_heads / layer.heads
+        work.product("attention", read, 2 * layer.head_dim, call.context, past, call.batch * layer.heads)
+        work.add("copy", 2 * BYTES * rows * merged)  # split into query, key and value
+    work.add("softmax", call.batch * layer.heads * read)
+    work.product(kernel, needed, query, hidden, read_as(layer.attention_format, kernel, hidden, query), zeros)
+    work.add("normalization", needed * hidden)
+    work.add("copy", 3 * BYTES * needed * hidden)  # residual sum
+    work.add("operators", _OPERATORS["attention"])
+
+    kernel, gated = sizes.ffn, sizes.gated
+    inner = layer.ffn * (2 if gated else 1)
+    work.product(kernel, needed, hidden, inner, read_as(layer.ffn_format, kernel, inner, hidden), zeros)
+    rounded = formats.get(layer.ffn_format).activations != "float" and not gated
+    work.add("approximation" if rounded else "activation", needed * layer.ffn)
+    work.add("copy", (3 * layer.ffn * 2 if gated else 0) * BYTES * needed)  # split, and product with the gate
+    work.product(kernel, needed, layer.ffn, hidden, read_as(layer.ffn_format, kernel, hidden, layer.ffn), zeros)
+    work.add("normalization", needed * hidden)
+    work.add("copy", 3 * BYTES * needed * hidden)
+    work.add("operators", _OPERATORS["gated" if gated else "ffn"])
+
+    for part, side, k, n, form in differences(layer, hidden, gated, sizes.fused):
+        kernel = sizes.attention_factor if part == "attention" else sizes.ffn_factor
+        each = rows if side == "qkv.down" else needed
+        work.product(kernel, each, k, n, read_as(form, kernel, n, k))
+        work.add("copy", 2 * BYTES * each * n)  # added to what is there
+        work.add("operators", 1)
+    return work.done()
