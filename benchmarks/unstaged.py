@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 STUDY = "unstaged"
 
 
-def problem_of(settings: Settings) -> Problem:
-    """Load what a search would."""
+def problem_of(settings: Settings, baseline: list[Path] | None = None) -> Problem:
+    """Load what a search would; the `baseline` is emitted once."""
     settings.out.mkdir(parents=True, exist_ok=True)
     store = Store(storage_url(settings.out, None), settings.out.name)
     try:
-        return load_problem(settings, load_space(settings.space), store, click.echo)
+        return load_problem(settings, load_space(settings.space), store, click.echo, baseline)
     finally:
         store.close()
 
@@ -51,10 +51,10 @@ def storage_of(out: Path) -> str:
     return f"sqlite:///{out / 'unstaged.db'}"
 
 
-def work(settings: Settings, sampler: str, steps: int, ends: float, process: int) -> None:
+def work(settings: Settings, baseline: list[Path], sampler: str, steps: int, ends: float, process: int) -> None:
     """Confirm the plans that a sampler asks for, until there is no time for another as long."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    problem = problem_of(settings)
+    problem = problem_of(settings, baseline)
     made = SAMPLERS[sampler](settings.seed + 1000 * process)
     study = optuna.load_study(study_name=STUDY, storage=storage_of(settings.out), sampler=made)
 
@@ -135,22 +135,25 @@ def main(
     for start in problem.space.start:
         study.enqueue_trial(dict(problem.space.complete(start)))
     context = multiprocessing.get_context("spawn")
-    others = [
-        context.Process(target=alone, args=(settings, sampler, steps, ends, number)) for number in range(processes)
-    ]
+    given = (settings, problem.baseline, sampler, steps, ends)
+    others = [context.Process(target=alone, args=(*given, number)) for number in range(processes)]
     for each in others:
         each.start()
     for each in others:
         each.join()
+        if each.exitcode:
+            raise click.ClickException(
+                f"a process ended with {each.exitcode}: what follows would be of the others alone"
+            )
     found, whole = candidates_of(settings.out), float(sum(file.stat().st_size for file in problem.baseline))
     click.echo(f"\n{len(found)} plans, {sampler}, seed {seed}\n")
     for line in lines(found, whole, settings.out, judge):
         click.echo(line)
 
 
-def alone(settings: Settings, sampler: str, steps: int, ends: float, process: int) -> None:
+def alone(settings: Settings, baseline: list[Path], sampler: str, steps: int, ends: float, process: int) -> None:
     with torch_threads(1):
-        work(settings, sampler, steps, ends, process)
+        work(settings, baseline, sampler, steps, ends, process)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # what failed tests leave stays there
 os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="autolite-tests-")
 tempfile.tempdir = None
+# What was found out in other runs of the tests, or by whoever runs them, is not there.
+os.environ["XDG_CACHE_HOME"] = os.path.join(os.environ["TMPDIR"], "cache")
 os.chmod(os.environ["TMPDIR"], 0o755)  # PostgreSQL's server has a user of its own
 atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 

@@ -3,6 +3,7 @@ imported all that a search needs, so that each is there at once; that one has no
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import time
@@ -24,6 +25,7 @@ class CommandLine:
         receiver, sender = _FORKS.Pipe(duplex=False)
         self._process = _FORKS.Process(target=_main, args=(words, dict(os.environ), sender, patch, given))
         self._process.start()
+        atexit.register(self._process.kill)  # what a failed test leaves, stopped or not, is not waited for
         sender.close()
         self._printed: SimpleQueue[str | None] = SimpleQueue()
         Thread(target=self._read, args=(receiver,), daemon=True).start()
@@ -48,12 +50,9 @@ class CommandLine:
         os.kill(self.pid, how)
 
     def wait(self, seconds: float) -> int:
-        """Return its exit code, or minus the signal that ended it. What does not end in time is killed."""
+        """Return its exit code, or minus the signal that ended it."""
         self._process.join(seconds)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        assert self._process.exitcode is not None
+        assert self._process.exitcode is not None, f"it has not ended after {seconds} s"
         return self._process.exitcode
 
 

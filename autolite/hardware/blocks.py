@@ -1,6 +1,6 @@
 """What a model computes in one pass, whatever the target: products, elements, bytes and operators, block by block.
 
-Layers of equal sizes are the same block, so that thousands of plans of one model are described in no time.
+Equal layers are the same block, so that thousands of plans of one model are described in no time.
 """
 
 from __future__ import annotations

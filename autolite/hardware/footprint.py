@@ -65,12 +65,16 @@ def sizes_of(
     layer: LayerShape, stack: Stack, fused: bool, chosen: Mapping[str, str], sparsity: Mapping[str, float]
 ) -> Sizes:
     """Return what a layer of a stack is computed with, if `chosen` has the kernel classes of number formats."""
-    factors = ("", "")
-    if layer.attention_rank or layer.ffn_rank:
-        factors = chosen[factor_format(layer.attention_format)], chosen[factor_format(layer.ffn_format)]
-    zeros = sparsity.get(layer.sparsity, 1.0)
-    kernels = chosen[layer.attention_format], chosen[layer.ffn_format]
-    return Sizes(stack.hidden, stack.gated, fused, *kernels, *factors, zeros)
+    return Sizes(
+        stack.hidden,
+        stack.gated,
+        fused,
+        chosen[layer.attention_format],
+        chosen[layer.ffn_format],
+        chosen[factor_format(layer.attention_format)] if layer.attention_rank else "",
+        chosen[factor_format(layer.ffn_format)] if layer.ffn_rank else "",
+        sparsity.get(layer.sparsity, 1.0),
+    )
 
 
 def head_width(shape: ModelShape) -> int:

@@ -181,8 +181,8 @@ def _multiplied(shape: ModelShape) -> set[str]:
     for stack in shape.stacks:
         for layer in stack.layers:
             used |= {layer.attention_format, layer.ffn_format}
-            if layer.attention_rank or layer.ffn_rank:
-                used |= {factor_format(layer.attention_format), factor_format(layer.ffn_format)}
+            used |= {factor_format(layer.attention_format)} if layer.attention_rank else set()
+            used |= {factor_format(layer.ffn_format)} if layer.ffn_rank else set()
     if FAMILIES[shape.family].embedding_projection or FAMILIES[shape.family].patch:
         used.add(shape.embedding_format)
     return used

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from autolite.errors import TargetError, unknown
+from autolite.errors import unknown
 
 Kind = Literal["datasheet", "measured", "calibrated", "derived", "assumed"]
 # The parts of a number in short form, in order.
@@ -157,7 +157,7 @@ class Memory(_Strict):
     @property
     def limit(self) -> float:
         """How many bytes one program may have."""
-        return (self.usable or self.size).value * 1e9
+        return min(number.value for number in (self.usable, self.size) if number is not None) * 1e9
 
 
 class Cache(_Strict):
@@ -218,6 +218,8 @@ class Profile(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Profile:
         names = [unit.name for unit in self.units]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two units are called '{twice[0]}': give each a name of its own")
         if self.default_unit not in names:
             raise ValueError(unknown("default_unit", self.default_unit, names))
         if self.unit.unavailable:
@@ -242,22 +244,6 @@ class Profile(_Strict):
     def threads(self) -> int:
         """Threads of the default compute unit: the default of a workload on this target."""
         return self.unit.threads
-
-    def on(self, unit: str) -> Profile:
-        """Return the profile with another default unit, called after both.
-
-        Raises:
-            TargetError: if there is no such unit, or models cannot run there.
-        """
-        names = [each.name for each in self.units]
-        if unit not in names:
-            raise TargetError(unknown(f"unit of {self.name}", unit, names))
-        data = {**self.model_dump(), "name": f"{self.name}-{unit}", "default_unit": unit}
-        try:
-            return Profile.model_validate(data)
-        except ValidationError as error:
-            message = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise TargetError(f"{self.name}:{unit}: {message}") from None
 
     @cached_property
     def digest(self) -> str:

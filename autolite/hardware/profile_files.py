@@ -24,24 +24,16 @@ def profile_names() -> list[str]:
 def load_profile(name_or_path: str | Path) -> Profile:
     """Read a profile by its name, or from a YAML file (a path that ends in .yaml or .yml).
 
-    After either may stand the compute unit that models run on, as in "pixel8:prime"; the profile is then called after
-    both, "pixel8-prime". What `local` measured on another machine is called by its file, for it is no longer this
-    machine's.
+    What `local` measured on another machine is called by its file, for it is no longer this machine's.
 
     Raises:
-        TargetError: if there is no such profile or unit (the nearest is named), or the file, field and value that are
-            wrong.
+        TargetError: if there is no such profile (the nearest is named), or the file, field and value that are wrong.
     """
-    given, unit = str(name_or_path), ""
-    if Path(given).suffix not in _SUFFIXES:
-        given, _, unit = given.partition(":")
-    path = _path_of(given, Path())
+    path = _path_of(str(name_or_path), Path())
     profile = parse_profile(_read(path), str(path), path.parent)
     if profile.name == LOCAL and path.stem == LOCAL:
         raise TargetError(f"{path} would be taken for this machine, which is measured: give the file another name")
-    if profile.name == LOCAL:
-        profile = profile.model_copy(update={"name": path.stem})
-    return profile.on(unit) if unit else profile
+    return profile.model_copy(update={"name": path.stem}) if profile.name == LOCAL else profile
 
 
 def _path_of(name_or_path: str, folder: Path) -> Path:
@@ -68,8 +60,12 @@ def parse_profile(text: str, where: str, folder: Path | None = None) -> Profile:
     Raises:
         TargetError: naming `where`, the field, its value and the remedy.
     """
+    return _validated(_complete(text, where, folder or Path()), where)
+
+
+def _validated(data: dict[str, Any], where: str) -> Profile:
     try:
-        return Profile.model_validate(_complete(text, where, folder or Path()))
+        return Profile.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "profile"
@@ -99,18 +95,24 @@ def _complete(text: str, where: str, folder: Path, children: tuple[Path, ...] = 
     if path.resolve() in children:
         raise TargetError(f"{where}: extends {base}, which extends it in turn: one of them has to be complete")
     parent = _complete(_read(path), str(path), path.parent, (*children, path.resolve()))
+    _validated(parent, str(path))  # what is wrong there is not this file's
     merged: dict[str, Any] = _merged(parent, data)
     return merged
 
 
 def _merged(base: Any, own: Any) -> Any:
-    """`own` where it says something, else `base`: field by field, and lists of units by their names."""
-    if isinstance(base, dict) and isinstance(own, dict):
+    """`own` where it says something, else `base`: field by field, and lists of units by their names. A number is whole:
+    another value has another source."""
+    if isinstance(base, dict) and isinstance(own, dict) and "value" not in own:
         return {**base, **{key: _merged(base.get(key), value) for key, value in own.items()}}
-    if isinstance(base, list) and isinstance(own, list) and all(isinstance(each, dict) for each in (*base, *own)):
-        named = {each.get("name"): each for each in base}
-        return list((named | {each.get("name"): _merged(named.get(each.get("name")), each) for each in own}).values())
+    if isinstance(base, list) and isinstance(own, list) and all(map(_is_named, (*base, *own))):
+        named = {each["name"]: each for each in base}
+        return list((named | {each["name"]: _merged(named.get(each["name"]), each) for each in own}).values())
     return own
+
+
+def _is_named(unit: Any) -> bool:
+    return isinstance(unit, dict) and isinstance(unit.get("name"), str)
 
 
 def dump_profile(profile: Profile) -> str:

@@ -128,15 +128,14 @@ def misses_table(front: Front) -> Table:
 
 def targets_table(profiles: dict[str, Profile]) -> Table:
     """Return one row a target."""
-    table = Table()
+    table = Table(caption="a model runs on the first of several processors; docs/targets.md says how to choose another")
     for head in ("target", "runs on", "memory", "what it is"):
         table.add_column(head)
     for name, profile in profiles.items():
         memory = f"{profile.memory.size.value:g} GB"
-        table.add_row(name, _unit(profile.unit), memory, profile.description)
-        for unit in profile.units:
-            if unit is not profile.unit and not unit.unavailable:
-                table.add_row(f"{name}:{unit.name}", _unit(unit), memory, "the same, on these cores")
+        others = [unit for unit in profile.units if unit is not profile.unit and not unit.unavailable]
+        units = "\n".join(_unit(unit) for unit in (profile.unit, *others))
+        table.add_row(name, units, memory, profile.description)
     table.add_row("local", "this machine", "", "measured here when first used")
     return table
 

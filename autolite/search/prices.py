@@ -54,7 +54,9 @@ class Prices:
         found: dict[str, Any] = self.of_shape(shape)
         need = found["memory_bytes"].low
         if need > (limit := profile.memory.limit):
-            raise TargetError(f"it needs at least {need / 1e9:.3g} GB of the {limit / 1e9:g} GB of {profile.name}")
+            raise TargetError(
+                f"it needs at least {need / 1e9:.3g} GB, but a program has at most {limit / 1e9:g} GB on {profile.name}"
+            )
         found["size_bytes"] = replace(found["size_bytes"], value=size, low=size, high=size, source="measured")
         return found | {"faster": predict_faster(self.teacher, shape, profile, self.workload)}
 

@@ -25,7 +25,7 @@ from autolite.files import sha256, write_atomically
 from autolite.front import Quality
 from autolite.hardware import LOCAL, load_target
 from autolite.hardware.profile import Profile
-from autolite.hardware.profile_files import dump_profile, parse_profile
+from autolite.hardware.profile_files import dump_profile, load_profile, parse_profile
 from autolite.measure import Workload
 from autolite.plan import Plan
 from autolite.runtime.auto import AutoRuntime
@@ -205,8 +205,9 @@ def run_identity(settings: Settings, space: Space) -> dict[str, str]:
 
 
 def _target_identity(target: str) -> str:
-    """A shipped profile is known by its name, one of the user's own by its content, wherever it lies."""
-    return _content(target) if is_file_of_a_profile(target) else target
+    """A shipped profile is known by its name, one of the user's own by its content, that of what it extends included,
+    wherever it lies."""
+    return load_profile(target).digest if is_file_of_a_profile(target) else target
 
 
 def _content(source: str) -> str:

@@ -58,7 +58,7 @@ def chosen_layers(student: Student, choice: Choice, count: int, context: Context
     gone: list[int] = context.memory.get(key, [])
     if len(gone) < layers - count:  # it takes a minute, which other processes and later runs need not spend again
         named = [scored, context.training_data(), choice, _REVISION]
-        known = remembered("layers", named) or []
+        known = max(gone, remembered("layers", named) or [], key=len)
         gone = context.memory[key] = _removed(student, choice, layers - count, known, context)
         remember("layers", named, gone)
     return tuple(index for index in range(layers) if index not in gone[: layers - count])

@@ -115,16 +115,33 @@ def test_variants_of_nothing_are_refused(fields: dict[str, Any], message: str, t
         load_profile(file)
 
 
-def test_any_unit_that_models_run_on_can_be_the_target(tmp_path: Path) -> None:
-    profile = load_target("pixel8:prime")
-    assert (profile.name, profile.unit.name, profile.threads) == ("pixel8-prime", "prime", 1)
-    assert profile.numbers() == load_profile("pixel8").numbers()
-    file = write(tmp_path / "mine.yaml", extends="pixel8", name="mine", description="mine")
-    assert load_target(f"{file}:prime").name == "mine-prime"
-    with pytest.raises(TargetError, match="unknown unit of pixel8 'prme': did you mean 'prime'"):
-        load_target("pixel8:prme")
-    with pytest.raises(TargetError, match="pixel8:npu: default_unit 'npu' is unavailable: the Edge TPU"):
-        load_target("pixel8:npu")
+def test_a_variant_may_run_on_another_processor(tmp_path: Path) -> None:
+    found = load_profile(write(tmp_path / "x.yaml", extends="pixel8", name="x", description="x", default_unit="prime"))
+    assert (found.unit.name, found.threads) == ("prime", 1)
+    assert found.numbers() == load_profile("pixel8").numbers()
+
+
+def test_a_number_of_a_variant_has_its_own_source(tmp_path: Path) -> None:
+    long = {"value": 0.8, "unit": "W", "kind": "measured", "source": "a meter", "date": "2026-01-01", "sigma": 0.1}
+    write(tmp_path / "base.yaml", extends="pixel8", name="base", description="base", idle=long)
+    file = write(tmp_path / "mine.yaml", extends="base.yaml", name="mine", description="mine", idle={"value": 2.0})
+    with pytest.raises(TargetError, match=r"mine\.yaml: idle\.unit: Field required"):
+        load_profile(file)
+
+
+def test_what_is_wrong_in_what_is_extended_is_named_with_that_file(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", extends="pixel8", name="base", description="base", idle=3)
+    file = write(tmp_path / "mine.yaml", extends="base.yaml", name="mine", description="mine")
+    with pytest.raises(TargetError, match=r"base\.yaml: idle: .*got 3"):
+        load_profile(file)
+
+
+def test_a_program_never_has_more_than_the_memory(tmp_path: Path) -> None:
+    phone = load_profile("iphone-15")
+    assert phone.memory.limit < 1e9 * phone.memory.size.value
+    small = {"size": [1, "GB", *GUESS]}
+    file = write(tmp_path / "small.yaml", extends="iphone-15", name="small", description="small", memory=small)
+    assert load_profile(file).memory.limit == 1e9
 
 
 @pytest.mark.parametrize(
@@ -148,6 +165,7 @@ def test_any_unit_that_models_run_on_can_be_the_target(tmp_path: Path) -> None:
         ({"formats": {"fp32": "fp32", "int8": "int9"}}, "formats.int8 is priced as 'int9', which units.big.peak"),
         ({"formats": {"int8": "int8"}}, "formats lacks fp32"),
         ({"units": []}, "units"),
+        ({"units": [*shipped()["units"], shipped()["units"][0]]}, "two units are called 'big'"),
         ({"efficiency": {}}, "which efficiency does not have: add it there"),
     ],
 )
