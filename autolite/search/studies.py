@@ -138,7 +138,13 @@ class StageStudy:
     def take_up(self, frozen: FrozenTrial) -> Trial:
         """Return a running trial that its process left; the rest of it is drawn as it would have been."""
         self.study.sampler = self.sampler(self._seed_of(frozen.number))
-        return self._live(frozen)
+        trial = self._live(frozen)
+        fixed = frozen.system_attrs.get("fixed_params", {})
+        for name, distribution in frozen.distributions.items():
+            # Its process may have died while it drew: what it has is drawn again, so that the next is the same.
+            if name not in fixed and name not in trial.relative_params and not distribution.single():
+                self.study.sampler.sample_independent(self.study, frozen, name, distribution)
+        return trial
 
     def twin(self, number: int, plan_digest: str) -> FrozenTrial | None:
         """Return another trial that was evaluated, or is just now, with this plan."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import optuna
 import pytest
@@ -198,3 +199,34 @@ def test_a_lease_cannot_be_taken_between_its_check_and_the_result(store: Store, 
             study.tell(trial, lease, [1.0])
         thread.join()
         assert states == [TrialState.COMPLETE]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2"])
+@pytest.mark.parametrize("drawn", range(6))
+def test_what_a_process_drew_in_part_is_drawn_to_its_end_as_it_would_have_been(
+    sampler: str, drawn: int, tmp_path: Path
+) -> None:
+    """Whoever is killed in the midst of asking leaves a trial with some of its parameters."""
+    names = [f"p{i}" for i in range(6)]
+
+    def suggest(trial: optuna.Trial, names: list[str]) -> dict[str, float]:
+        return {
+            name: trial.suggest_float(name, 0, 1) if i % 2 else trial.suggest_int(name, 0, 1000)
+            for i, name in enumerate(names)
+        }
+
+    def study(name: str) -> StageStudy:
+        storage = FencedStorage(f"sqlite:///{tmp_path / name}.db")
+        made = optuna.create_study(study_name="s", storage=storage, directions=["minimize"] * 3)
+        return StageStudy("screen", made, 0, storage, SAMPLERS[sampler])
+
+    whole, part = study("whole"), study("part")
+    for each in (whole, part):
+        for _ in range(2):
+            trial = each.ask(explore=False)
+            suggest(trial, names)
+            each.study.tell(trial, [1.0, 1.0, 1.0])
+    expected = suggest(whole.ask(explore=False), names)
+    suggest(part.ask(explore=False), names[:drawn])
+    (frozen,) = (t for t in part.running() if t.number == 2)
+    assert suggest(part.take_up(frozen), names) == expected

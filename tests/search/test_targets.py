@@ -92,9 +92,15 @@ def test_profiles_of_the_users_own_are_known_by_content_wherever_a_process_begin
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert run_identity(Settings.from_json(sent, tmp_path, None), space) == identity
     with (tmp_path / "other.yaml").open("a") as file:
-        file.write("# tuned\n")
+        file.write("# a comment\n")
+    assert run_identity(Settings.from_json(sent, tmp_path, None), space) == identity
+    for name, text in (("base.yaml", "idle: [9, W, assumed, a guess, 2026-01-01, 0.5]"), ("other.yaml", "")):
+        above = "pixel8" if text else "base.yaml"
+        (tmp_path / name).write_text(f"extends: {above}\nname: pixel8\ndescription: tuned\n{text}\n")
     changed = run_identity(Settings.from_json(sent, tmp_path, None), space)
     assert {key for key in identity if identity[key] != changed[key]} == {"other targets"}
+    (tmp_path / "base.yaml").write_text("extends: pixel8\nname: pixel8\ndescription: tuned\n")
+    assert run_identity(Settings.from_json(sent, tmp_path, None), space) != changed
     (tmp_path / "other.yaml").unlink()
     with pytest.raises(InputError, match=r"the target of the run in .*other.yaml, does not exist here"):
         Settings.from_json(sent, tmp_path, None)
