@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,12 +115,19 @@ class Space(BaseModel):
     stages: dict[Stage, StageLimits]
     start: tuple[dict[str, Scalar], ...] = ()
 
-    @property
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Space:
+        """Return a copy, in which what is derived from the fields is derived anew."""
+        copied = super().model_copy(update=update, deep=deep)
+        for derived in ("techniques", "settings", "layered"):
+            copied.__dict__.pop(derived, None)
+        return copied
+
+    @cached_property
     def techniques(self) -> list[tuple[str, dict[str, Setting | Fixed]]]:
         """The steps as (technique, settings), in order."""
         return [next(iter(step.items())) for step in self.steps]
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Setting]:
         """The searched settings by parameter name ("prune.heads"), and the numbers that levels by layer are made of."""
         found = {
@@ -135,7 +143,7 @@ class Space(BaseModel):
             | {f"{FRONTIER}.{name}": _WEIGHT for name in (*layered, *THIRDS) if layered}
         )
 
-    @property
+    @cached_property
     def layered(self) -> dict[str, Setting]:
         """The settings that can have a level for each layer, by parameter name."""
         return {name: setting for name, setting in self.settings.items() if setting.by_layer}

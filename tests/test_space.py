@@ -134,3 +134,13 @@ def test_a_bad_space_is_refused_with_the_place(tmp_path: Path, old: str, new: st
 def test_an_unknown_space_is_named_with_the_nearest() -> None:
     with pytest.raises(SpaceError, match="did you mean 'quick'"):
         load_space("quik")
+
+
+def test_a_copy_with_other_steps_has_their_settings() -> None:
+    space = load_space("default")
+    assert {"prune.heads", "quantize.ffn"} <= space.settings.keys()
+    fewer = space.model_copy(update={"steps": ({"quantize": {"ffn": space.settings["quantize.ffn"]}},), "start": ()})
+    assert [name for name, _ in fewer.techniques] == ["quantize"]
+    assert {name for name in fewer.settings if not name.startswith("frontier.")} == {"quantize.ffn"}
+    assert fewer.layered.keys() == {"quantize.ffn"}
+    assert "prune.heads" in space.settings
