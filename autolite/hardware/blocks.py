@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from autolite import formats
 from autolite.architecture import LayerShape, ModelShape, differences, factor_format, matmuls
 from autolite.families import FAMILIES
-from autolite.hardware.footprint import BYTES, Sizes, head_of_shape, head_width, read_as, sizes_of, square_layers
+from autolite.hardware.footprint import (
+    BYTES,
+    Kernels,
+    head_of_shape,
+    head_width,
+    layers_of,
+    read_as,
+    square_layers,
+    unnumbered,
+)
 
 Array = NDArray[np.float64]
 
@@ -74,10 +83,16 @@ class Work:
         return Block(tuple(self._kernels), products, np.array([self._counts[kind] for kind in KINDS]))
 
 
-def variants(
-    shape: ModelShape, chosen: Mapping[str, str], sparsity: Mapping[str, float], call: Call
-) -> list[list[Block]]:
-    """Return the blocks of a pass, in each way that the last layer's attention can be computed: the faster is taken.
+@dataclass(frozen=True, eq=False, slots=True)
+class Pass:
+    """The blocks of a pass, and beside them one of `either`, where something can be computed in two ways."""
+
+    blocks: list[Block]
+    either: tuple[Block, ...] = ()
+
+
+def pass_of(shape: ModelShape, chosen: Mapping[str, str], sparsity: Mapping[str, float], call: Call) -> Pass:
+    """Describe a pass.
 
     Args:
         shape: of the model.
@@ -86,25 +101,18 @@ def variants(
         call: the pass.
     """
     if shape.unmapped is not None:
-        return [[_without_map(shape, chosen, call)]]
+        return Pass([_without_map(shape, chosen, call)])
     head = head_of_shape(shape)
     pooled = head is not None and head.pooling != "none"
-    fused = bool(FAMILIES[shape.family].fused_qkv)
-    forms = {shape.embedding_format, factor_format(shape.embedding_format), shape.head_format}
-    kernels = tuple((form, chosen[form]) for form in sorted(forms) if form in chosen)
-    found = [_around(_without_layers(shape), kernels, pooled, call)]
-    both: list[Block] = []
-    for stack in shape.stacks:
-        for index, layer in enumerate(stack.layers):
-            last = stack is shape.stacks[-1] and index == len(stack.layers) - 1
-            # Where only the first position is read, the last layer computes all but keys and values there alone.
-            read = 1 if last and pooled and not stack.causal else call.tokens
-            sizes = sizes_of(layer, stack, fused, chosen, sparsity)
-            if read < call.tokens:
-                both = [_layer(layer, sizes, call, read, absorbed) for absorbed in (False, True)]
-            else:
-                found.append(_layer(layer, sizes, call, read, False))
-    return [[*found, each] for each in both] or [found]
+    forms = (shape.embedding_format, factor_format(shape.embedding_format), shape.head_format)
+    around = _around(_without_layers(shape), tuple(chosen.get(form, "") for form in forms), pooled, call)
+    layers = [(unnumbered(layer), kernels) for _, layer, kernels in layers_of(shape, chosen, sparsity)]
+    # Where only the first position is read, the last layer computes all but keys and values there alone.
+    if not pooled or shape.stacks[-1].causal or call.tokens == 1:
+        return Pass([around, *(_layer(*each, call, call.tokens, False) for each in layers)])
+    *others, last = layers
+    both = tuple(_layer(*last, call, 1, absorbed) for absorbed in (False, True))
+    return Pass([around, *(_layer(*each, call, call.tokens, False) for each in others)], both)
 
 
 def _without_map(shape: ModelShape, chosen: Mapping[str, str], call: Call) -> Block:
@@ -140,9 +148,11 @@ def _without_layers(shape: ModelShape) -> ModelShape:
 
 
 @lru_cache(maxsize=1 << 12)
-def _around(shape: ModelShape, kernels: tuple[tuple[str, str], ...], pooled: bool, call: Call) -> Block:
-    """All but the layers; `kernels` are those of the number formats around them."""
-    family, work, chosen = FAMILIES[shape.family], Work(), dict(kernels)
+def _around(shape: ModelShape, kernels: tuple[str, ...], pooled: bool, call: Call) -> Block:
+    """All but the layers; `kernels` are those of the embedding's format, of its second factor's and of the head's."""
+    family, work = FAMILIES[shape.family], Work()
+    forms = (shape.embedding_format, factor_format(shape.embedding_format), shape.head_format)
+    chosen = dict(zip(forms, kernels, strict=True))
     rows = call.batch * call.tokens
 
     def dense(form: str, rows: int, k: int, n: int) -> None:
@@ -175,13 +185,13 @@ def _around(shape: ModelShape, kernels: tuple[tuple[str, str], ...], pooled: boo
 
 
 @lru_cache(maxsize=1 << 16)
-def _layer(layer: LayerShape, sizes: Sizes, call: Call, read: int, absorbed: bool) -> Block:
+def _layer(layer: LayerShape, kernels: Kernels, call: Call, read: int, absorbed: bool) -> Block:
     """A layer of which `read` tokens a sequence are needed; `absorbed` says that keys and values are not computed:
     their matrices, decoded, multiply what is on the other side of them."""
     work = Work()
     rows, needed = call.batch * call.tokens, call.batch * read
     query, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-    merged, kernel, hidden, zeros = query + 2 * kv, sizes.attention, sizes.hidden, sizes.zeros
+    merged, kernel, hidden, zeros = query + 2 * kv, kernels.attention, kernels.hidden, kernels.zeros
     nbytes = read_as(layer.attention_format, kernel, merged, hidden)
     rest = merged
     if read < call.tokens:
@@ -206,7 +216,7 @@ def _layer(layer: LayerShape, sizes: Sizes, call: Call, read: int, absorbed: boo
     work.add("copy", 3 * BYTES * needed * hidden)  # residual sum
     work.add("operators", _OPERATORS["attention"])
 
-    kernel, gated = sizes.ffn, sizes.gated
+    kernel, gated = kernels.ffn, kernels.gated
     inner = layer.ffn * (2 if gated else 1)
     work.product(kernel, needed, hidden, inner, read_as(layer.ffn_format, kernel, inner, hidden), zeros)
     rounded = formats.get(layer.ffn_format).activations != "float" and not gated
@@ -217,8 +227,8 @@ def _layer(layer: LayerShape, sizes: Sizes, call: Call, read: int, absorbed: boo
     work.add("copy", 3 * BYTES * needed * hidden)
     work.add("operators", _OPERATORS["gated" if gated else "ffn"])
 
-    for part, side, k, n, form in differences(layer, hidden, gated, sizes.fused):
-        kernel = sizes.attention_factor if part == "attention" else sizes.ffn_factor
+    for part, side, k, n, form in differences(layer, hidden, gated, kernels.fused):
+        kernel = kernels.attention_factor if part == "attention" else kernels.ffn_factor
         each = rows if side == "qkv.down" else needed
         work.product(kernel, each, k, n, read_as(form, kernel, n, k))
         work.add("copy", 2 * BYTES * each * n)  # added to what is there

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from autolite import formats
@@ -20,6 +20,7 @@ _GRAPH_BYTES = {"layer": 2500, "around": 2300, "decoding": 700, "coding": 800, "
 # A "thin" product is one of a low-rank difference, "codes" what decodes its 8-bit factor; "factor" is the second one of
 # an embedding table.
 _GRAPH_BYTES |= {"thin": 110, "codes": 140, "factor": 250}
+_STORED = {form: form for form in formats.FORMATS}  # each format is read as it is stored
 
 
 def head_of_shape(shape: ModelShape) -> Head | None:
@@ -47,9 +48,9 @@ def read_as(form: str, kernel: str, n: int, k: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """What a layer's sizes mean: those of its stack, and the kernel classes of its matrices and of the factors of its
-    low-rank differences; `zeros` is the time of a product with its zeros as a part of the dense one's."""
+class Kernels:
+    """How a layer is computed: the kernel classes of its matrices and of the factors of its low-rank differences, and
+    what of its stack decides their sizes; `zeros` is the time of a product with its zeros as a part of the dense's."""
 
     hidden: int
     gated: bool
@@ -61,20 +62,28 @@ class Sizes:
     zeros: float = 1.0
 
 
-def sizes_of(
-    layer: LayerShape, stack: Stack, fused: bool, chosen: Mapping[str, str], sparsity: Mapping[str, float]
-) -> Sizes:
-    """Return what a layer of a stack is computed with, if `chosen` has the kernel classes of number formats."""
-    return Sizes(
-        stack.hidden,
-        stack.gated,
-        fused,
-        chosen[layer.attention_format],
-        chosen[layer.ffn_format],
-        chosen[factor_format(layer.attention_format)] if layer.attention_rank else "",
-        chosen[factor_format(layer.ffn_format)] if layer.ffn_rank else "",
-        sparsity.get(layer.sparsity, 1.0),
-    )
+def layers_of(
+    shape: ModelShape, chosen: Mapping[str, str], sparsity: Mapping[str, float]
+) -> Iterator[tuple[Stack, LayerShape, Kernels]]:
+    """Yield each layer with its stack and how it is computed, if `chosen` has the kernel classes of number formats."""
+    fused = bool(FAMILIES[shape.family].fused_qkv)
+    for stack in shape.stacks:
+        known: dict[tuple[object, ...], Kernels] = {}
+        for layer in stack.layers:
+            attention, ffn = layer.attention_format, layer.ffn_format
+            key = (attention, ffn, layer.attention_rank > 0, layer.ffn_rank > 0, layer.sparsity)
+            if key not in known:
+                known[key] = Kernels(
+                    stack.hidden,
+                    stack.gated,
+                    fused,
+                    chosen[attention],
+                    chosen[ffn],
+                    chosen[factor_format(attention)] if layer.attention_rank else "",
+                    chosen[factor_format(ffn)] if layer.ffn_rank else "",
+                    sparsity.get(layer.sparsity, 1.0),
+                )
+            yield stack, layer, known[key]
 
 
 def head_width(shape: ModelShape) -> int:
@@ -83,53 +92,66 @@ def head_width(shape: ModelShape) -> int:
 
 
 @lru_cache(maxsize=1 << 16)
-def matrices_read(layer: LayerShape, sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def unnumbered(layer: LayerShape) -> LayerShape:
+    """Return the layer without the identities of its weights: equal sizes are equal then."""
+    return replace(layer, attention=0, feed_forward=0)
+
+
+@lru_cache(maxsize=1 << 16)
+def matrices_read(layer: LayerShape, kernels: Kernels) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return the bytes of a layer's matrices as the kernels read them: of attention, of the feed-forward network, and
     of low-rank differences."""
-    query, kv, hidden = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim, sizes.hidden
-    inner = layer.ffn * (2 if sizes.gated else 1)
+    query, kv, hidden = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim, kernels.hidden
+    inner = layer.ffn * (2 if kernels.gated else 1)
     attention = [(query + 2 * kv, hidden), (hidden, query)]
     ffn = [(inner, hidden), (hidden, layer.ffn)]
-    kernels = {"attention": sizes.attention_factor, "ffn": sizes.ffn_factor}
+    factors = {"attention": kernels.attention_factor, "ffn": kernels.ffn_factor}
     return (
-        tuple(read_as(layer.attention_format, sizes.attention, n, k) for n, k in attention),
-        tuple(read_as(layer.ffn_format, sizes.ffn, n, k) for n, k in ffn),
+        tuple(read_as(layer.attention_format, kernels.attention, n, k) for n, k in attention),
+        tuple(read_as(layer.ffn_format, kernels.ffn, n, k) for n, k in ffn),
         tuple(
-            read_as(form, kernels[part], n, k)
-            for part, _, k, n, form in differences(layer, sizes.hidden, sizes.gated, sizes.fused)
+            read_as(form, factors[part], n, k)
+            for part, _, k, n, form in differences(layer, hidden, kernels.gated, kernels.fused)
         ),
     )
 
 
-def weights_read(shape: ModelShape, chosen: Mapping[str, str]) -> tuple[list[int], int]:
-    """Return the bytes of the matrix of each product as its kernel reads it, in order, and the sum over those that
-    are stored: a matrix that several layers share counts once there."""
+def reads(shape: ModelShape, chosen: Mapping[str, str]) -> list[int]:
+    """Return the bytes of the matrix of each product as its kernel reads it, in order; shared ones for each use."""
     if shape.unmapped is not None:
-        products = list(matmuls(shape))
-        every = [read_as(p.format, chosen[p.format], p.n, p.k) for p in products]
-        return every, sum(dict(zip((p.weights for p in products), every, strict=True)).values())
-    fused = bool(FAMILIES[shape.family].fused_qkv)
-    every, stored = [], 0
-    seen: set[tuple[str, str, int]] = set()
-    for stack in shape.stacks:
-        for layer in stack.layers:
-            attention, ffn, own = matrices_read(layer, sizes_of(layer, stack, fused, chosen, {}))
-            every += [*attention, *ffn, *own]
-            stored += sum(own)
-            for part, number, each in (("attention", layer.attention, attention), ("ffn", layer.feed_forward, ffn)):
-                if (key := (stack.name, part, number)) not in seen:
-                    seen.add(key)
-                    stored += sum(each)
-    if shape.outputs:
-        form, k = shape.head_format, head_width(shape)
-        every.append(read_as(form, chosen[form], shape.outputs, k))
-        stored += every[-1]
-    return every, stored
+        return [read_as(p.format, chosen[p.format], p.n, p.k) for p in matmuls(shape)]
+    found: list[int] = []
+    for _, layer, kernels in layers_of(shape, chosen, {}):
+        for part in matrices_read(unnumbered(layer), kernels):
+            found += part
+    return found + ([_head_read(shape, chosen)] if shape.outputs else [])
+
+
+def weights_read(shape: ModelShape, chosen: Mapping[str, str]) -> int:
+    """Return the bytes of all matrices of products as the kernels read them; what several layers share counts once."""
+    if shape.unmapped is not None:
+        return sum({p.weights: read_as(p.format, chosen[p.format], p.n, p.k) for p in matmuls(shape)}.values())
+    total = _head_read(shape, chosen) if shape.outputs else 0
+    seen: set[tuple[str, bool, int]] = set()
+    for stack, layer, kernels in layers_of(shape, chosen, {}):
+        attention, ffn, own = matrices_read(unnumbered(layer), kernels)
+        if (key := (stack.name, True, layer.attention)) not in seen:
+            seen.add(key)
+            total += sum(attention)
+        if (key := (stack.name, False, layer.feed_forward)) not in seen:
+            seen.add(key)
+            total += sum(ffn)
+        total += sum(own)
+    return total
+
+
+def _head_read(shape: ModelShape, chosen: Mapping[str, str]) -> int:
+    return read_as(shape.head_format, chosen[shape.head_format], shape.outputs, head_width(shape))
 
 
 def file_size(shape: ModelShape) -> int:
     """Return the bytes of the artifact: matrices and tables in their formats, everything else in fp32, the graph."""
-    _, total = weights_read(shape, {form: form for form in formats.FORMATS})
+    total = weights_read(shape, _STORED)
     if shape.unmapped is not None:
         return without_map.file_size(shape, total)
     family = FAMILIES[shape.family]

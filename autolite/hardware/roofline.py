@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autolite.errors import TargetError
-from autolite.hardware.blocks import KINDS, Array, Block
+from autolite.hardware.blocks import KINDS, Array, Block, Pass
 from autolite.hardware.profile import Number, Profile
 
 CALIBRATED = ("measured", "calibrated")
@@ -63,7 +63,7 @@ class Speeds:
     variances: Array
     own: float
     power: float
-    weak: Array
+    weak: NDArray[np.bool_]
     weak_power: bool
 
     def spread(self, elasticities: Array, models: int, estimated: NDArray[np.bool_]) -> Array:
@@ -76,41 +76,54 @@ class Speeds:
 
     def is_weak(self, elasticities: Array) -> Array:
         """Return whether anything behind these is uncalibrated [times]."""
-        found: Array = ((elasticities != 0) & (self.weak > 0)).any(1)
+        found: Array = ((elasticities != 0) & self.weak).any(1)
         return found
 
 
-def times(speeds: Speeds, passes: Sequence[Sequence[Block]], weights: Array) -> Array:
+def times(speeds: Speeds, passes: Sequence[Pass], weights: Array) -> Array:
     """Return the microseconds of passes by what governs them [passes, keys of `speeds`]; times `correction`, they add
     up to the time of a pass.
 
     Args:
         speeds: of the target.
-        passes: of each, its blocks.
+        passes: what is computed.
         weights: bytes of all matrices that the kernels of each read [passes].
     """
-    every = [block for blocks in passes for block in blocks]
-    starts = np.cumsum([0, *(len(blocks) for blocks in passes)])[:-1]
-    counts = np.add.reduceat(np.stack([block.counts for block in every]), starts)
-    found = counts @ speeds.units
-    kernels = np.array([speeds.places[kernel] for block in every for kernel in block.kernels])
-    products = np.concatenate([block.products for block in every])
-    sizes = [sum(len(block.kernels) for block in blocks) for blocks in passes]
-    owners = np.repeat(np.arange(len(passes)), sizes)
-    m, k, n, nbytes, often = products.T
     # Weights are used in the same order in every call, so that a cache too small for all of them keeps few.
-    missing = np.clip(weights / speeds.cache_size - 1.0, 0.0, 1.0)[owners]
+    missing = np.clip(weights / speeds.cache_size - 1.0, 0.0, 1.0).tolist()
+    index: dict[tuple[Block, float], int] = {}  # the same block takes as long where as much of the weights is cached
+
+    def places(blocks: Iterable[Block], part: float) -> list[int]:
+        return [index.setdefault((block, part), len(index)) for block in blocks]
+
+    common = [places(each.blocks, part) for each, part in zip(passes, missing, strict=True)]
+    either = [places(each.either, part) for each, part in zip(passes, missing, strict=True)]
+    table = _blocks(speeds, [block for block, _ in index], np.array([part for _, part in index]))
+    starts = np.cumsum([0, *map(len, common)])[:-1]
+    found: Array = np.add.reduceat(table[np.concatenate(common).astype(np.int64)], starts)
+    totals = table.sum(1)
+    for row, options in enumerate(either):
+        if options:
+            found[row] += table[min(options, key=totals.__getitem__)]
+    return found
+
+
+def _blocks(speeds: Speeds, blocks: Sequence[Block], missing: Array) -> Array:
+    """Microseconds of blocks [blocks, keys], if so much of the weights is not in the cache [blocks]."""
+    found = np.stack([block.counts for block in blocks]) @ speeds.units
+    kernels = np.array([speeds.places[kernel] for block in blocks for kernel in block.kernels], dtype=np.int64)
+    owners = np.repeat(np.arange(len(blocks)), [len(block.kernels) for block in blocks])
+    m, k, n, nbytes, often = np.concatenate([block.products for block in blocks]).T
+    gone = missing[owners]
     compute = often * 2.0 * m * k * n / speeds.kernels[kernels, 0]
     halves = compute[:, None] * speeds.kernels[kernels, 1:] / np.stack([m, n, k], axis=1)
-    cached = often * nbytes * (1.0 - missing) / speeds.cache
-    streamed = often * nbytes * missing / speeds.memory
+    cached = often * nbytes * (1.0 - gone) / speeds.cache
+    streamed = often * nbytes * gone / speeds.memory
     stalled = np.where(m > 1, speeds.stall * streamed, 0.0)
     bound = compute + halves.sum(1) + stalled >= cached + streamed  # by computing, not by reading
-    width = len(speeds.keys)
 
-    def add(columns: Array | int, values: Array) -> None:
-        places = owners * width + columns
-        found.ravel()[:] += np.bincount(places, values, minlength=found.size)
+    def add(columns: NDArray[np.int64] | int, values: Array) -> None:
+        np.add.at(found, (owners, columns), values)
 
     add(4 * kernels, compute * bound)
     for part in range(3):
@@ -178,12 +191,12 @@ def speeds_of(profile: Profile, threads: int) -> Speeds:
         (["dispatch"], (profile.dispatch,), 0.0),
         (["fixed"], (profile.fixed,), 0.0),
     ]
-    groups, weak = np.zeros((len(keys), len(behind))), np.zeros(len(keys))
+    groups, weak = np.zeros((len(keys), len(behind))), np.zeros(len(keys), bool)
     variances = np.array([extra**2 + sum(number.sigma**2 for number in numbers) for _, numbers, extra in behind])
     for column, (governed, numbers, _) in enumerate(behind):
         for key in governed:
             groups[keys.index(key), column] = 1.0
-            weak[keys.index(key)] += any(number.kind not in CALIBRATED for number in numbers)
+            weak[keys.index(key)] |= any(number.kind not in CALIBRATED for number in numbers)
     power = (profile.idle, unit.power)
     return Speeds(
         keys=tuple(keys),
