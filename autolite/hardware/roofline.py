@@ -122,8 +122,10 @@ def _blocks(speeds: Speeds, blocks: Sequence[Block], missing: Array) -> Array:
     stalled = np.where(m > 1, speeds.stall * streamed, 0.0)
     bound = compute + halves.sum(1) + stalled >= cached + streamed  # by computing, not by reading
 
+    width = len(speeds.keys)
+
     def add(columns: NDArray[np.int64] | int, values: Array) -> None:
-        np.add.at(found, (owners, columns), values)
+        np.add.at(found.ravel(), owners * width + columns, values)
 
     add(4 * kernels, compute * bound)
     for part in range(3):

@@ -105,7 +105,7 @@ class TestEveryTarget:
         }
         assert speed["fp32"] < speed["int8"] < speed["int4"]
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=12, deadline=None)
     @given(
         st.integers(1, 6),
         st.integers(1, 12),

@@ -108,7 +108,11 @@ def test_several_processes_end_with_exactly_the_trials_of_the_budget(
     assert worker.work(out, storage) == 0
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+# One that is stopped is lost in the same way, and wakes up again. Searches that are killed are in test_resume.
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.slow), pytest.param(signal.SIGSTOP, id="stopped")],
+)
 def test_the_trial_of_a_worker_that_is_gone_is_taken_up_and_told_once(
     how: signal.Signals, run_search: RunSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
