@@ -173,7 +173,8 @@ def rung(trial: FrozenTrial) -> str:
 @click.option("--budget", default="1h", show_default=True)
 @click.option("--target", default="local", show_default=True)
 @click.option("--space", default="default", show_default=True, help="Search spaces, by comma.")
-@click.option("--runs", default=1, show_default=True, help="With seeds 0, 1, ...")
+@click.option("--runs", default=1, show_default=True, help="With one seed after the other.")
+@click.option("--seed", "first", default=0, show_default=True, help="The first of these seeds.")
 @click.option("--sampler", default="additive", show_default=True)
 @click.option("--workers", default=0, show_default=True, help="Further processes, which share the cores.")
 @click.option("--without", type=click.Choice(sorted(ABLATIONS)), help="Leave one thing out; alone, without workers.")
@@ -185,6 +186,7 @@ def main(
     target: str,
     space: str,
     runs: int,
+    first: int,
     sampler: str,
     workers: int,
     without: str | None,
@@ -195,7 +197,7 @@ def main(
     console = Console(width=200)
     judge = judge_of(teacher, data, out / "teacher")
     for name in space.split(","):
-        for seed in range(runs):
+        for seed in range(first, first + runs):
             with ABLATIONS[without]() if without else nullcontext(), watch(console) as observer:
                 result = autolite.search(
                     teacher,
