@@ -29,6 +29,10 @@ class TargetError(InputError):
     """A target or a hardware profile is unknown or invalid."""
 
 
+class DeviceError(AutoliteError):
+    """A device cannot be reached, refuses, is full, or cannot run a model."""
+
+
 class SpaceError(InputError):
     """A search space is unknown or invalid."""
 

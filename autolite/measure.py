@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from autolite.errors import InputError, unknown
 from autolite.host_lock import host_lock
+from autolite.rounds import interleaved
 
 Inputs = Mapping[str, np.ndarray]
 
@@ -90,8 +92,6 @@ class Runner(Protocol):
 
 
 _RESAMPLES = 1000
-_BURST_NS = 5_000_000
-_BURST_CALLS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +155,8 @@ def time_interleaved(
     waiting: Callable[[str], None] | None = None,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, Timing]:
-    """Time runners in turn, round after round, so that a drift of the machine meets all of them alike.
-
-    In a round each runner makes one call that is not timed (it brings its weights back into the caches that the
-    others used) and then a burst of timed calls: 5 ms of them, at least one. The order rotates from round to round.
-    Garbage collection is off and the host's timing lock is held throughout.
+    """Time runners in turn, round after round; see `autolite.rounds.interleaved`. Garbage collection is off and the
+    host's timing lock is held throughout.
 
     Args:
         runners: what to time, by name.
@@ -176,35 +173,16 @@ def time_interleaved(
     sets: Sequence[Inputs] = [inputs] if isinstance(inputs, Mapping) else list(inputs)
     if not runners or not sets:
         raise ValueError(f"need at least one runner and one input, but got {len(runners)} and {len(sets)}")
-    names = list(runners)
-    rounds: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
+    calls = {name: partial(_call, runner, sets) for name, runner in runners.items()}
+    rounds: dict[str, list[tuple[float, ...]]] = {name: [] for name in runners}
     with host_lock(waiting), _no_garbage_collection():
-        start = clock()
-        for runner in runners.values():
-            began = clock()
-            runner.run(sets[0])
-            while clock() - began < warmup * 1e9:
-                runner.run(sets[0])
-        done = 0
-        while done < min_rounds or clock() - start < seconds * 1e9:
-            arrays = sets[done % len(sets)]
-            shift = done % len(names)
-            for name in names[shift:] + names[:shift]:
-                rounds[name].append(_burst(runners[name], arrays, clock))
-            done += 1
+        for _, name, burst in interleaved(calls, seconds, warmup=warmup, min_rounds=min_rounds, clock=clock):
+            rounds[name].append(burst)
     return {name: Timing(tuple(found)) for name, found in rounds.items()}
 
 
-def _burst(runner: Runner, arrays: Inputs, clock: Callable[[], int]) -> tuple[float, ...]:
-    runner.run(arrays)
-    calls: list[float] = []
-    began = now = clock()
-    while not calls or (now - began < _BURST_NS and len(calls) < _BURST_CALLS):
-        before = clock()
-        runner.run(arrays)
-        now = clock()
-        calls.append((now - before) / 1e6)
-    return tuple(calls)
+def _call(runner: Runner, sets: Sequence[Inputs], number: int) -> None:
+    runner.run(sets[number % len(sets)])
 
 
 def faster(baseline: Timing, candidate: Timing) -> tuple[float, float, float]:

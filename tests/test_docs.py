@@ -27,9 +27,8 @@ def commands() -> list[str]:
     text = "\n".join(d.read_text(encoding="utf-8") for d in DOCUMENTS)
     blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", text, flags=re.S))
     helps = "\n".join(c.help or "" for c in [main, *main.commands.values()])
-    lines = re.findall(
-        r"^\s*\$?\s*(autolite (?:search|worker|front|export|profile|targets).*)$", f"{blocks}\n{helps}", flags=re.M
-    )
+    known = "|".join(main.commands)
+    lines = re.findall(rf"^\s*\$?\s*(autolite (?:{known}).*)$", f"{blocks}\n{helps}", flags=re.M)
     return sorted({line.split("#")[0].strip() for line in lines})
 
 

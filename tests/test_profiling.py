@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +16,14 @@ from click.testing import Result as Invoked
 from onnx import TensorProto, helper
 
 from autolite import registry
+from autolite.artifact import Dims, check_positions, find, fitting, inputs_for
 from autolite.cli import main
 from autolite.contracts import tiny_context
 from autolite.errors import InputError, ModelError
 from autolite.front import Result
+from autolite.hardware.processor import processors
 from autolite.inference import read_manifest
 from autolite.measure import Workload, time_interleaved
-from autolite.profiling import Dims, check_positions, find, fitting, inputs_for
 from autolite.runtime.onnxruntime import OnnxRuntime
 
 PEAKS = {"fp32": 50.0, "int8": 100.0, "int4": 40.0}
@@ -69,7 +70,7 @@ def test_json_has_everything_for_the_workload_of_a_candidate(finished: Result) -
     assert done.exit_code == 0, done.output
     data = json.loads(done.stdout)
     made_for = Workload.parse(read_manifest(folder)["workload"])
-    threads = min(made_for.threads, os.cpu_count() or 1)
+    threads = min(made_for.threads, processors())
     assert data["workload"] == {"batch": 2, "tokens": made_for.tokens, "threads": threads}
     assert data["inputs"]["input_ids"] == f"int64[2,{made_for.tokens}]"
     assert data["operators"]
@@ -128,12 +129,21 @@ def test_a_candidate_says_which_file_and_which_call_is_meant(finished: Result, t
     (tmp_path / "autolite.json").write_text(
         json.dumps({**manifest, "workload": f"batch=1,tokens=5,threads={10**6},generated=64"}), encoding="utf-8"
     )
-    assert find(tmp_path).workload == Workload(1, 5, os.cpu_count() or 1)  # no more threads than there are here
+    assert find(tmp_path).workload == Workload(1, 5, 10**6)
+
+
+def test_no_more_threads_are_profiled_than_there_are_here(finished: Result, tmp_path: Path) -> None:
+    shutil.copytree(finished.path / finished.front.candidates[0].path, tmp_path / "made")
+    manifest = read_manifest(tmp_path / "made")
+    text = json.dumps({**manifest, "workload": f"batch=1,tokens=5,threads={10**6}"})
+    (tmp_path / "made" / "autolite.json").write_text(text, encoding="utf-8")
+    done = json.loads(invoke(tmp_path / "made", "--json").stdout)
+    assert done["workload"] == {"batch": 1, "tokens": 5, "threads": processors()}
 
 
 @pytest.mark.parametrize("name", ["candidates", "teacher"])
 def test_a_run_is_no_model_but_names_some(name: str, finished: Result) -> None:
-    with pytest.raises(InputError, match=r"is a run; give one of its candidates, as in: autolite profile .*candidates"):
+    with pytest.raises(InputError, match=r"is a run; give one of its candidates, as in .*candidates"):
         find(finished.path)
     if name == "teacher":
         assert find(finished.path / "teacher").file.is_file()
@@ -181,7 +191,7 @@ def test_a_workload_that_does_not_fit_is_refused_in_one_sentence(model: Path, tm
     refused((model, "--workload", "tokens=65"), "tokens=65, but the model takes 64 at most; give fewer, as in")
     refused((model, "--workload", "tokens=0"), "tokens=0 must be a whole number of at least 1")
     refused((model, "--workload", "threads=1000000"), "threads=1000000, but this process may use")
-    refused((model, "--workload", "generated=4"), "one call is profiled; leave 'generated' out")
+    refused((model, "--workload", "generated=4"), "one call is meant; leave 'generated' out")
     alone = tmp_path / "model.onnx"  # without its configuration, only running it tells
     alone.write_bytes((model / "model.onnx").read_bytes())
     refused((alone, "--workload", "tokens=65"), "does not run with batch=1,tokens=65,threads=1; if it has fewer")

@@ -179,6 +179,7 @@ class Profile(_Strict):
         name: what `--target` takes.
         description: one line for people.
         runtime: registered name of the runtime that these numbers describe.
+        known_as: what the model's name begins with that such a device gives itself; several, if it has several.
         sources: texts that the numbers refer to by YAML anchors; not used otherwise.
         default_unit: name of the unit that models run on.
         units: all processors, the ones that cannot be used included.
@@ -200,6 +201,7 @@ class Profile(_Strict):
     name: str = Field(min_length=1)
     description: str
     runtime: str = "onnxruntime"
+    known_as: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     sources: dict[str, str] = {}
     default_unit: str
     units: tuple[ComputeUnit, ...] = Field(min_length=1)

@@ -13,7 +13,7 @@ from autolite.errors import TargetError, unknown
 from autolite.hardware import LOCAL
 from autolite.hardware.profile import SHORT, Profile
 
-_SUFFIXES = (".yaml", ".yml")
+SUFFIXES = (".yaml", ".yml")
 
 
 def profile_names() -> list[str]:
@@ -38,7 +38,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
 
 def _path_of(name_or_path: str, folder: Path) -> Path:
     """Where a profile is: one that is shipped, by its name, or a file, from this folder."""
-    if Path(name_or_path).suffix in _SUFFIXES:
+    if Path(name_or_path).suffix in SUFFIXES:
         return folder / name_or_path
     names = profile_names()
     if name_or_path not in names:
@@ -96,6 +96,7 @@ def _complete(text: str, where: str, folder: Path, children: tuple[Path, ...] = 
         raise TargetError(f"{where}: extends {base}, which extends it in turn: one of them has to be complete")
     parent = _complete(_read(path), str(path), path.parent, (*children, path.resolve()))
     _validated(parent, str(path))  # what is wrong there is not this file's
+    parent.pop("known_as", None)  # a variant is another device
     merged: dict[str, Any] = _merged(parent, data)
     return merged
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -11,11 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from autolite.calibrating import Calibration
+    from autolite.devices.base import Health
     from autolite.front import Front
     from autolite.hardware.profile import ComputeUnit, Profile
+    from autolite.measuring import Measured
     from autolite.runtime.tune import Found
     from autolite.runtime.variants import Place
     from autolite.search.reprice import Repriced
+
+DRIFT = 0.05  # by so much a model is slower in the end than in the beginning that it is told
 
 
 def size(count: float) -> str:
@@ -169,4 +174,89 @@ def variants_table(rows: Sequence[tuple[Place, Sequence[Found], str]]) -> Table:
             text = f"{found.option} {found.microseconds:,.{0 if found.microseconds >= 100 else 1}f}"
             cells.append(f"[{style}]{text}[/]" if style else text)
         table.add_row(place.kind, place.format, " x ".join(map(str, place.sizes)), "   ".join(cells))
+    return table
+
+
+def health_table(health: Health) -> Table:
+    """Return what a device is and how it does."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    degrees = "" if health.celsius is None else f"{health.celsius:.0f} degrees"
+    limit = "" if health.margin_celsius is None else f", slows down {health.margin_celsius:.0f} above that"
+    for name, text in {
+        "device": f"{health.model}, {health.machine}, {health.cores} cores",
+        "system": f"{health.system}, {health.libc}, Python {health.python}",
+        "onnxruntime": health.onnxruntime or "not installed",
+        "memory": size(health.memory_bytes),
+        "free on disk": size(health.free_bytes),
+        "temperature": degrees + limit or "it does not tell",
+        "clocks": ", ".join(f"{each} MHz" for each in health.megahertz or ()) or "it does not tell",
+    }.items():
+        table.add_row(name, text)
+    return table
+
+
+def measured_table(found: Measured) -> Group:
+    """Return models that were timed on a device, each with what was predicted of it."""
+    device, predicted = found.health, any(row.predicted for row in found.rows)
+    first = next(iter(found.rows[0].measured.values()))
+    table = Table(
+        title=f"{device.model}, {found.workload}, {first.runtime}; intervals 95 %",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    heads = ["model", "latency ms", "p90", "faster", "size", "memory"]
+    heads += [f"predicted by {found.profile}", "off by"] if predicted else []
+    for head in heads:
+        table.add_column(head, justify="left" if head == "model" else "right", overflow="fold")
+    for row in found.rows:
+        latency, ratio, memory = (row.measured.get(name) for name in ("latency_ms", "faster", "memory_bytes"))
+        assert latency is not None
+        cells = [
+            row.path,
+            f"{latency.value:.3g} ({latency.low:.3g}-{latency.high:.3g})",
+            f"{row.measured['p90_ms'].value:.3g}",
+            "" if ratio is None else f"{ratio.value:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})",
+            size(row.size_bytes),
+            "" if memory is None else size(memory.value),
+        ]
+        if guess := row.predicted.get("latency_ms"):
+            cells += [
+                f"{guess.value:.3g} ({guess.low:.3g}-{guess.high:.3g})",
+                f"{guess.value / latency.value - 1:+.0%}",
+            ]
+        table.add_row(*cells)
+    return Group(table, *map(Text, _notes_of(found)))
+
+
+def _notes_of(found: Measured) -> Iterator[str]:
+    """What there is to say of how it was measured."""
+    worst = max(found.rows, key=lambda row: abs(row.drift))
+    if abs(worst.drift) > DRIFT:
+        way = "slower" if worst.drift > 0 else "faster"
+        yield (
+            f"{worst.path} was {abs(worst.drift):.0%} {way} in the end than in the beginning: the device changed its "
+            "clock, or something else ran on it; let it cool, or give it more time with --seconds"
+        )
+    degrees = [state.celsius for state in found.states if state.celsius is not None]
+    if degrees:
+        yield f"{degrees[0]:.0f} degrees in the beginning, {max(degrees):.0f} at most"
+    for reason in dict.fromkeys(row.unpredicted for row in found.rows if row.unpredicted):
+        few = "" if any(row.predicted for row in found.rows) else "nothing is predicted: "
+        names = ", ".join(row.path for row in found.rows if row.unpredicted == reason)
+        yield few + reason if few else f"not predicted: {names}: {reason}"
+
+
+def calibration_table(found: Calibration) -> Table:
+    """Return how far the predictions of a calibrated profile are off."""
+    table = Table(title=found.profile.description, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    for head in (f"of {found.models} models", "mean error", "within 10 %", "worst"):
+        table.add_column(head, justify="left" if head.startswith("of ") else "right")
+    for name, errors in {
+        "by the probes alone": found.before,
+        "calibrated, by models of other families": found.after,
+    }.items():
+        sizes = abs(errors)
+        table.add_row(name, f"{sizes.mean():.1%}", f"{(sizes <= 0.1).mean():.0%}", f"{errors[sizes.argmax()]:+.0%}")
     return table

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import onnx
 from onnx import GraphProto, ModelProto, StringStringEntryProto, TensorProto
+from onnx.external_data_helper import uses_external_data
 
 from autolite.errors import ModelError, StorageError
 
@@ -97,6 +99,23 @@ def read_head(file: Path) -> ModelProto:
     if not model.opset_import:
         raise ModelError(f"cannot load {file}: it is not an ONNX model, or a damaged one; export it again")
     return model
+
+
+def data_files(file: Path) -> list[Path]:
+    """Return the files beside an ONNX model that have some of its weights.
+
+    Raises:
+        ModelError: if it is no ONNX model, or one of them is missing.
+    """
+    try:
+        stored = onnx.load(file, load_external_data=False).graph.initializer
+    except Exception as error:  # protobuf's
+        raise ModelError(f"cannot load {file}: it is not an ONNX model, or a damaged one; export it again") from error
+    names = {e.value for t in stored if uses_external_data(t) for e in t.external_data if e.key == "location"}
+    found = [file.parent / name for name in sorted(names)]
+    if missing := next((each for each in found if not each.is_file()), None):
+        raise ModelError(f"{file} has weights in {missing}, which is not there: copy it beside the model")
+    return found
 
 
 def _write_model(file: Path, model: ModelProto, tensors: Sequence[tuple[TensorProto, np.ndarray | None]]) -> None:

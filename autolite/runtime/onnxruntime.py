@@ -15,6 +15,7 @@ from autolite.formats import FORMATS
 from autolite.measure import Workload
 from autolite.runtime import emit, requirements
 from autolite.runtime.inputs import Takes, fitted
+from autolite.runtime.session import opened
 from autolite.techniques.base import Student
 
 
@@ -55,17 +56,13 @@ class OnnxRuntime:
             return self._load_ort(file, threads, trace)
         requirements.check(file, self.version)
         try:
-            return OrtRunner(_session(file, threads, trace, exact=True))
+            return OrtRunner(*opened(str(file), threads, _prefix(trace)))
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
-            failure = error
-        try:  # a weight that several products read cannot be converted; without the option, others can be loaded
-            return OrtRunner(_session(file, threads, trace, exact=False), overflow=True)
-        except Exception:
-            raise ModelError(self._refusal(file, failure)) from None
+            raise ModelError(self._refusal(file, error)) from None
 
     def _load_ort(self, file: Path, threads: int, trace: Path | None) -> OrtRunner:
         try:
-            session = _session(file, threads, trace, exact=False)
+            session, _ = opened(str(file), threads, _prefix(trace))
         except Exception as error:
             raise ModelError(
                 f"cannot load {file}: it is damaged, or was made by another version of onnxruntime than this, "
@@ -96,23 +93,8 @@ _MISSING = (
 )
 
 
-def _session(file: Path, threads: int, trace: Path | None, exact: bool) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 4  # what goes wrong arrives as an exception
-    # Threads spin while a call runs and not between calls, where others need the cores. MiniLM-L6 on two threads of a
-    # Zen 3: that is 1.2x faster than not spinning at 16 tokens, 1.1x at 128, 1.05x at 8 x 64; spinning on between calls
-    # as well gains 1.1x more at 16 tokens and nothing elsewhere.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    # x86 processors without VNNI cut sums of products with signed 8-bit weights to 16 bits. There, and for weights
-    # large enough, this option stores them without sign; elsewhere it does nothing.
-    options.add_session_config_entry("session.x64quantprecision", "1" if exact else "0")
-    if trace is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(trace / "trace")
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+def _prefix(trace: Path | None) -> str | None:
+    return None if trace is None else str(trace / "trace")
 
 
 _TYPES = {"float": "float32", "double": "float64", "bool": "bool"} | {

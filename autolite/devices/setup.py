@@ -1,0 +1,90 @@
+"""Prepare a device once: an environment there with the ONNX Runtime that is installed here."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from autolite.devices.base import ConnectionLost, Device, Health, health_of
+from autolite.devices.ssh import Ssh
+from autolite.errors import DeviceError
+
+_MACHINES = ("x86_64", "aarch64")  # that ONNX Runtime has wheels for
+_OLDEST = 17  # of glibc 2.x, that wheels are made for
+
+
+def setup(device: Device, say: Callable[[str], None] = lambda message: None) -> Health:
+    """Make a connected device ready to run models, and return its health.
+
+    Nothing is installed outside AutoLite's folder there. The packages are downloaded here and sent, so that the device
+    needs no internet.
+
+    Args:
+        device: connected; on this machine there is nothing to do.
+        say: told in words what is done.
+
+    Raises:
+        DeviceError: if ONNX Runtime has no package for its processor or Python, or it lacks what an environment needs.
+    """
+    found = health_of(device)
+    if not isinstance(device, Ssh):
+        return found
+    import onnxruntime
+
+    wanted = str(onnxruntime.__version__)
+    if found.onnxruntime == wanted:
+        return found
+    if found.machine not in _MACHINES or not found.libc.startswith("glibc 2."):
+        raise DeviceError(
+            f"{device.address} is a machine of {found.machine} with {found.libc or 'a C library unknown'}, and ONNX "
+            f"Runtime has packages for {' and '.join(_MACHINES)} with glibc alone: install such a system there"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        say(f"downloading onnxruntime {wanted} for {found.machine} and Python {found.python}")
+        wheels = _download(wanted, found, Path(folder))
+        say(f"sending {sum(w.stat().st_size for w in wheels) / 1e6:.0f} MB to {device.address}")
+        first = device.push(wheels)
+    say("installing")
+    _install(device, str(Path(first).parent), wanted)
+    found = health_of(device)
+    if found.onnxruntime != wanted:
+        raise DeviceError(f"{device.address} runs onnxruntime {found.onnxruntime} after {wanted} was installed there")
+    return found
+
+
+def _download(wanted: str, device: Health, folder: Path) -> Sequence[Path]:
+    """Download the packages for a device's Python, processor and C library."""
+    version = ".".join(device.python.split(".")[:2])
+    newest = int(device.libc.rpartition(".")[2])
+    platforms = [f"manylinux_2_{minor}_{device.machine}" for minor in range(newest, _OLDEST - 1, -1)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    command += ["--only-binary=:all:", "--python-version", version, *(f"--platform={each}" for each in platforms)]
+    command += [f"--platform=manylinux2014_{device.machine}", f"onnxruntime=={wanted}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return sorted(folder.iterdir())
+    said = done.stderr.strip().splitlines() or ["pip failed"]
+    if any("No matching distribution" in line for line in said):
+        raise DeviceError(
+            f"there is no onnxruntime {wanted} for Python {version} on {device.machine} with {device.libc}: install a "
+            "newer Python there, or the version of onnxruntime here that it has one for"
+        )
+    raise DeviceError(f"onnxruntime {wanted} cannot be downloaded here: {said[-1]}")
+
+
+def _install(device: Ssh, wheels: str, wanted: str) -> None:
+    """Make the environment anew."""
+    made = shlex.quote(device.environment)
+    device.run(f"rm -rf {made}")
+    try:
+        device.run(f"python3 -m venv {made}")
+    except ConnectionLost:
+        raise
+    except DeviceError as error:
+        raise DeviceError(f"{error}; on Debian, apt install python3-venv there may be what it needs") from None
+    pip = f"{made}/bin/python -m pip install --no-compile --no-index --find-links {shlex.quote(wheels)}"
+    device.run(f"{pip} onnxruntime=={wanted} && rm -rf {shlex.quote(wheels)}")

@@ -1,0 +1,148 @@
+"""Devices to test on: this machine, and this machine again at the other end of a real SSH connection."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import psutil
+import pytest
+
+from autolite import registry
+from autolite.contracts import tiny_context
+from autolite.devices import connected
+from autolite.devices.base import Device
+from autolite.devices.ssh import Ssh
+from autolite.devices.timing import Artifact
+from autolite.measure import Workload, random_texts
+from autolite.runtime.onnxruntime import OnnxRuntime
+
+
+@dataclass(frozen=True)
+class Server:
+    """An SSH server on a port of the loopback, that lets in who has the key in `folder`."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    port: int
+
+    def cut(self) -> None:
+        """Break every connection; the server goes on."""
+        for each in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if each.name().startswith("sshd"):
+                    each.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+    return port
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    program = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip("there is no SSH server to start: apt install openssh-server")
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # what it drops its privileges in
+    folder = tmp_path_factory.mktemp("ssh")
+    for name in ("host", "user", "stranger"):
+        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
+        subprocess.run(command, check=True)
+    port = _free_port()
+    (folder / "config").write_text(
+        f"""Port {port}
+ListenAddress 127.0.0.1
+HostKey {folder}/host
+PidFile none
+AuthorizedKeysFile {folder}/user.pub
+StrictModes no
+UsePAM no
+PasswordAuthentication no
+PermitRootLogin prohibit-password
+MaxStartups 100
+Subsystem sftp internal-sftp
+SetEnv XDG_CACHE_HOME={folder}/cache TMPDIR={folder}
+""",
+        encoding="utf-8",
+    )
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([program, "-D", "-e", "-f", str(folder / "config")], stderr=log)
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        else:
+            raise RuntimeError((folder / "log").read_text(encoding="utf-8"))
+        yield Server(process, folder, port)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def home(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user who has the key, knows the host, and calls it "board"."""
+    ssh = tmp_path / "home" / ".ssh"
+    ssh.mkdir(parents=True)
+    public = (server.folder / "host.pub").read_text(encoding="utf-8")
+    (ssh / "known_hosts").write_text(f"[127.0.0.1]:{server.port} {public}", encoding="utf-8")
+    (ssh / "config").write_text(
+        f"Host board\n  HostName 127.0.0.1\n  Port {server.port}\n  IdentityFile {server.folder}/user\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setenv("HOME", str(ssh.parent))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    return ssh.parent
+
+
+@pytest.fixture
+def board(home: Path, server: Server) -> Iterator[Ssh]:
+    """The device over SSH, as if it had been set up: its environment's Python is the one that runs the tests."""
+    environment = server.folder / "cache" / "autolite" / "device" / f"onnxruntime-{onnxruntime.__version__}" / "bin"
+    environment.mkdir(parents=True, exist_ok=True)
+    python = environment / "python"
+    python.unlink(missing_ok=True)  # that of a real environment is a link to the system's
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    with connected("ssh://board") as found:
+        assert isinstance(found, Ssh)
+        yield found
+
+
+@pytest.fixture(params=["local", "ssh"])
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    """A connected device of each kind."""
+    if request.param == "ssh":
+        yield request.getfixturevalue("board")
+    else:
+        with connected("local") as found:
+            yield found
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """Two artifacts of a tiny BERT."""
+    teacher = tiny_context("bert", registry.get("task", "text-classification")).teacher
+    (inputs,) = random_texts(teacher.shape.vocab, Workload(1, 8), count=1)
+    inputs["token_type_ids"] = np.zeros_like(inputs["input_ids"])
+    found = {}
+    for name in ("one", "two"):
+        files = OnnxRuntime().emit(teacher, tmp_path_factory.mktemp(name))
+        found[name] = Artifact(files, inputs)
+    return found
