@@ -305,6 +305,7 @@ print(len(BertForSequenceClassification.from_pretrained({str(tmp_path)!r}).bert.
     assert run_python(code) == "3"
 
 
+@pytest.mark.slow
 def test_our_quantizer_may_be_imported_before_the_registry_it_enters() -> None:
     code = (
         "import autolite.hf_quantizer, transformers.quantizers.auto as a; print(a.AUTO_QUANTIZER_MAPPING['autolite'])"

@@ -12,7 +12,7 @@ import numpy as np
 from autolite.errors import StorageError
 from autolite.files import write_atomically
 from autolite.hardware.local import cache_file
-from autolite.hardware.probes import square
+from autolite.hardware.probes import loaded, square
 from autolite.host_lock import host_lock
 from autolite.measure import time_interleaved
 
@@ -46,8 +46,8 @@ def local_peaks(threads: int = 1, progress: Callable[[str], None] | None = None)
         if (known := _read(file)) is not None:
             return known
         say(f"measuring the peaks of this machine on {threads} thread{'s' if threads > 1 else ''}, about three seconds")
-        probes = {f"{kernel} {size}": square(kernel, size, threads) for kernel in CLASSES for size in SIZES}
-        timings = time_interleaved(probes, {}, _SECONDS, warmup=0.01, min_rounds=3)
+        probes = {f"{kernel} {size}": square(kernel, size) for kernel in CLASSES for size in SIZES}
+        timings = time_interleaved(loaded(probes, threads), {}, _SECONDS, warmup=0.01, min_rounds=3)
     quiet = {name: float(timing.medians.min()) for name, timing in timings.items()}
     peaks = {
         kernel: max(2e-6 * size**3 / quiet[f"{kernel} {size}"] for size in SIZES)  # quiet is in milliseconds

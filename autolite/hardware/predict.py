@@ -88,6 +88,18 @@ def _predicted(shapes: Sequence[ModelShape], profile: Profile, workload: Workloa
     return found
 
 
+def time_parts(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str, float]:
+    """Return the milliseconds of a model's call by the number of the profile that governs them (the keys of
+    `autolite.hardware.roofline.Speeds`); times `correction`, they add up to its latency.
+
+    Raises:
+        TargetError: as `predict`.
+    """
+    speeds = speeds_of(profile, workload.threads)
+    (call,) = _calls([shape], speeds, workload)
+    return dict(zip(speeds.keys, (call.total / 1e3).tolist(), strict=True))
+
+
 def predict_faster(baseline: ModelShape, shape: ModelShape, profile: Profile, workload: Workload) -> Measurement:
     """Predict how many times faster `shape` is than `baseline`. What both owe to the same number cancels.
 

@@ -6,6 +6,7 @@ import os
 from functools import cache
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 _DEPTH = 8  # products of one sum
 
@@ -33,6 +34,18 @@ def saturates() -> bool:
     kernel. Found out by one product whose result is known, so that no list of processors goes stale.
     """
     import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    model, inputs = overflowing()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, inputs)
+    return has_overflown(found)
+
+
+def overflowing() -> tuple[bytes, dict[str, np.ndarray]]:
+    """Return a product, as ONNX, and inputs, that overflow on a processor which `saturates`."""
     from onnx import TensorProto, helper, numpy_helper
 
     stored = numpy_helper.from_array(np.full((_DEPTH, 16), 127, np.int8), "w")
@@ -44,9 +57,9 @@ def saturates() -> bool:
         [stored],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"x": np.full((16, _DEPTH), 255, np.uint8)})
-    return bool((found != 255 * 127 * _DEPTH).any())
+    return bytes(model.SerializeToString()), {"x": np.full((16, _DEPTH), 255, np.uint8)}
+
+
+def has_overflown(found: ArrayLike) -> bool:
+    """Say of the output of `overflowing` whether it is wrong."""
+    return bool((np.asarray(found) != 255 * 127 * _DEPTH).any())

@@ -13,6 +13,7 @@ from autolite.cache import cache_dir
 from autolite.errors import TargetError
 from autolite.formats import FORMATS
 from autolite.hardware import load_target, local
+from autolite.hardware.fit import Machine, fit_profile
 from autolite.hardware.predict import predict
 from autolite.hardware.probes import CHAIN, HEADS, KERNELS, LAYERS, ROWS, SIZES, Probe
 from autolite.hardware.profile import Profile
@@ -22,7 +23,7 @@ from tests.shapes import bert_shape
 SPEED = {"fp32": 200e3, "int8": 600e3, "int7": 800e3, "int4": 250e3, "attention": 150e3}  # FLOPs a microsecond
 HALVES = {"fp32": (4, 0, 10), "int8": (6, 50, 100), "int7": (5, 40, 110), "int4": (1, 30, 80), "attention": (0, 10, 5)}
 SOFTMAX, BANDWIDTH, STALL, SHARE, DISPATCH, FIXED = 12.0, 20e3, 0.8, 12e6, 0.4, 5.0
-NOMINAL = 32 * 2**20
+MACHINE = Machine("local", "a processor", 1, 8e9, 32.0 * 2**20)
 
 
 def product(kernel: str, m: float, k: float, n: float) -> float:
@@ -57,7 +58,7 @@ def world() -> tuple[dict[str, float], dict[str, Probe]]:
     }
     times = {name: time + DISPATCH + FIXED for name, time in times.items()}
     times |= {f"chain {length}": FIXED + length * DISPATCH for length in CHAIN}
-    return times, {name: Probe(None, {}, sizes.get(name, ())) for name in times}
+    return times, {name: Probe(b"", {}, sizes.get(name, ())) for name in times}
 
 
 def timings(times: Mapping[str, float], slow: float = 1.0) -> dict[str, Timing]:
@@ -66,7 +67,7 @@ def timings(times: Mapping[str, float], slow: float = 1.0) -> dict[str, Timing]:
 
 
 def fit(times: Mapping[str, float], models: Mapping[str, Probe], slow: float = 1.0) -> Profile:
-    return local.fit_profile(timings(times, slow), models, 1, "1.0", NOMINAL, True)
+    return fit_profile(timings(times, slow), models, MACHINE, "ONNX Runtime 1.0")
 
 
 @pytest.mark.parametrize("slow", [1.0, 3.0])
@@ -111,7 +112,7 @@ def test_codes_of_seven_bits_take_the_kernel_of_int8_where_that_is_exact() -> No
 def test_rounds_that_took_a_thousand_times_as_long_make_numbers_unsure_and_nothing_fail() -> None:
     times, models = world()
     disturbed = {name: Timing((*[(us / 1e3,)] * 3, *[(us,)] * 2)) for name, us in times.items()}
-    profile = local.fit_profile(disturbed, models, 1, "1.0", NOMINAL, True)
+    profile = fit_profile(disturbed, models, MACHINE, "ONNX Runtime 1.0")
     assert profile.unit.elementwise["normalization"].value == pytest.approx(3.0, rel=0.1)
     assert profile.unit.elementwise["normalization"].sigma == profile.fixed.sigma == 1
 
@@ -147,7 +148,8 @@ class TestLocalProfile:
             measured.append(1)
             return timings(times, slow)
 
-        monkeypatch.setattr(local, "probes", lambda threads, cache: models)
+        monkeypatch.setattr(local, "probes", lambda cache, saturated: models)
+        monkeypatch.setattr(local, "loaded", lambda models, threads: models)
         monkeypatch.setattr(local, "time_interleaved", fake)
         return measured
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from autolite.cache import cache_dir
 from autolite.errors import TargetError
 from autolite.hardware import peaks
 from autolite.hardware.peaks import CLASSES
-from autolite.hardware.probes import Probe, square
+from autolite.hardware.probes import Probe, loaded, square
 from autolite.measure import Timing
 
 
@@ -34,7 +35,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, gflops: Mapping[str, float], slow: 
         return {name: Timing(((ms,), *[(slow * ms,)] * 4)) for name, ms in times.items()}
 
     monkeypatch.setattr(peaks, "time_interleaved", fake)
-    monkeypatch.setattr(peaks, "square", lambda kernel, size, threads: Probe(None, {}, (size, size, size, 1)))
+    monkeypatch.setattr(peaks, "square", lambda kernel, size: Probe(b"", {}, (size, size, size, 1)))
+    monkeypatch.setattr(peaks, "loaded", lambda probes, threads: probes)
     return measured
 
 
@@ -79,12 +81,13 @@ def test_threads_that_are_not_there_are_refused() -> None:
 
 @pytest.mark.parametrize("kernel", CLASSES)
 def test_each_class_multiplies_square_matrices_in_its_own_format(kernel: str) -> None:
-    probe = square(kernel, 64, 1)
+    probe = square(kernel, 64)
     x = probe.inputs["x"]
     assert x.shape == (64, 64)
     assert x.dtype == (np.uint8 if kernel == "int8" else np.float32)
-    assert probe.run({})["y"].shape == (64, 64)
+    found = loaded({"once": probe}, 1)["once"].run({})["y"]
+    assert found.shape == (64, 64)
     # A product is linear in its rows: doubling them doubles the result, up to the quantization of int4's activations.
     if kernel != "int8":
-        doubled = Probe(probe.session, {"x": 2 * x}).run({})["y"]
-        np.testing.assert_allclose(doubled, 2 * probe.run({})["y"], rtol=1e-4, atol=1e-4)
+        doubled = loaded({"twice": replace(probe, inputs={"x": 2 * x})}, 1)["twice"].run({})["y"]
+        np.testing.assert_allclose(doubled, 2 * found, rtol=1e-4, atol=1e-4)

@@ -51,7 +51,11 @@ def check(result: Result, auto: type) -> None:
         assert np.linalg.norm(found - expected) < 0.25 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("family", contracts.TEXT_FAMILIES)
+# BERT's are what all other tests of a search are of; ALBERT's layers share their weights.
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[] if name == "albert" else pytest.mark.slow) for name in contracts.TEXT_FAMILIES],
+)
 def test_classifiers(family: str, tiny_space: Path, tmp_path: Path) -> None:
     model = folder_of(family, "text-classification", tmp_path / "model")
     data = write_jsonl(tmp_path / "data.jsonl", [{**row, "label": i % 3} for i, row in enumerate(sentences(200, 3))])

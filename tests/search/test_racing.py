@@ -101,7 +101,7 @@ def test_samplers_are_known_by_name_or_given_as_a_function() -> None:
     "sampler",
     [
         pytest.param("nsga2", marks=pytest.mark.slow),
-        "gp",
+        pytest.param("gp", marks=pytest.mark.slow),
         lambda seed: TPESampler(seed=seed, n_startup_trials=2),
     ],
     ids=["nsga2", "gp", "own"],
