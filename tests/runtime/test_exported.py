@@ -60,7 +60,7 @@ BEYOND: dict[str, dict[str, Any]] = {
     "bert": {"hidden_act": "mish"},
     "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
 }
-QUICK = ("electra", "opt")
+QUICK = ("electra",)
 EVERY = [
     pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in (*CLASSIFIERS, *GENERATORS, *BEYOND)
 ]
@@ -172,7 +172,7 @@ def test_activations_can_be_quantized_by_calibrated_ranges(tmp_path: Path) -> No
     assert relative < 0.3
 
 
-@pytest.mark.parametrize("kind", ["electra", "opt"])
+@pytest.mark.parametrize("kind", ["electra", pytest.param("opt", marks=pytest.mark.slow)])
 def test_products_are_those_of_the_format(kind: str, tmp_path: Path) -> None:
     shape = shape_of(model_of(kind))
     assert shape.unmapped is not None
