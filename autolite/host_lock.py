@@ -69,7 +69,7 @@ def working() -> Iterator[None]:
     global _work
     from filelock import FileLock
 
-    path = _folder() / f"{_WORKING}{os.getpid()}-{uuid.uuid4().hex[:8]}.lock"
+    path = lock_folder() / f"{_WORKING}{os.getpid()}-{uuid.uuid4().hex[:8]}.lock"
     _work = FileLock(path, mode=0o666, thread_local=False)
     try:
         _work.acquire()
@@ -106,10 +106,10 @@ def _give_way() -> None:
 def _timing_lock() -> BaseFileLock:
     from filelock import FileLock
 
-    return FileLock(_folder() / "timing.lock", mode=0o666, is_singleton=True, thread_local=False)
+    return FileLock(lock_folder() / "timing.lock", mode=0o666, is_singleton=True, thread_local=False)
 
 
-def _folder() -> Path:
+def lock_folder() -> Path:
     """Return the folder of all lock files.
 
     Everybody may write and remove there (no sticky bit), for in the temporary folder itself Linux refuses the files of
@@ -132,7 +132,7 @@ def _wait_for_work(waiting: Callable[[str], None] | None) -> None:
     import psutil
     from filelock import FileLock, Timeout
 
-    for path in _folder().glob(f"{_WORKING}*.lock"):
+    for path in lock_folder().glob(f"{_WORKING}*.lock"):
         process = int(path.name.removeprefix(_WORKING).partition("-")[0])
         told = False
         while True:

@@ -12,7 +12,7 @@ import numpy as np
 
 from autolite import registry
 from autolite.errors import AutoliteError, InputError, ModelError, first_line
-from autolite.hardware.processor import processors
+from autolite.machine import processors
 from autolite.measure import Runner, Workload
 from autolite.tasks.base import DataSpec
 from autolite.tasks.encoding import max_tokens

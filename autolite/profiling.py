@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from autolite.artifact import call_of, find
 from autolite.errors import ModelError
-from autolite.hardware.processor import processors
+from autolite.machine import processors
 from autolite.measure import Workload
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@
     python benchmarks/prediction.py --threads 1
     python benchmarks/prediction.py --target my-board.yaml --device ssh://pi@raspberrypi --threads 4
 
-Random models (`autolite.submodels`) with other seeds than those of a calibration: widths, depths, number formats,
-lengths and batches, each timed beside a reference, as a calibration does. Prints the mean error, the part within
-10 %, Kendall's rank correlation, and how many of the measured times are in the intervals of 90 %.
+Random models (`autolite.devices.submodels`) with other seeds than those of a calibration: widths, depths, number
+formats, lengths and batches, each timed beside a reference, as a calibration does. Prints the mean error, the part
+within 10 %, Kendall's rank correlation, and how many of the measured times are in the intervals of 90 %.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from autolite.calibrating import Timed, timed, undisturbed
 from autolite.devices import connected
 from autolite.devices.base import check_runtime, health_of
+from autolite.devices.calibrate import Timed, timed, undisturbed
+from autolite.devices.submodels import Recipe, recipes
 from autolite.hardware import load_target
 from autolite.hardware.predict import predict
-from autolite.submodels import Recipe, recipes
 
 FAMILIES = ("roberta", "qwen2", "qwen3")
 SECONDS = (5e-5, 0.15)  # that a model may take at the peak of fp32

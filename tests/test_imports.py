@@ -17,6 +17,7 @@ LAYERS = [
     "errors",
     "files",
     "cache",
+    "machine",
     "registry",
     "plan",
     "families",
@@ -48,13 +49,11 @@ LAYERS = [
     "inference",
     "artifact",
     "profiling",
-    "devices",
     "space",
     "compress",
     "pareto",
     "front",
-    "submodels",
-    "calibrating measuring",
+    "devices",
     "export",
     "search",
     "report",
@@ -122,7 +121,7 @@ TIMES = {"measure.py", "rounds.py"}  # calls of models
 # What may look at a clock beside these: budgets, the view that shows one, when to save or to look, what teachers take
 # of the time of trainings, and how long a device is waited for.
 CLOCKS = {
-    "calibrating.py",
+    "devices/calibrate.py",
     "devices/runner.py",
     "devices/timing.py",
     "host_lock.py",

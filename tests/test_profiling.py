@@ -21,8 +21,8 @@ from autolite.cli import main
 from autolite.contracts import tiny_context
 from autolite.errors import InputError, ModelError
 from autolite.front import Result
-from autolite.hardware.processor import processors
 from autolite.inference import read_manifest
+from autolite.machine import processors
 from autolite.measure import Workload, time_interleaved
 from autolite.runtime.onnxruntime import OnnxRuntime
 

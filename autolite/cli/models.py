@@ -33,7 +33,7 @@ def measure(paths: tuple[str, ...], device: str, cores: str | None, as_json: boo
       autolite measure runs/demo-pixel8 --target ssh://pi@raspberrypi
       autolite measure model.onnx deploy/ --target ssh://board --workload tokens=32,threads=4 --cores 4-7
     """
-    from autolite.measuring import measure_models
+    from autolite.devices.measure import measure_models
     from autolite.report.tables import measured_table
 
     found = measure_models(paths, device, cores=numbers(cores), progress=told, **how)

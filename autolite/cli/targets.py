@@ -121,18 +121,16 @@ def calibrate(address: str, budget: str, threads: int | None, cores: str | None,
       autolite calibrate
       autolite calibrate ssh://pi@raspberrypi --budget 10m --out my-board.yaml
     """
-    from autolite.calibrating import calibrate as calibrated
-    from autolite.calibrating import destination, keep
+    from autolite.devices.calibrate import calibrate as calibrated
+    from autolite.devices.calibrate import destination, keep
     from autolite.report.tables import calibration_table
     from autolite.search.settings import parse_budget
 
     seconds, chosen = parse_budget(budget).seconds, numbers(cores)
     if seconds is None:
         raise click.BadParameter("give a time, such as 5m", param_hint="--budget")
-    destination("profile", address, chosen, out)  # what is wrong there is told before anything is timed
+    file = destination(address, chosen, out)  # what is wrong there is told before anything is timed
     found = calibrated(address, threads=threads, cores=chosen, budget=seconds, fresh=fresh, progress=told)
     terminal().print(calibration_table(found))
-    file = destination(found.profile.name, address, chosen, out)
     keep(found.profile, file)
-    target = "local" if file is None else str(file)
-    click.echo(f"next: autolite search --target {target} --workload threads={found.profile.threads}")
+    click.echo(f"next: autolite search --target {file or 'local'} --workload threads={found.profile.threads}")

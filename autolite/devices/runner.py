@@ -18,22 +18,20 @@ import platform
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autolite import machine
+from autolite.host_lock import lock_folder
 from autolite.rounds import interleaved
 
 if TYPE_CHECKING:  # old Pythons have others
     from collections.abc import Callable, Iterator
 
 _MEMORY_CALLS = 3
-_SYS = Path("/sys")
-_PASSIVE = ("passive", "hot")  # trip points at which a kernel slows its processors down
-_FIRMWARE = {"Raspberry Pi": 80.0}  # degrees at which a board's firmware does, of which its kernel does not know
 _WAITING = 5.0  # seconds between two lines while another process has the device
 
 
@@ -42,27 +40,24 @@ def health() -> dict[str, Any]:
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     kept = os.environ.get("XDG_CACHE_HOME", str(Path.home()))
     return {
-        "model": _model(),
+        "model": machine.device_name(),
         "machine": platform.machine() + ("" if sys.maxsize > 2**32 else ", 32 bits"),
         "system": f"{platform.system()} {platform.release()}",
         "libc": " ".join(platform.libc_ver()).strip(),
         "python": platform.python_version(),
         "onnxruntime": _version(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": machine.processors(),
         "memory_bytes": pages * size,
-        "cache_bytes": _cache(),
+        "cache_bytes": machine.last_level_cache(),
         "free_bytes": shutil.disk_usage(kept if os.path.isdir(kept) else "/").free,
-        "margin_celsius": _margin(),
+        "margin_celsius": machine.margin_celsius(),
         **state(),
     }
 
 
 def state() -> dict[str, Any]:
-    """Return the temperature of the hottest sensor and the clock of each core that tells it."""
-    degrees = [value / 1000 for value in map(_number, _SYS.glob("class/thermal/thermal_zone*/temp")) if value]
-    clocks = sorted(_SYS.glob("devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq"))
-    megahertz = [round(value / 1000) for value in map(_number, clocks) if value is not None]
-    return {"celsius": max((each for each in degrees if each > 0), default=None), "megahertz": megahertz or None}
+    """Return how warm and how fast this machine is now."""
+    return {"celsius": machine.celsius(), "megahertz": machine.megahertz()}
 
 
 def measure_time(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -83,11 +78,11 @@ def measure_memory(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the peak resident bytes of this process with the only model of a spec, less those without it; None where
     the system does not tell."""
     import numpy as np
-    import onnxruntime  # noqa: F401
 
     (each,) = spec["models"].values()
     with np.load(each["inputs"]) as arrays:
         _ = [arrays[name] for name in arrays.files]  # they are not the model's
+    _version()  # nor is the runtime
     before = _peak()
     (call,) = _calls(spec).values()
     for number in range(_MEMORY_CALLS):
@@ -144,53 +139,14 @@ def _version() -> str | None:
     return str(onnxruntime.__version__)
 
 
-def _model() -> str:
-    with suppress(OSError):
-        return Path("/proc/device-tree/model").read_text(encoding="utf-8").strip("\0\n ")
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def _cache() -> float | None:
-    """The size of the last-level cache in bytes."""
-    sizes = []
-    for file in _SYS.glob("devices/system/cpu/cpu0/cache/index*/size"):
-        with suppress(OSError, ValueError):
-            text = file.read_text(encoding="ascii").strip()
-            sizes.append(float(text.rstrip("KM")) * {"K": 2**10, "M": 2**20}.get(text[-1], 1))
-    return max(sizes, default=None)
-
-
-def _margin() -> float | None:
-    """The degrees until the first part of this machine slows down, if it says so."""
-    hottest = state()["celsius"]
-    found = [limit - hottest for name, limit in _FIRMWARE.items() if hottest and _model().startswith(name)]
-    for zone in _SYS.glob("class/thermal/thermal_zone*"):
-        now = _number(zone / "temp")
-        for kind in zone.glob("trip_point_*_type"):
-            with suppress(OSError):
-                limit = _number(kind.with_name(kind.name.replace("_type", "_temp")))
-                if kind.read_text(encoding="ascii").strip() in _PASSIVE and now and limit and limit > 0:
-                    found.append((limit - now) / 1000)
-    return min(found, default=None)
-
-
-def _number(file: Path) -> float | None:
-    try:
-        return float(file.read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
-
-
 @contextmanager
 def _alone() -> Iterator[None]:
     """Hold the lock that searches on this machine hold while they time (`autolite.host_lock`)."""
     import fcntl
 
-    file = _lock_file()
+    file = os.open(lock_folder() / "timing.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    with suppress(OSError):  # whatever the umask says, if it is ours
+        os.fchmod(file, 0o666)
     try:
         while True:
             try:
@@ -202,21 +158,6 @@ def _alone() -> Iterator[None]:
         yield
     finally:
         os.close(file)
-
-
-def _lock_file() -> int:
-    """Open the lock of all users of this machine, or, where somebody does not share it, one of our own."""
-    shared = Path(tempfile.gettempdir()) / "autolite-locks"
-    for folder in (shared, shared.with_name(f"{shared.name}-{os.getuid()}")):
-        with suppress(OSError):
-            if not folder.is_dir():
-                folder.mkdir()
-                folder.chmod(0o777)  # whatever the umask says
-            file = os.open(folder / "timing.lock", os.O_RDWR | os.O_CREAT, 0o666)
-            with suppress(OSError):
-                os.fchmod(file, 0o666)
-            return file
-    raise RuntimeError(f"no lock can be made in {shared.parent}")
 
 
 def _pin(cores: list[int]) -> None:

@@ -24,7 +24,13 @@ from autolite.files import sha256
 if TYPE_CHECKING:
     import paramiko
 
-SENT = ("rounds.py", "runtime/session.py", "devices/runner.py")  # what the runner consists of
+SENT = (
+    "machine.py",
+    "host_lock.py",
+    "rounds.py",
+    "runtime/session.py",
+    "devices/runner.py",
+)  # what the runner consists of
 _ADDRESS = re.compile(r"ssh://(?:(?P<user>[^@/:]+)@)?(?P<host>[^@/:\[\]]+|\[[^@/]+\])(?::(?P<port>\d{1,5}))?/?")
 _PATIENCE = 10.0  # seconds until a host that does not answer is given up
 _SILENCE = 120.0  # seconds without a line until a device is taken for gone
@@ -78,7 +84,7 @@ class Ssh:
         client = self._client = paramiko.SSHClient()
         try:
             client.load_system_host_keys()
-        except Exception as error:  # InvalidHostKey, which has no base class of paramiko's
+        except (paramiko.hostkeys.InvalidHostKey, OSError) as error:
             raise DeviceError(f"cannot read ~/.ssh/known_hosts: {first_line(error)}") from None
         client.set_missing_host_key_policy(paramiko.RejectPolicy())
         keys: Any = [name for name in known.get("identityfile", []) if Path(name).is_file()]

@@ -22,6 +22,8 @@ _PAUSE = 2.0  # seconds before the second, and twice as long before each further
 _COOLING = 180.0  # seconds that a hot device is given to cool down
 _LOOK = 5.0  # seconds between two looks at its temperature
 
+Models = Mapping[str, Mapping[str, str]]  # by name, where its file and its inputs are on a device
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -90,18 +92,14 @@ def time_on(
         DeviceError: if a model does not fit or run there.
         ConnectionLost: if the device stays away before there are enough rounds.
     """
-    rounds: dict[int, dict[str, tuple[float, ...]]] = {}
-    states: list[State] = []
-    peaks: dict[str, int | None] = {}
-    began, left, runtime, process = time.monotonic(), seconds, "", None
+    so_far = _Progress(seconds)
     spec = {"threads": threads, "cores": list(cores), "lock": device.address != "local"}
     spec |= {"warmup": warmup, "min_rounds": MIN_ROUNDS}
     with tempfile.TemporaryDirectory() as folder, device.alone(say):
         inputs = {
-            name: _saved(each.inputs, Path(folder) / f"{i}.npz") for i, (name, each) in enumerate(artifacts.items())
+            name: saved(each.inputs, Path(folder) / f"{i}.npz") for i, (name, each) in enumerate(artifacts.items())
         }
         for attempt in range(1, _ATTEMPTS + 1):
-            since = now = 0.0
             try:
                 if attempt > 1:
                     device.close()
@@ -111,35 +109,98 @@ def time_on(
                     name: {"file": device.push(each.files), "inputs": device.push([inputs[name]])}
                     for name, each in artifacts.items()
                 }
-                for name in [name for name in models if memory and name not in peaks]:
-                    one = {**spec, "replaces": process, "models": {name: models[name]}}
-                    (peaks[name],) = (a["peak_bytes"] for a in _heard(answers(device, ["memory"], one), say))
+                if memory:
+                    _measure_memory(device, spec, models, so_far, say)
                 _cool(device, say)
-                how = {**spec, "replaces": process, "models": models, "seconds": left, "first": len(rounds)}
-                for answer in _heard(answers(device, ["time"], how), say):
-                    now = time.monotonic()
-                    if "runtime" in answer:
-                        runtime, process, since = f"onnxruntime {answer['runtime']}", answer["process"], now
-                    elif "state" in answer:
-                        states.append(State(now - began, **answer["state"]))
-                    else:
-                        rounds.setdefault(answer["round"], {})[answer["model"]] = tuple(answer["milliseconds"])
+                _measure_time(device, spec, models, so_far, say)
                 break
             except ConnectionLost as error:
-                left = max(0.0, left - (now - since))
-                rounds = {n: found for n, found in rounds.items() if len(found) == len(artifacts)}  # those that ended
+                so_far.lost(len(artifacts))
                 if attempt < _ATTEMPTS:
-                    say(f"{error}; {len(rounds)} rounds are kept, connecting again")
-                elif len(rounds) < MIN_ROUNDS:
+                    say(f"{error}; {len(so_far.rounds)} rounds are kept, connecting again")
+                elif len(so_far.rounds) < MIN_ROUNDS:
                     raise
                 else:
-                    say(f"{error}; the {len(rounds)} rounds that were timed have to do")
+                    say(f"{error}; the {len(so_far.rounds)} rounds that were timed have to do")
         if not keep:
             with suppress(DeviceError):
                 device.drop([path for each in models.values() for path in each.values()])
-    bursts = [found for _, found in sorted(rounds.items())]
+    bursts = [found for _, found in sorted(so_far.rounds.items())]
     timings = {name: Timing(tuple(found[name] for found in bursts)) for name in artifacts}
-    return Session(timings, peaks, states, runtime)
+    return Session(timings, so_far.peaks, so_far.states, so_far.runtime)
+
+
+class _Progress:
+    """What was heard so far of a device that may go away.
+
+    Attributes:
+        left: seconds that models are yet to be timed.
+        rounds: the bursts of each round, by the models' names.
+        process: number of the runner there that was heard last.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.left, self.runtime, self.process = seconds, "", None
+        self.rounds: dict[int, dict[str, tuple[float, ...]]] = {}
+        self.states: list[State] = []
+        self.peaks: dict[str, int | None] = {}
+        self._begun = time.monotonic()
+        self._timing: tuple[float, float] | None = None  # when it began and when it was last heard of
+
+    def hear(self, answer: Mapping[str, Any]) -> None:
+        """Take in an answer of a runner that times."""
+        now = time.monotonic()
+        self._timing = (self._timing[0] if self._timing else now, now)
+        if "runtime" in answer:
+            self.runtime, self.process = f"onnxruntime {answer['runtime']}", answer["process"]
+        elif "state" in answer:
+            self.states.append(State(now - self._begun, **answer["state"]))
+        else:
+            self.rounds.setdefault(answer["round"], {})[answer["model"]] = tuple(answer["milliseconds"])
+
+    def lost(self, models: int) -> None:
+        """Keep the rounds in which all models were timed."""
+        if self._timing:
+            self.left = max(0.0, self.left - (self._timing[1] - self._timing[0]))
+            self._timing = None
+        self.rounds = {number: found for number, found in self.rounds.items() if len(found) == models}
+
+
+def _measure_time(
+    device: Device, spec: Mapping[str, Any], models: Models, so_far: _Progress, say: Callable[[str], None]
+) -> None:
+    first = len(so_far.rounds)
+    how = {**spec, "replaces": so_far.process, "models": models, "seconds": so_far.left, "first": first}
+    for answer in _heard(answers(device, ["time"], how), say):
+        so_far.hear(answer)
+
+
+def _measure_memory(
+    device: Device, spec: Mapping[str, Any], models: Models, so_far: _Progress, say: Callable[[str], None]
+) -> None:
+    for name in [name for name in models if name not in so_far.peaks]:
+        how = {**spec, "replaces": so_far.process, "models": {name: models[name]}}
+        for answer in _heard(answers(device, ["memory"], how), say):
+            so_far.peaks[name] = answer["peak_bytes"]
+
+
+def outputs_on(device: Device, artifact: Artifact, exact: bool = True) -> Any:
+    """Return the first output of an artifact on a connected device, as nested lists.
+
+    Args:
+        device: to run on.
+        artifact: with its inputs.
+        exact: whether ONNX Runtime is to avoid products that overflow there, where it can.
+
+    Raises:
+        DeviceError: if it does not run there.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = device.push([saved(artifact.inputs, Path(folder) / "inputs.npz")])
+        models = {"it": {"file": device.push(artifact.files), "inputs": inputs}}
+        spec = {"models": models, "threads": 1, "cores": [], "lock": False, "exact": exact}
+        (answer,) = answers(device, ["outputs"], spec)
+    return answer["output"]
 
 
 def _heard(heard: Iterator[dict[str, Any]], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
@@ -160,7 +221,8 @@ def drift(timing: Timing) -> float:
     return float(np.median(medians[-third:]) / np.median(medians[:third]) - 1)
 
 
-def _saved(inputs: Inputs, file: Path) -> Path:
+def saved(inputs: Inputs, file: Path) -> Path:
+    """Write inputs to a file, and return that."""
     np.savez(file, **inputs)  # type: ignore[arg-type]  # numpy's stub takes the first for an option
     return file
 

@@ -62,14 +62,14 @@ class Calibrated:
 
     Attributes:
         profile: with the numbers that the samples say.
-        before: logarithms of measured to predicted times by the profile as it was [samples].
-        held_out: the same by what was fitted to the samples of all other groups [samples].
+        before: relative errors of the times that the profile predicted as it was [samples].
+        errors: the same of what was fitted to the samples of all other groups [samples].
         factors: what the times that each number of the profile governs were multiplied with.
     """
 
     profile: Profile
     before: Array
-    held_out: Array
+    errors: Array
     factors: Mapping[str, float]
 
 
@@ -110,7 +110,7 @@ def calibrated(profile: Profile, samples: Sequence[Sample], source: str) -> Cali
     changed = scaled(profile, named, source, left, 0.0)
     own = speeds_of(changed, samples[0].workload.threads).spread(shares, 0, np.array(False))
     width = min(_width(errors, own), 3.0)
-    return Calibrated(scaled(profile, named, source, left, width), np.log(times / first.sum(1)), errors, named)
+    return Calibrated(scaled(profile, named, source, left, width), first.sum(1) / times - 1, np.expm1(-errors), named)
 
 
 def _parts(profile: Profile, samples: Sequence[Sample]) -> Array:

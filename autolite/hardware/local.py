@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,10 +15,11 @@ from autolite.files import write_atomically
 from autolite.hardware import LOCAL
 from autolite.hardware.fit import USUAL_CACHE, Machine, fit_profile, quiet
 from autolite.hardware.probes import loaded, probes
-from autolite.hardware.processor import cores, processors, saturates
+from autolite.hardware.processor import cores, saturates
 from autolite.hardware.profile import Profile
 from autolite.hardware.profile_files import dump_profile, parse_profile
 from autolite.host_lock import host_lock
+from autolite.machine import cpu_name, last_level_cache, processors
 from autolite.measure import time_interleaved
 
 _SECONDS = 8.0
@@ -107,22 +107,3 @@ def check_threads(threads: int) -> None:
         raise TargetError(
             f"threads={threads}, but this process may use {available} processors: ask for 1 to {available}"
         )
-
-
-def cpu_name() -> str:
-    """Return the processor's name as the system gives it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def last_level_cache() -> float | None:
-    """Return the bytes of the last-level cache, None if the system does not tell."""
-    sizes = []
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        with suppress(OSError, ValueError):
-            text = file.read_text(encoding="ascii").strip()
-            sizes.append(float(text.rstrip("KM")) * {"K": 2**10, "M": 2**20}.get(text[-1], 1))
-    return max(sizes, default=None)

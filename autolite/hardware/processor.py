@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from autolite.machine import processors
+
 _DEPTH = 8  # products of one sum
-
-
-def processors() -> int:
-    """Return how many logical processors this process may run on: all, or those that a scheduler gave it."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def cores() -> int:

@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from autolite.calibrating import Calibration
     from autolite.devices.base import Health
+    from autolite.devices.measure import Measured
     from autolite.front import Front
+    from autolite.hardware.calibration import Calibrated
     from autolite.hardware.profile import ComputeUnit, Profile
-    from autolite.measuring import Measured
     from autolite.runtime.tune import Found
     from autolite.runtime.variants import Place
     from autolite.search.reprice import Repriced
@@ -248,14 +248,14 @@ def _notes_of(found: Measured) -> Iterator[str]:
         yield few + reason if few else f"not predicted: {names}: {reason}"
 
 
-def calibration_table(found: Calibration) -> Table:
+def calibration_table(found: Calibrated) -> Table:
     """Return how far the predictions of a calibrated profile are off."""
     table = Table(title=found.profile.description, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
-    for head in (f"of {found.models} models", "mean error", "within 10 %", "worst"):
+    for head in (f"of {len(found.errors)} models", "mean error", "within 10 %", "worst"):
         table.add_column(head, justify="left" if head.startswith("of ") else "right")
     for name, errors in {
         "by the probes alone": found.before,
-        "calibrated, by models of other families": found.after,
+        "calibrated, by models of other families": found.errors,
     }.items():
         sizes = abs(errors)
         table.add_row(name, f"{sizes.mean():.1%}", f"{(sizes <= 0.1).mean():.0%}", f"{errors[sizes.argmax()]:+.0%}")

@@ -20,8 +20,8 @@ import torch
 from autolite.cache import cache_dir
 from autolite.errors import StorageError
 from autolite.formats import FORMATS, encode
-from autolite.hardware.local import cpu_name
 from autolite.hardware.processor import saturates
+from autolite.machine import cpu_name
 from autolite.measure import time_interleaved
 from autolite.parts import Matrix, Norm
 from autolite.runtime.blocks import Heads, activate, add_and_normalize, attend, attend_first, project

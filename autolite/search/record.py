@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from autolite.compress import student_plan, training, untrained
 from autolite.front import Interval
-from autolite.hardware.local import cpu_name
+from autolite.machine import cpu_name
 from autolite.plan import Plan
 from autolite.search.prices import NEVER
 from autolite.space import Stage

@@ -19,8 +19,8 @@ from autolite.errors import InputError, NoCandidateError, PlanError, RunError
 from autolite.files import write_atomically
 from autolite.front import Candidate, Front, Result, front_file, read_front, write_json
 from autolite.hardware import LOCAL, load_target
-from autolite.hardware.local import cpu_name
 from autolite.inference import MANIFEST
+from autolite.machine import cpu_name
 from autolite.plan import Plan
 from autolite.search.choose import blocked, choose
 from autolite.search.confirm import confirm, score_on_test

@@ -203,7 +203,3 @@ class TestLocalProfile:
         latency = predict(bert_shape(), profile, Workload(1, 64, 1))["latency_ms"]
         assert 0.01 < latency.low < latency.value < latency.high < 1e5
         assert profile.runtime == "onnxruntime"
-
-
-def test_the_processor_has_a_name() -> None:
-    assert local.cpu_name()

@@ -13,15 +13,15 @@ import pytest
 from click.testing import CliRunner
 from click.testing import Result as Invoked
 
-from autolite import measuring
 from autolite.cli import main
 from autolite.cli.terminal import numbers
+from autolite.devices import measure as measuring
 from autolite.devices.base import Device, Health, health_of
+from autolite.devices.measure import measure_models
 from autolite.devices.timing import Session
 from autolite.errors import InputError, TargetError
 from autolite.front import Result
 from autolite.measure import Timing, Workload
-from autolite.measuring import measure_models
 
 
 def invoke(*words: object) -> Invoked:
@@ -183,3 +183,17 @@ def test_two_ways_to_one_model_are_two_rows(finished: Result, tmp_path: Path) ->
     first = finished.path / finished.front.candidates[0].path
     shutil.copytree(first, tmp_path / "copy")
     assert len(measure_models([first, tmp_path / "copy"], profile="pixel8", seconds=0.0).rows) == 2
+
+
+@pytest.mark.parametrize("address", ["local", "ssh://board"])
+def test_a_device_is_checked(address: str, request: pytest.FixtureRequest) -> None:
+    if address != "local":
+        request.getfixturevalue("board")
+    shown = CliRunner().invoke(main, ["device", "check", address])
+    assert shown.exit_code == 0, shown.output
+    assert "free on disk" in shown.stdout
+    told = json.loads(CliRunner().invoke(main, ["device", "check", address, "--json"]).stdout)
+    assert Health(**told).onnxruntime
+    ready = CliRunner().invoke(main, ["device", "setup", address])
+    assert ready.exit_code == 0, ready.output
+    assert f"next: autolite measure DIR --target {address}" in ready.stdout

@@ -1,4 +1,4 @@
-"""What the runner finds out about the machine that it is on, from files as Linux has them."""
+"""What is found out about a machine, from files as Linux has them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from autolite.devices import runner
+from autolite import machine
 
 
 @pytest.fixture
 def sys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(runner, "_SYS", tmp_path)
+    monkeypatch.setattr(machine, "_SYS", tmp_path)
     return tmp_path
 
 
@@ -27,7 +27,7 @@ def test_the_hottest_sensor_and_all_clocks(sys: Path) -> None:
     write(sys / "class/thermal/thermal_zone2", temp="-274000")  # what some boards say of a sensor that is off
     for core, clock in enumerate((1_500_000, 2_400_000)):
         write(sys / f"devices/system/cpu/cpu{core}/cpufreq", scaling_cur_freq=clock)
-    assert runner.state() == {"celsius": 63.0, "megahertz": [1500, 2400]}
+    assert (machine.celsius(), machine.megahertz()) == (63.0, [1500, 2400])
 
 
 def test_the_margin_is_that_of_the_part_that_is_nearest(sys: Path) -> None:
@@ -35,25 +35,30 @@ def test_the_margin_is_that_of_the_part_that_is_nearest(sys: Path) -> None:
     write(sys / "class/thermal/thermal_zone0", temp=50_000, trip_point_1_temp=85_000, **one)
     write(sys / "class/thermal/thermal_zone1", temp=80_000, trip_point_0_type="hot", trip_point_0_temp=95_000)
     write(sys / "class/thermal/thermal_zone2", temp=99_000)
-    assert runner._margin() == 15.0
+    assert machine.margin_celsius() == 15.0
 
 
 def test_a_board_whose_kernel_does_not_know_what_its_firmware_does(sys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_model", lambda: "Raspberry Pi 5 Model B Rev 1.0")
+    monkeypatch.setattr(machine, "device_name", lambda: "Raspberry Pi 5 Model B Rev 1.0")
     write(sys / "class/thermal/thermal_zone0", temp=61_500, trip_point_0_type="critical", trip_point_0_temp=110_000)
-    assert runner._margin() == 18.5
+    assert machine.margin_celsius() == 18.5
 
 
 def test_a_machine_that_tells_nothing(sys: Path) -> None:
-    assert runner.state() == {"celsius": None, "megahertz": None}
-    assert runner._margin() is None
-    assert runner._cache() is None
+    assert (machine.celsius(), machine.megahertz()) == (None, None)
+    assert machine.margin_celsius() is None
+    assert machine.last_level_cache() is None
     write(sys / "class/thermal/thermal_zone0", temp="", trip_point_0_type="passive")
-    assert runner.state()["celsius"] is None
-    assert runner._margin() is None
+    assert machine.celsius() is None
+    assert machine.margin_celsius() is None
 
 
 def test_the_last_level_of_cache(sys: Path) -> None:
     for index, size in enumerate(("32K", "512K", "16M")):
         write(sys / f"devices/system/cpu/cpu0/cache/index{index}", size=size)
-    assert runner._cache() == 16 * 2**20
+    assert machine.last_level_cache() == 16 * 2**20
+
+
+def test_it_has_a_name() -> None:
+    assert machine.cpu_name()
+    assert machine.device_name()

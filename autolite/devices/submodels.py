@@ -16,12 +16,7 @@ from autolite.measure import Workload, random_texts
 
 FAMILIES = ("bert", "distilbert", "albert", "gpt2", "llama")
 FORMATS = ("fp32", "int8", "int7", "int4", "kmeans4", "int8-weight")
-_GROUPED = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-)  # two heads share their keys and values, where the number of heads is even
+_GROUPED = ("llama", "qwen2", "qwen3")  # two heads share their keys and values, where the number of heads is even
 _DIMENSIONS = 10
 
 

@@ -18,12 +18,13 @@ import numpy as np
 
 from autolite.cache import cache_dir
 from autolite.devices import connected
-from autolite.devices.base import ConnectionLost, Device, Health, answers, check_runtime, health_of
-from autolite.devices.timing import Artifact, time_on
+from autolite.devices.base import ConnectionLost, Device, Health, check_runtime, health_of
+from autolite.devices.submodels import Recipe, made, recipes
+from autolite.devices.timing import Artifact, outputs_on, time_on
 from autolite.errors import DeviceError, InputError, TargetError
 from autolite.files import write_atomically
 from autolite.hardware import LOCAL
-from autolite.hardware.calibration import FEWEST, Sample, calibrated
+from autolite.hardware.calibration import FEWEST, Calibrated, Sample, calibrated
 from autolite.hardware.fit import USUAL_CACHE, Machine, fit_profile, quiet
 from autolite.hardware.local import keep_local
 from autolite.hardware.probes import Probe, probes
@@ -32,7 +33,6 @@ from autolite.hardware.processor import has_overflown, overflowing
 from autolite.hardware.profile import Profile
 from autolite.hardware.profile_files import SUFFIXES, dump_profile, parse_profile
 from autolite.measure import Workload
-from autolite.submodels import Recipe, made, recipes
 
 _PROBES = 12.0  # seconds that all probes are timed
 _MODEL = 0.8  # and each model
@@ -47,39 +47,20 @@ _FAILURES = 3  # batches in a row that do not run there
 _REVISION = 2  # of what is kept
 
 
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """A profile that was measured on a device.
-
-    Attributes:
-        profile: of it.
-        models: how many were timed.
-        before: relative errors of predicted times by the probes alone [models].
-        after: the same by all models but those of the same family [models].
-    """
-
-    profile: Profile
-    models: int
-    before: np.ndarray
-    after: np.ndarray
-
-
 def calibrate(
     device: str = LOCAL,
     *,
-    name: str | None = None,
     threads: int | None = None,
     cores: Sequence[int] = (),
     budget: float = 300.0,
     fresh: bool = False,
     progress: Callable[[str], None] | None = None,
-) -> Calibration:
+) -> Calibrated:
     """Measure a device: probes, and then as many whole models as there is time for. What was timed is kept in the
     user's cache folder as it comes in; the same call goes on where an interrupted one was.
 
     Args:
         device: "local", or "ssh://[user@]host[:port]".
-        name: of the profile; the device's if None.
         threads: that models compute with; as many as the device has cores if None.
         cores: numbers of the cores to run on; any if empty.
         budget: seconds.
@@ -103,14 +84,13 @@ def calibrate(
         folder = _folder(device, health, threads, cores)
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
-        base = _probed(there, folder / "probes.yaml", name or _slug(health.model), health, threads, cores, say)
+        base = _probed(there, folder / "probes.yaml", health, threads, cores, say)
         samples = _samples(there, folder / "models.jsonl", base, threads, cores, end, say)
     source = f"{len(samples)} models timed on it, ONNX Runtime {health.onnxruntime}"
     found = calibrated(base, samples, source)
-    after = np.expm1(-found.held_out)
-    text = f"{base.description}; {len(samples)} models, {np.abs(after).mean():.1%} off where held out by family"
-    profile = found.profile.model_copy(update={"description": text})
-    return Calibration(profile, len(samples), np.expm1(-found.before), after)
+    off = np.abs(found.errors).mean()
+    text = f"{base.description}; {len(samples)} models, {off:.1%} off where held out by family"
+    return replace(found, profile=found.profile.model_copy(update={"description": text}))
 
 
 def _folder(device: str, health: Health, threads: int, cores: Sequence[int]) -> Path:
@@ -125,23 +105,17 @@ def _slug(text: str) -> str:
 
 
 def _probed(
-    device: Device,
-    file: Path,
-    name: str,
-    health: Health,
-    threads: int,
-    cores: Sequence[int],
-    say: Callable[[str], None],
+    device: Device, file: Path, health: Health, threads: int, cores: Sequence[int], say: Callable[[str], None]
 ) -> Profile:
     """The profile by the probes alone."""
     with suppress(TargetError, OSError, UnicodeDecodeError):  # not there, or damaged
-        return parse_profile(file.read_text(encoding="utf-8"), str(file)).model_copy(update={"name": name})
+        return parse_profile(file.read_text(encoding="utf-8"), str(file))
     say(f"timing probes on {device.address}")
     models = probes(health.cache_bytes or USUAL_CACHE, _saturates(device))
     with tempfile.TemporaryDirectory() as folder:
         artifacts = _stored(models, Path(folder))
         found = time_on(device, artifacts, threads, _PROBES, cores=cores, warmup=0.01, memory=False, say=say)
-    machine = Machine(name, health.model, threads, float(health.memory_bytes), health.cache_bytes)
+    machine = Machine(LOCAL, health.model, threads, float(health.memory_bytes), health.cache_bytes)
     profile = fit_profile(found.timings, models, machine, f"ONNX Runtime {health.onnxruntime}")
     noise = float(np.median([timing.median / quiet(timing) for timing in found.timings.values()])) - 1
     if noise <= _NOISE:
@@ -165,13 +139,9 @@ def _saturates(device: Device) -> bool:
     """Whether products of signed 8-bit weights overflow on a device's processor."""
     model, inputs = overflowing()
     with tempfile.TemporaryDirectory() as folder:
-        file, arrays = Path(folder) / "product.onnx", Path(folder) / "inputs.npz"
+        file = Path(folder) / "product.onnx"
         file.write_bytes(model)
-        np.savez(arrays, **inputs)  # type: ignore[arg-type]  # numpy's stub takes the first for an option
-        models = {"product": {"file": device.push([file]), "inputs": device.push([arrays])}}
-        spec = {"models": models, "threads": 1, "cores": [], "lock": False, "exact": False}
-        (answer,) = answers(device, ["outputs"], spec)
-    return has_overflown(answer["output"])
+        return has_overflown(outputs_on(device, Artifact([file], inputs), exact=False))
 
 
 def _samples(
@@ -260,14 +230,13 @@ def undisturbed(found: Sequence[Timed]) -> list[Sample]:
     return [replace(each.sample, milliseconds=each.sample.milliseconds * least / each.reference) for each in found]
 
 
-def destination(profile: str, device: str, cores: Sequence[int], out: str | None) -> Path | None:
+def destination(device: str, cores: Sequence[int], out: str | None) -> Path | None:
     """Return the file that a profile is written to; None for this machine's, which becomes that of the target "local".
 
     Args:
-        profile: its name.
         device: that it is of.
         cores: that it is of.
-        out: the file that is asked for; None if none is.
+        out: the file that is asked for; None if none is: one that is called as the device.
 
     Raises:
         InputError: if a profile cannot be called so, or one of some cores of this machine has no file.
@@ -276,7 +245,7 @@ def destination(profile: str, device: str, cores: Sequence[int], out: str | None
         if cores:
             raise InputError("the target local runs on any core: give the profile of some cores a file with --out")
         return None
-    file = Path(out or f"{profile}.yaml")
+    file = Path(out or f"{_slug(device.partition('://')[2])}.yaml")
     if file.suffix not in SUFFIXES or file.stem == LOCAL:
         raise InputError(f"{file}: a profile is a file that ends in {' or '.join(SUFFIXES)}, and not called {LOCAL}")
     return file
