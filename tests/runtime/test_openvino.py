@@ -132,9 +132,14 @@ def test_token_types_count_and_are_zero_where_not_given(tmp_path: Path) -> None:
     assert not np.allclose(run(runner, inputs), run(runner, types), atol=1e-3)
 
 
-# Formats that round weights only: all of them in one family, and one of each kind of code in the other.
-ROUNDED = [("bert", "text-classification", f.name) for f in FORMATS.values() if f.activations != "static"]
-ROUNDED += [("llama", "language-modeling", form) for form in ("bf16", "int8", "int8-asym", "int4", "kmeans3-g64")]
+# Formats that round weights only: one of each kind of code in two families; all of them are among the slow ones.
+KINDS = ("bf16", "int8", "int8-asym", "int4", "kmeans3-g64")
+ROUNDED = [
+    pytest.param(family, task, f.name, marks=[] if f.name in KINDS else pytest.mark.slow)
+    for family, task in (("bert", "text-classification"), ("llama", "language-modeling"))
+    for f in FORMATS.values()
+    if f.activations != "static"
+]
 
 
 @pytest.mark.parametrize(("family", "task", "form"), ROUNDED)

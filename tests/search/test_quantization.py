@@ -42,6 +42,7 @@ def space(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_search_over_all_of_it_ends_with_explicit_plans(space: Path, run_search: RunSearch, tmp_path: Path) -> None:
     front = run_search(out=tmp_path / "run", space=str(space), budget="4trials").front
     assert front.candidates

@@ -192,6 +192,7 @@ def test_a_finished_run_answers_at_once_and_goes_on_when_the_budget_grows(
     assert len(first.front) >= 1
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_trials_to_time_and_with_more_time(run_search: RunSearch, tmp_path: Path) -> None:
     out = tmp_path / "r"
     spent = run_search(out=out, budget="3trials").front.budget["spent_seconds"]
