@@ -14,7 +14,7 @@ from autolite.compress import canonical
 from autolite.errors import PlanError
 from autolite.hardware import LOCAL
 from autolite.pareto import nondominated, spread_subset
-from autolite.search.additive import tolerated, worst
+from autolite.search.additive import log_lost, tolerated, worst
 from autolite.search.durations import FEWEST, Durations, Fitted, folder_seconds, scoring_seconds
 from autolite.search.evaluate import price
 from autolite.search.frontier import first_plans
@@ -37,6 +37,7 @@ FEWER, LONGER = 2, 3  # times fewer plans, and times as long a training, at the 
 UNTRAINED_SCREEN = 0.8  # nothing is trained, so the screen's scores are final and most of the time is its
 TRIAL_SHARES: dict[Stage, float] = {"recover": 0.3, "confirm": 0.2}
 UNRUNNABLE = math.log(10.0)  # the log latency of what a further target cannot run: as if ten times the baseline's
+RECOVERED = 0.2  # of the quality lost after the first rung of recovery: twice what may be lost in the end
 OPEN_SHARE = 1 / 3  # of the first rung that trains: plans whose training settings are drawn; the others have defaults
 FINALISTS_SHARE = 0.5  # of the confirm trials; the others are further number formats of the finalists' students
 
@@ -241,9 +242,9 @@ def _effort(trials: Sequence[FrozenTrial]) -> int:
 
 
 def promote(problem: Problem, trials: list[FrozenTrial], count: int, *, keep_floor: bool) -> list[FrozenTrial]:
-    """Choose the trials that together dominate the most of (quality, log latency, log size), the best first.
+    """Choose the trials that together dominate the most of (quality, latency, size), in logarithms, the best first.
 
-    What lies far below the others counts nothing; with `keep_floor` (qualities after recovery), what lies far below the
+    What has lost very much counts nothing; with `keep_floor` (qualities after recovery), what lies far below the
     quality asked for. Plans that differ only in number formats share a student, so each student is chosen once as long
     as there are others.
     """
@@ -252,9 +253,11 @@ def promote(problem: Problem, trials: list[FrozenTrial], count: int, *, keep_flo
     points = objectives(problem, trials)
     reference = points.max(0) + 1e-6
     drop = problem.settings.constraints.max_drop
-    recovered = 0.1 if drop is None else max(4 * drop, 0.02)
-    floor = recovered if keep_floor else worst(points[:, 0], tolerated(problem.space.trains, drop or 0.0))
-    reference[0] = min(reference[0], floor)
+    if keep_floor:
+        most = RECOVERED if drop is None else max(8 * drop, 0.04)
+    else:
+        most = worst(lost(trials), tolerated(problem.space.trains, drop or 0.0))
+    reference[0] = min(reference[0], log_lost(most))
     reference[1:] = np.maximum(reference[1:], 1e-6)
     order = spread_subset(points, reference.tolist(), len(trials))
     students = [str(trials[i].user_attrs["student"]) for i in order]
@@ -263,13 +266,19 @@ def promote(problem: Problem, trials: list[FrozenTrial], count: int, *, keep_flo
     return [trials[i] for i in (first + rest)[:count]]
 
 
+def lost(trials: Sequence[FrozenTrial]) -> np.ndarray:
+    """Return which part of the teacher's quality each has lost [n]; below 0, what is better than the teacher."""
+    return np.array([1 - t.user_attrs["kept"] for t in trials])
+
+
 def objectives(problem: Problem, trials: Sequence[FrozenTrial]) -> np.ndarray:
-    """Return [n, objectives] to be minimised: quality lost (1 - kept), log latency and log size relative to the
-    baseline's, those of them that are objectives; and the log latency on each further target, if latency is one."""
+    """Return [n, objectives] to be minimised, all logarithms: of the quality lost (`log_lost`), and of latency and size
+    relative to the baseline's, those of them that are objectives; and of latency on each further target, if latency is
+    one."""
     base = price(problem, problem.teacher.shape)
     latency, size = base["latency_ms"].value, base["size_bytes"].value
     columns = {
-        "quality": [1 - t.user_attrs["kept"] for t in trials],
+        "quality": log_lost(lost(trials)).tolist(),
         "latency": [math.log(t.user_attrs["latency_ms"] / latency) for t in trials],
         "size": [math.log(t.values[2] / size) for t in trials],
     }

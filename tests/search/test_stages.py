@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from autolite.front import Constraints
 from autolite.search import stages
+from autolite.search.additive import CHANCE
 from autolite.search.settings import parse_budget
 from autolite.space import STAGES
 
@@ -53,16 +54,25 @@ def test_one_student_is_promoted_once_while_there_are_others(problem: Any) -> No
 
 
 @pytest.mark.parametrize(
-    ("trains", "max_drop", "goes_on"), [(True, 0.02, True), (False, 0.02, False), (False, 0.3, True)]
+    ("trains", "max_drop", "kept", "goes_on"),
+    [(True, 0.02, 0.58, True), (False, 0.02, 0.78, False), (False, 0.3, 0.78, True)],
 )
 def test_a_fast_plan_that_loses_much_goes_on_where_training_wins_it_back_or_the_user_allows_it(
-    problem: Any, trains: bool, max_drop: float, goes_on: bool
+    problem: Any, trains: bool, max_drop: float, kept: float, goes_on: bool
 ) -> None:
     problem.space.trains, problem.settings.constraints = trains, Constraints(max_drop=max_drop)
-    good, alike, fast = trial(0.99, 20, 500, "a"), trial(0.985, 19, 480, "b"), trial(0.78, 1, 10, "c")
-    ruined = trial(0.5, 1, 9, "d")
+    good, alike, fast = trial(0.99, 20, 500, "a"), trial(0.985, 19, 480, "b"), trial(kept, 1, 10, "c")
+    ruined = trial(0.3, 1, 9, "d")
     chosen = stages.promote(problem, [good, alike, fast, ruined], 2, keep_floor=False)
     assert (fast in chosen) == goes_on
+
+
+def test_ratios_of_what_is_lost_count_for_training_keeps_them(problem: Any) -> None:
+    """Twice as fast for twice as much lost is worth as much among poor plans as among good ones."""
+    best, good = trial(0.97, 40, 500, "a"), trial(0.92, 20, 500, "b")
+    poor, ruined = trial(0.82, 10, 500, "c"), trial(0.62, 5, 500, "d")
+    points = stages.objectives(problem, [best, good, poor, ruined])
+    assert np.allclose(np.diff(points[:, 0]), np.log(2), atol=0.01)
 
 
 @pytest.mark.parametrize(
@@ -93,12 +103,12 @@ def test_the_rungs_of_a_stage_are_fewer_plans_each_and_add_up_under_a_budget_of_
 
 def test_objectives_are_relative_to_the_baseline(problem: Any) -> None:
     found = stages.objectives(problem, [trial(0.9, 50, 250, "a")])
-    assert np.allclose(found, [[0.1, np.log(0.5), np.log(0.25)]])
+    assert np.allclose(found, [[np.log(0.1 + CHANCE), np.log(0.5), np.log(0.25)]])
 
 
 def test_only_the_objectives_are_compared(problem: Any) -> None:
     problem.settings.objectives = ("quality", "size")
     found = stages.objectives(problem, [trial(0.9, 50, 250, "a")])
-    assert np.allclose(found, [[0.1, np.log(0.25)]])
+    assert np.allclose(found, [[np.log(0.1 + CHANCE), np.log(0.25)]])
     slow, fast = trial(0.99, 90, 500, "a"), trial(0.98, 1, 501, "b")
     assert stages.promote(problem, [fast, slow], 1, keep_floor=False) == [slow]
