@@ -45,6 +45,7 @@ EXIT_INTERRUPTED = 130
     show_default=True,
     help="Or openvino (x86; needs autolite[openvino]), or auto: the faster of both on this machine.",
 )
+@click.option("--measure-on", help="A device that the finalists are timed on in the end: ssh://pi@raspberrypi.")
 @click.option("--text", help="Column of the text, if not found by convention.")
 @click.option("--pair", "text_pair", help="Column of the second text of a pair.")
 @click.option("--label", help="Column of the label.")
@@ -87,6 +88,7 @@ def search(as_json: bool, quiet: bool, **options: Any) -> None:
       autolite search --target pixel8
       autolite search --model ./my-bert --data ./reviews --target raspberry-pi-5 --max-drop 1% --budget 1h
       autolite search --model ./my-bert --data ./reviews --targets pixel8,raspberry-pi-5
+      autolite search --model ./my-bert --data ./reviews --target raspberry-pi-5 --measure-on ssh://pi@raspberrypi
       autolite search --model ./pair-bert --data mrpc.csv --text s1 --pair s2 --label same --target local
       autolite search --model ./my-llama --data notes.txt --task language-modeling --target local
 

@@ -29,7 +29,7 @@ from autolite.families import FAMILIES
 from autolite.hardware import without_map
 from autolite.hardware.blocks import Array, Call, Pass, pass_of
 from autolite.hardware.footprint import activations, file_size, reads, weights_read
-from autolite.hardware.profile import Profile, growth
+from autolite.hardware.profile import KINDS, Profile, growth
 from autolite.hardware.roofline import CALIBRATED, Speeds, speeds_of, times
 from autolite.measure import Measurement, Workload
 
@@ -98,6 +98,21 @@ def time_parts(shape: ModelShape, profile: Profile, workload: Workload) -> dict[
     speeds = speeds_of(profile, workload.threads)
     (call,) = _calls([shape], speeds, workload)
     return dict(zip(speeds.keys, (call.total / 1e3).tolist(), strict=True))
+
+
+def basis(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str, float]:
+    """Return which part of a model's predicted latency rests on numbers of each kind, the surest first; where several
+    numbers are behind a part of it, the least sure counts.
+
+    Raises:
+        TargetError: as `predict`.
+    """
+    speeds = speeds_of(profile, workload.threads)
+    (call,) = _calls([shape], speeds, workload)
+    shares: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    for kind, share in zip(speeds.kinds, (call.total / call.total.sum()).tolist(), strict=True):
+        shares[kind] += share
+    return {kind: share for kind, share in shares.items() if share}
 
 
 def predict_faster(baseline: ModelShape, shape: ModelShape, profile: Profile, workload: Workload) -> Measurement:

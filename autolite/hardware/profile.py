@@ -7,13 +7,14 @@ import hashlib
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from autolite.errors import unknown
 
-Kind = Literal["datasheet", "measured", "calibrated", "derived", "assumed"]
+Kind = Literal["measured", "calibrated", "derived", "datasheet", "assumed"]
+KINDS: tuple[Kind, ...] = get_args(Kind)  # the surest first
 # The parts of a number in short form, in order.
 SHORT = ("value", "unit", "kind", "source", "date", "sigma")
 
@@ -28,8 +29,8 @@ class Number(_Strict):
     Args:
         value: zero or more, in `unit`.
         unit: as the field of the profile demands it.
-        kind: datasheet (the maker's claim), measured (on the device), calibrated (fitted to measurements), derived
-            (computed from other numbers) or assumed.
+        kind: measured (on the device), calibrated (fitted to measurements), derived (computed from other numbers),
+            datasheet (the maker's claim) or assumed.
         source: where it can be read again, or how it was obtained.
         date: when it was read or measured.
         sigma: relative standard uncertainty; 0.1 means that the truth is within about +-10 % two times out of three.

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from autolite.errors import TargetError
 from autolite.hardware.blocks import KINDS, Array, Block, Pass
-from autolite.hardware.profile import Number, Profile
+from autolite.hardware.profile import KINDS as SURETY
+from autolite.hardware.profile import Kind, Number, Profile
 
 CALIBRATED = ("measured", "calibrated")
 # Relative uncertainty of the times of models without an architecture map, beside what the profile's numbers have: of
@@ -44,7 +45,8 @@ class Speeds:
         variances: of these numbers, relative [groups].
         own: the same of the correction.
         power: relative uncertainty of `watts`.
-        weak: the keys that rest on a number which was not measured or calibrated [keys]; of `watts`, `weak_power`.
+        kinds: the least sure kind of the numbers behind each key.
+        weak_power: whether `watts` rests on a number which was not measured or calibrated.
     """
 
     keys: tuple[str, ...]
@@ -63,7 +65,7 @@ class Speeds:
     variances: Array
     own: float
     power: float
-    weak: NDArray[np.bool_]
+    kinds: tuple[Kind, ...]
     weak_power: bool
 
     def spread(self, elasticities: Array, models: int, estimated: NDArray[np.bool_]) -> Array:
@@ -76,7 +78,8 @@ class Speeds:
 
     def is_weak(self, elasticities: Array) -> Array:
         """Return whether anything behind these is uncalibrated [times]."""
-        found: Array = ((elasticities != 0) & self.weak).any(1)
+        weak = np.array([kind not in CALIBRATED for kind in self.kinds])
+        found: Array = ((elasticities != 0) & weak).any(1)
         return found
 
 
@@ -193,12 +196,13 @@ def speeds_of(profile: Profile, threads: int) -> Speeds:
         (["dispatch"], (profile.dispatch,), 0.0),
         (["fixed"], (profile.fixed,), 0.0),
     ]
-    groups, weak = np.zeros((len(keys), len(behind))), np.zeros(len(keys), bool)
+    groups, surety = np.zeros((len(keys), len(behind))), np.zeros(len(keys), np.int64)
     variances = np.array([extra**2 + sum(number.sigma**2 for number in numbers) for _, numbers, extra in behind])
     for column, (governed, numbers, _) in enumerate(behind):
         for key in governed:
             groups[keys.index(key), column] = 1.0
-            weak[keys.index(key)] |= any(number.kind not in CALIBRATED for number in numbers)
+            place = keys.index(key)
+            surety[place] = max(surety[place], *(SURETY.index(number.kind) for number in numbers))
     power = (profile.idle, unit.power)
     return Speeds(
         keys=tuple(keys),
@@ -217,6 +221,6 @@ def speeds_of(profile: Profile, threads: int) -> Speeds:
         variances=variances,
         own=profile.correction.sigma,
         power=math.hypot(*(number.sigma for number in power)),
-        weak=weak,
+        kinds=tuple(SURETY[place] for place in surety),
         weak_power=any(number.kind not in CALIBRATED for number in power),
     )

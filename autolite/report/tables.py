@@ -32,12 +32,21 @@ def size(count: float) -> str:
     return f"{count:.3g} GB"
 
 
+def _basis(front: Front) -> str:
+    """What a front's predicted latencies rest on, the surest first; empty for what does not say."""
+    basis = {kind: share for kind, share in front.target.get("basis", {}).items() if kind != "timed" and share >= 0.005}
+    shares = ", ".join(f"{100 * share:.0f} % {kind}" for kind, share in basis.items())
+    return f"Predicted latencies rest on numbers that are {shares}: autolite targets show" if shares else ""
+
+
 def front_table(front: Front, was: Mapping[str, str] | None = None) -> Group:
     """Return the front: a row a candidate, the fastest first, under the teacher's; then what was done to each.
 
     With `was`, a column of that name says something of each candidate by its id.
     """
-    source = front.candidates[0].latency_ms.source if front.candidates else "predicted"
+    source: str = front.candidates[0].latency_ms.source if front.candidates else "predicted"
+    if where := front.target.get("measured_on"):
+        source += f" on {where}"
     work, metric = front.workload, front.teacher["quality"]["metric"]
     table = Table(
         title=f"{front.model['name']} on {front.target['name']}: latency {source}, batch {work['batch']}, "
@@ -85,6 +94,8 @@ def front_table(front: Front, was: Mapping[str, str] | None = None) -> Group:
     tied = sorted({c.id for c in front if c.ties})
     if tied:
         notes.append(f"In quality the data cannot tell these apart: {', '.join(tied)}")
+    if basis := _basis(front):
+        notes.append(f"{basis} {front.target['name']}")
     return Group(table, *map(Text, notes))
 
 

@@ -49,6 +49,7 @@ def search(
     device: str = "cpu",
     sampler: str | MakeSampler = "additive",
     workers: int = 0,
+    measure_on: str | None = None,
     observer: Observer | None = None,
 ) -> Result:
     """Search for the best compressed versions of a model on a target; the same call again goes on where it stopped.
@@ -97,11 +98,15 @@ def search(
             each trial; TPE where a space has none), "tpe", "gp", "nsga2", "random", or a function that makes an Optuna
             sampler from a seed; it is called for each trial, so that a resumed search asks the same.
         workers: further processes on this machine that evaluate trials beside this one; all share its cores.
+        measure_on: address of a device, such as "ssh://pi@raspberrypi", that the finalists are timed on in the end, all
+            together, in the place of what is predicted for the first target; see `autolite measure`.
         observer: called with a Snapshot whenever something changes.
 
     Raises:
         InputError: for an option, a model, data, a target or a space that cannot be used.
         RunError: if the run's folder belongs to another search.
+        DeviceError: if `measure_on` cannot be reached or used: before anything is trained, or in the end, when
+            `front.json` is written with predictions, and the same call goes on with the timing.
         NoCandidateError: if no candidate meets the constraints; the nearest misses are in `front.json`.
     """
     from autolite import registry
@@ -164,6 +169,7 @@ def search(
         sampler=sampler,
         objectives=parse_objectives(objectives),
         workers=workers,
+        measure_on=measure_on,
         cache_bytes=None if cache_size is None else int(parse_bytes(cache_size, "--cache-size")),
     )
     return run(settings, observer or silent)

@@ -51,7 +51,7 @@ def confirm(
 
     The folder appears under its name only when it is complete and `check` raises nothing; until then `mark` keeps it
     apart from that of another process. On a target that is this machine, latency is measured,
-    interleaved with the baseline; elsewhere it is predicted.
+    interleaved with the baseline; elsewhere it is predicted, until the finalists are timed together on a device.
     """
     settings = problem.settings
     part = settings.out / "candidates" / f".{plan.digest[:8]}{mark}"
@@ -73,7 +73,7 @@ def confirm(
     }
     if problem.profile.name == LOCAL:
         vocab = min(problem.teacher.shape.vocab, found.student.shape.vocab)
-        numbers |= measured(problem, {"candidate": found.files[0]}, vocab)["candidate"]
+        numbers |= measured(problem, {"candidate": found.files}, vocab)["candidate"]
     files = [file.relative_to(part).as_posix() for file in found.files]
     candidate = Candidate(
         id=name,

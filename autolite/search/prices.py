@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,12 +11,13 @@ from autolite.architecture import ModelShape
 from autolite.compress import shape_after
 from autolite.errors import TargetError
 from autolite.front import Candidate, Constraints, Front
-from autolite.hardware.predict import predict, predict_all, predict_faster
-from autolite.hardware.profile import Profile
+from autolite.hardware.predict import basis, predict, predict_all, predict_faster
+from autolite.hardware.profile import KINDS, Profile
 from autolite.measure import Measurement, Workload
 from autolite.plan import Plan
 from autolite.search.choose import blocked, choose
 
+TIMED = "timed"  # the basis of a latency that was measured of the very model
 NEVER = 1e30  # milliseconds of a plan on a target that cannot run it
 
 
@@ -71,6 +72,17 @@ class Prices:
         """Return a candidate with its prices on this target; raises what `of` raises."""
         return replace(candidate, p90_ms=None, **self.of(candidate.plan, candidate.size_bytes.value))
 
+    def basis(self, candidates: Sequence[Candidate]) -> dict[str, float]:
+        """Return which part of candidates' latencies, on average, was measured or rests on numbers of each kind."""
+        found: dict[str, float] = {}
+        for each in candidates:
+            own: Mapping[str, float] = {TIMED: 1.0}
+            if each.latency_ms.source == "predicted":
+                own = basis(shape_after(each.plan, self.teacher), self.profile, self.workload)
+            for kind, share in own.items():
+                found[kind] = found.get(kind, 0.0) + share / len(candidates)
+        return {kind: round(found[kind], 4) for kind in (TIMED, *KINDS) if kind in found}
+
     def surely_beyond(self, shape: ModelShape, limits: Constraints) -> dict[str, float]:
         """Return what even the low ends of a shape's predicted prices are above, by the relative excess: the limits,
         and the target's memory. Number formats that the target lacks are "format", with an excess of 1."""
@@ -117,7 +129,12 @@ def front_on(
     profile = prices.profile
     found = replace(
         front,
-        target={"name": profile.name, "runtime": profile.runtime, "unit": profile.default_unit},
+        target={
+            "name": profile.name,
+            "runtime": profile.runtime,
+            "unit": profile.default_unit,
+            "basis": prices.basis(chosen),
+        },
         workload=asdict(prices.workload),
         baseline={
             **front.baseline,

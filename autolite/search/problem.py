@@ -99,6 +99,11 @@ class Problem:
         tuned = final and self.profile.name == LOCAL
         return self.runtime.emit(student, folder, self.workload, tuned)
 
+    @property
+    def times_finalists(self) -> bool:
+        """Whether the confirmed candidates are timed together in the end, here or on a device."""
+        return self.profile.name == LOCAL or self.settings.measure_on is not None
+
     def runtime_of(self, file: Path) -> Runtime:
         """Return the runtime that an artifact is for: the search's own, or the one that "auto" took."""
         return self.runtime.of(file) if isinstance(self.runtime, AutoRuntime) else self.runtime

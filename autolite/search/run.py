@@ -15,7 +15,8 @@ import optuna
 from filelock import FileLock, Timeout
 
 from autolite import registry
-from autolite.errors import InputError, NoCandidateError, PlanError, RunError
+from autolite.devices import device_at
+from autolite.errors import DeviceError, InputError, NoCandidateError, PlanError, RunError
 from autolite.files import write_atomically
 from autolite.front import Candidate, Front, Result, front_file, read_front, write_json
 from autolite.hardware import LOCAL, load_target
@@ -44,7 +45,7 @@ from autolite.search.schedule import SINCE
 from autolite.search.settings import Budget, Settings
 from autolite.search.stages import promote
 from autolite.search.studies import StageStudy, open_studies
-from autolite.search.timing import baseline_together, measured_together
+from autolite.search.timing import baseline_together, check_device, measured_together
 from autolite.search.worker import invite, local_workers, share_of_cores
 from autolite.space import STAGES, Space, Stage, load_space
 from autolite.store import NAME, TEACHER_SHAPE, Store, storage_errors
@@ -65,6 +66,7 @@ def run(settings: Settings, observer: Observer = silent) -> Result:
     for target in (settings.target, *settings.others):
         if target != LOCAL:  # a wrong name or file is told at once; "local" may have to be measured first
             load_target(target)
+    _check_measure_on(settings)
     with storage_errors(str(settings.out)), _locked(settings.out):
         store = Store(settings.storage_url, _name(settings))
         try:
@@ -75,6 +77,27 @@ def run(settings: Settings, observer: Observer = silent) -> Result:
         finally:
             store.close()
     return _checked(Result(settings.out), settings)
+
+
+def _check_measure_on(settings: Settings) -> None:
+    """Refuse a device that cannot be timed on, whatever it is.
+
+    Raises:
+        InputError: saying why.
+    """
+    address = settings.measure_on
+    if address is None:
+        return
+    device_at(address)
+    if settings.target == LOCAL:
+        raise InputError(
+            f"--measure-on {address} with --target local, which is timed here: name the device's own profile as the "
+            "target, such as what autolite calibrate has written for it"
+        )
+    if settings.runtime != "onnxruntime":
+        raise InputError(
+            f"--measure-on {address} with --runtime {settings.runtime}: devices have onnxruntime; leave one out"
+        )
 
 
 def _name(settings: Settings) -> str:
@@ -115,6 +138,9 @@ def _search_as_leader(
     problem = load_problem(settings, space, store, note)
     problem = replace(problem, space=_narrowed(problem, store, note))
     _check_reachable(problem)
+    if settings.measure_on is not None:
+        note(f"asking {settings.measure_on} how it does")
+        check_device(problem)
     store.put("identity", identity)
     store.put(TEACHER_SHAPE, problem.teacher.shape.to_json())
     with open_studies(settings, store.run, problem.task) as studies:
@@ -123,9 +149,10 @@ def _search_as_leader(
         try:
             with local_workers(settings, observer):
                 engine.run()
-            timing = "timing the finalists together, " if problem.profile.name == LOCAL else ""
+            where = "" if settings.measure_on is None else f" on {settings.measure_on}"
+            timing = f"timing the finalists together{where}, " if problem.times_finalists else ""
             engine.show(stage="finish", doing=f"{timing}scoring the finalists on the test split", step=0, steps=0)
-            _write_front(problem, studies, store, clock, complete=True)
+            _write_front(problem, studies, store, clock, complete=True, say=note)
             store.put(SINCE, len(studies["recover"].study.get_trials(deepcopy=False)))
             for done in ("cache", "scratch"):
                 shutil.rmtree(settings.out / done, ignore_errors=True)
@@ -154,9 +181,11 @@ def _finished(settings: Settings, store: Store) -> bool:
     if done is None or settings.budget.exceeds(Budget(**done)):
         return False
     try:
-        return all(_is_whole(read_front(settings.out, target), settings) for target in (None, *settings.others))
+        first, *others = (read_front(settings.out, target) for target in (None, *settings.others))
     except RunError:
         return False
+    timed = settings.measure_on in (None, first.target.get("measured_on"))
+    return timed and all(_is_whole(front, settings) for front in (first, *others))
 
 
 def _is_whole(front: Front, settings: Settings) -> bool:
@@ -243,20 +272,40 @@ def _plain(value: float) -> str:
 
 
 def _write_front(
-    problem: Problem, studies: dict[Stage, StageStudy], store: Store, clock: Clock, *, complete: bool
+    problem: Problem,
+    studies: dict[Stage, StageStudy],
+    store: Store,
+    clock: Clock,
+    *,
+    complete: bool,
+    say: Callable[[str], None] = lambda message: None,
 ) -> None:
-    """Choose each target's front among what was confirmed and write it; folders that none of them names go."""
+    """Choose each target's front among what was confirmed and write it; folders that none of them names go.
+
+    Raises:
+        DeviceError: if the finalists could not be timed on their device; the front is written then, with predictions.
+    """
     limits, out = problem.settings.constraints, problem.settings.out
     candidates = [Candidate.from_json(t.user_attrs["candidate"]) for t in studies["confirm"].trials()]
     if not candidates and not complete:
         candidates = list(_early(problem, studies))
-    if complete and problem.profile.name == LOCAL:
-        candidates = measured_together(problem, candidates, store)
+    away = None
+    if complete and problem.times_finalists:
+        try:
+            candidates = measured_together(problem, candidates, store, say)
+        except DeviceError as error:
+            away = error
     front, misses = choose(candidates, limits, problem.settings.objectives)
     first = Front(
         model=describe_model(problem),
         task=problem.task.name,
-        target={"name": problem.profile.name, "runtime": problem.runtime.name, "unit": problem.profile.default_unit},
+        target={
+            "name": problem.profile.name,
+            "runtime": problem.runtime.name,
+            "unit": problem.profile.default_unit,
+            "basis": problem.prices[0].basis(front),
+            "measured_on": problem.settings.measure_on if complete and away is None else None,
+        },
         workload=asdict(problem.workload),
         baseline=_baseline(problem, candidates, store),
         teacher={"quality": asdict(problem.teacher_quality("selection")), "test": None},
@@ -289,6 +338,11 @@ def _write_front(
     if complete:  # also what an interruption left, of plans that went no further
         for folder in {*out.glob("candidates/*")} - {out / c.path for c in wanted.values()}:
             shutil.rmtree(folder, ignore_errors=True)
+    if away is not None:
+        raise DeviceError(
+            f"{str(away).rstrip('.')}. {front_file(out)} has predictions; the same command times the finalists, when "
+            "the device is there"
+        )
 
 
 def _tested(problem: Problem, front: Front, store: Store) -> Front:
@@ -336,7 +390,7 @@ def _baseline(problem: Problem, candidates: list[Candidate], store: Store) -> di
     size_bytes = replace(found["size_bytes"], value=size, low=size, high=size, source="measured")
     latency = found["latency_ms"]
     measured = [c for c in candidates if c.faster.source == "measured"]
-    together = baseline_together(store)
+    together = baseline_together(problem, store) if measured else None
     if together is not None:
         latency = together
     elif measured:

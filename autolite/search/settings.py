@@ -163,6 +163,7 @@ class Settings:
     others: tuple[str, ...] = ()  # targets beside the first, for which plans are searched too
     workers: int = 0  # further processes that this one starts
     seeds: int = 1  # that each finalist is trained with
+    measure_on: str | None = None  # address of the device that the finalists are timed on in the end
 
     @property
     def storage_url(self) -> str:

@@ -12,7 +12,6 @@ import numpy as np
 
 from autolite.compress import canonical
 from autolite.errors import PlanError
-from autolite.hardware import LOCAL
 from autolite.pareto import nondominated, spread_subset
 from autolite.search.additive import log_lost, tolerated, worst
 from autolite.search.durations import FEWEST, Durations, Fitted, folder_seconds, scoring_seconds
@@ -22,7 +21,7 @@ from autolite.search.problem import Problem
 from autolite.search.progress import Clock
 from autolite.search.settings import Budget
 from autolite.search.studies import StageStudy, params_of
-from autolite.search.timing import SECONDS
+from autolite.search.timing import seconds_together
 from autolite.space import Params, Stage
 
 if TYPE_CHECKING:
@@ -231,8 +230,7 @@ def _deadline(stage: Stage, rung: int, problem: Problem, source: Sequence[Frozen
         scored = len(problem.split("search" if trains else "screen"))
         finalists = math.ceil(problem.space.stages["confirm"].trials * FINALISTS_SHARE)
         last = finalists * scoring_seconds(source) * len(problem.data.test) / scored
-        if problem.profile.name == LOCAL:
-            last += (1 + problem.space.stages["confirm"].trials) * SECONDS
+        last += seconds_together(problem, problem.space.stages["confirm"].trials)
         left -= min(left / 2, last)
     return clock.spent + max(left, 0.0) * share
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from autolite.architecture import LayerShape, ModelShape, Stack, shape_of
 from autolite.errors import TargetError
 from autolite.formats import FORMATS
-from autolite.hardware.predict import UNCALIBRATED, predict, predict_all, predict_faster
-from autolite.hardware.profile import Number, Profile
+from autolite.hardware.predict import UNCALIBRATED, basis, predict, predict_all, predict_faster, time_parts
+from autolite.hardware.profile import KINDS, Number, Profile
 from autolite.hardware.profile_files import load_profile, profile_names
 from autolite.measure import Workload
 from autolite.runtime.onnxruntime import OnnxRuntime
@@ -371,3 +371,24 @@ def test_the_size_is_that_of_the_emitted_file(tmp_path: Path, family: str, task:
     found = predict(student.shape, load_profile("pixel8"), Workload())["size_bytes"].value
     # Names and attributes of a few dozen operators are the difference; in a model of a megabyte that is below 1 %.
     assert abs(found - emitted) < 2500 * len(student.shape.stacks[0].layers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_latency_rests_on_the_kinds_of_the_numbers_behind_it(kind: str) -> None:
+    shape, workload = formatted(bert_shape(2), "int8"), Workload(1, 16, 1)
+    alike = recast(load_profile("pixel8"), kind, 0.1)
+    assert basis(shape, alike, workload) == pytest.approx({kind: 1.0})
+
+
+def test_the_least_sure_number_behind_a_part_of_a_latency_counts() -> None:
+    shape, workload = formatted(bert_shape(2), "int8"), Workload(1, 16, 1)
+    data = recast(load_profile("pixel8"), "measured", 0.1).model_dump()
+    data["dispatch"]["kind"] = "assumed"
+    (unit,) = [each for each in data["units"] if each["name"] == data["default_unit"]]
+    unit["peak"]["int8"]["kind"] = "datasheet"  # the fraction of it that is reached was measured
+    profile = Profile.model_validate(data)
+    found, parts = basis(shape, profile, workload), time_parts(shape, profile, workload)
+    assert list(found) == ["measured", "datasheet", "assumed"]
+    assert sum(found.values()) == pytest.approx(1)
+    assert found["assumed"] == pytest.approx(parts["dispatch"] / sum(parts.values()))
+    assert found["datasheet"] >= parts["int8.peak"] / sum(parts.values()) - 1e-9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -289,7 +290,10 @@ def test_the_table_names_the_target_and_the_change_of_rank(tmp_path: Path, board
     done = CliRunner().invoke(main, ["front", str(run), "--target", board(lacks=("kmeans4",))])
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
-    assert lines[0].startswith("minilm on board: latency predicted")
+    assert lines[0].startswith("minilm on board: latency predicted, ")
+    assert re.search(
+        r"Predicted latencies rest on numbers that are \d+ % \w+.*: autolite targets show board", done.output
+    )
     (bf16,) = [line.split() for line in lines if line.startswith(f"{BF16.digest[:8]}  -")]
     (int8,) = [line.split() for line in lines if line.startswith(f"{INT8.digest[:8]}  ") and "%" in line]
     assert (bf16[1], int8[1]) == ("-", f"{ids(autolite.read_front(run)).index(INT8.digest[:8]) + 1}.")

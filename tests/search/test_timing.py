@@ -69,8 +69,7 @@ def test_the_front_has_the_numbers_of_one_run_of_all(
     assert set(stopwatch.timed[-1]) > {c.id for c in front}
 
 
-def test_what_does_not_fit_into_memory_is_timed_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_into_memory_is_timed_in_groups() -> None:
     several = [candidate(size=size) for size in (9.0, 1.0, 30.0, 2.0, 8.0)]
-    monkeypatch.setattr(timing, "_TOGETHER", 11.0)
-    groups = [[c.size_bytes.value for c in group] for group in timing._groups(several)]
+    groups = [[c.size_bytes.value for c in group] for group in timing._groups(several, 11.0)]
     assert groups == [[1.0, 2.0, 8.0], [9.0], [30.0]]
