@@ -9,45 +9,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import optuna
 from filelock import FileLock, Timeout
 
 from autolite import registry
 from autolite.devices import device_at
-from autolite.errors import DeviceError, InputError, NoCandidateError, PlanError, RunError
+from autolite.errors import InputError, NoCandidateError, PlanError, RunError
 from autolite.files import write_atomically
-from autolite.front import Candidate, Front, Result, front_file, read_front, write_json
+from autolite.front import Front, Result, front_file, read_front
 from autolite.hardware import LOCAL, load_target
 from autolite.inference import MANIFEST
-from autolite.machine import cpu_name
-from autolite.plan import Plan
-from autolite.search.choose import blocked, choose
-from autolite.search.confirm import confirm, score_on_test
 from autolite.search.engine import OPEN, Engine
-from autolite.search.evaluate import price
+from autolite.search.finish import listed, write_front
+from autolite.search.identity import check_same_run, run_identity
 from autolite.search.leases import WORKER, Leases
 from autolite.search.narrow import narrow
-from autolite.search.prices import front_on
-from autolite.search.problem import (
-    Problem,
-    check_same_run,
-    clean_leftovers,
-    describe_model,
-    load_problem,
-    run_identity,
-    versions,
-)
+from autolite.search.problem import Problem, clean_leftovers, load_problem
 from autolite.search.progress import Clock, Observer, Snapshot, silent
 from autolite.search.samplers import sampler_of
 from autolite.search.schedule import SINCE
 from autolite.search.settings import Budget, Settings
-from autolite.search.stages import promote
-from autolite.search.studies import StageStudy, open_studies
-from autolite.search.timing import baseline_together, check_device, measured_together
+from autolite.search.studies import open_studies
+from autolite.search.timing import check_device
 from autolite.search.worker import invite, local_workers, share_of_cores
-from autolite.space import STAGES, Space, Stage, load_space
+from autolite.space import Space, load_space
 from autolite.store import NAME, TEACHER_SHAPE, Store, storage_errors
 
 
@@ -152,14 +138,14 @@ def _search_as_leader(
             where = "" if settings.measure_on is None else f" on {settings.measure_on}"
             timing = f"timing the finalists together{where}, " if problem.times_finalists else ""
             engine.show(stage="finish", doing=f"{timing}scoring the finalists on the test split", step=0, steps=0)
-            _write_front(problem, studies, store, clock, complete=True, say=note)
+            write_front(problem, studies, store, clock, complete=True, say=note)
             store.put(SINCE, len(studies["recover"].study.get_trials(deepcopy=False)))
             for done in ("cache", "scratch"):
                 shutil.rmtree(settings.out / done, ignore_errors=True)
             store.put("finished", asdict(settings.budget))
         except KeyboardInterrupt:
             engine.show(stage="stopping", doing="writing the best front so far", step=0, steps=0)
-            _write_front(problem, studies, store, clock, complete=False)
+            write_front(problem, studies, store, clock, complete=False)
             raise
         finally:
             clock.save(force=True)
@@ -192,7 +178,7 @@ def _is_whole(front: Front, settings: Settings) -> bool:
     return (
         front.complete
         and (front.constraints, front.objectives) == (settings.constraints, settings.objectives)
-        and all((settings.out / each.path / MANIFEST).is_file() for each in _listed(front))
+        and all((settings.out / each.path / MANIFEST).is_file() for each in listed(front))
     )
 
 
@@ -269,141 +255,6 @@ def _check_reachable(problem: Problem, plans: int = 300) -> None:
 def _plain(value: float) -> str:
     """A number without an exponent: 19,380 bytes, 0.05035 ms."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def _write_front(
-    problem: Problem,
-    studies: dict[Stage, StageStudy],
-    store: Store,
-    clock: Clock,
-    *,
-    complete: bool,
-    say: Callable[[str], None] = lambda message: None,
-) -> None:
-    """Choose each target's front among what was confirmed and write it; folders that none of them names go.
-
-    Raises:
-        DeviceError: if the finalists could not be timed on their device; the front is written then, with predictions.
-    """
-    limits, out = problem.settings.constraints, problem.settings.out
-    candidates = [Candidate.from_json(t.user_attrs["candidate"]) for t in studies["confirm"].trials()]
-    if not candidates and not complete:
-        candidates = list(_early(problem, studies))
-    away = None
-    if complete and problem.times_finalists:
-        try:
-            candidates = measured_together(problem, candidates, store, say)
-        except DeviceError as error:
-            away = error
-    front, misses = choose(candidates, limits, problem.settings.objectives)
-    first = Front(
-        model=describe_model(problem),
-        task=problem.task.name,
-        target={
-            "name": problem.profile.name,
-            "runtime": problem.runtime.name,
-            "unit": problem.profile.default_unit,
-            "basis": problem.prices[0].basis(front),
-            "measured_on": problem.settings.measure_on if complete and away is None else None,
-        },
-        workload=asdict(problem.workload),
-        baseline=_baseline(problem, candidates, store),
-        teacher={"quality": asdict(problem.teacher_quality("selection")), "test": None},
-        confidence={
-            "level": 0.95,
-            "quality": "paired bootstrap over examples",
-            "scored_on": ", ".join(sorted({cpu_name(), *_processors(studies)})),
-            "latency": "bootstrap over rounds if measured, the profile's uncertainties if predicted",
-        },
-        constraints=limits,
-        objectives=problem.settings.objectives,
-        candidates=tuple(front),
-        nearest_misses=blocked(misses, limits),
-        budget={
-            "asked": str(problem.settings.budget),
-            "trials": {stage: len(studies[stage].trials()) for stage in STAGES},
-        },
-        versions=versions(),
-        complete=complete,
-    )
-    fronts = [first, *(front_on(first, candidates, prices, limits)[0] for prices in problem.others)]
-    wanted = {c.id: c for found in fronts for c in _listed(found)}
-    for candidate in wanted.values():
-        _make_folder(problem, candidate)
-    tested = complete and any(found.candidates for found in fronts)
-    for target, found in zip((None, *problem.settings.others), fronts, strict=True):
-        scored = _tested(problem, found, store) if tested else found
-        spent = {**scored.budget, "spent_seconds": round(clock.spent, 1)}
-        write_json(front_file(out, target), replace(scored, budget=spent).to_json())
-    if complete:  # also what an interruption left, of plans that went no further
-        for folder in {*out.glob("candidates/*")} - {out / c.path for c in wanted.values()}:
-            shutil.rmtree(folder, ignore_errors=True)
-    if away is not None:
-        raise DeviceError(
-            f"{str(away).rstrip('.')}. {front_file(out)} has predictions; the same command times the finalists, when "
-            "the device is there"
-        )
-
-
-def _tested(problem: Problem, front: Front, store: Store) -> Front:
-    """Return a front with the scores on *test* of its candidates and of the teacher."""
-    return replace(
-        front,
-        teacher={**front.teacher, "test": asdict(problem.teacher_quality("test"))},
-        candidates=tuple(replace(c, test=score_on_test(problem, c, store)) for c in front),
-    )
-
-
-def _listed(front: Front) -> list[Candidate]:
-    """All that a front names a folder of: its candidates and nearest misses."""
-    return [*front, *map(Candidate.from_json, front.nearest_misses)]
-
-
-def _processors(studies: dict[Stage, StageStudy]) -> set[str]:
-    """The processors that trials were scored on, for there may have been several workers."""
-    named = {t.user_attrs.get("scored_on") for study in studies.values() for t in study.trials()}
-    return {name for name in named if name}
-
-
-def _make_folder(problem: Problem, candidate: Candidate) -> None:
-    """Make a confirmed candidate's folder anew if it is gone: dominated then, wanted under other constraints now."""
-    if not (problem.settings.out / candidate.path / MANIFEST).is_file():
-        confirm(problem, candidate.plan, lambda done, total: None, candidate.stage)
-
-
-def _early(problem: Problem, studies: dict[Stage, StageStudy]) -> Iterator[Candidate]:
-    """Candidates of an interrupted run that confirmed nothing yet: its best plans, with the training they had."""
-    stages: tuple[Stage, ...] = ("recover", "screen")
-    for stage in stages:
-        trials = studies[stage].trials()
-        if trials:
-            for trial in promote(problem, trials, 3, keep_floor=stage == "recover"):
-                plan = Plan.from_json(trial.user_attrs["plan"])
-                yield confirm(problem, plan, lambda done, total: None, stage).candidate
-            return
-
-
-def _baseline(problem: Problem, candidates: list[Candidate], store: Store) -> dict[str, Any]:
-    """What the candidates are compared with: the teacher's fp32 artifact; measured latency where it was measured."""
-    found = price(problem, problem.teacher.shape)
-    size = float(sum(f.stat().st_size for f in problem.baseline))
-    size_bytes = replace(found["size_bytes"], value=size, low=size, high=size, source="measured")
-    latency = found["latency_ms"]
-    measured = [c for c in candidates if c.faster.source == "measured"]
-    together = baseline_together(problem, store) if measured else None
-    if together is not None:
-        latency = together
-    elif measured:
-        # Each candidate was timed beside the baseline; their product is the baseline's own time in that run.
-        times = sorted(c.latency_ms.value * c.faster.value for c in measured)
-        middle = times[len(times) // 2]
-        latency = replace(latency, value=middle, low=times[0], high=times[-1], source="measured")
-    return {
-        "runtime": problem.runtime_of(problem.baseline[0]).name,
-        "latency_ms": latency.to_json(),
-        "size_bytes": size_bytes.to_json(),
-        "path": problem.baseline[0].relative_to(problem.settings.out).as_posix(),
-    }
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from autolite.errors import InputError, RunError
 from autolite.hardware import LOCAL
 from autolite.hardware.processor import cores
 from autolite.search.engine import OPEN, Engine
+from autolite.search.identity import check_same_run, run_identity
 from autolite.search.leases import SEARCH, WORKER, Leases, Pauses
-from autolite.search.problem import Problem, check_same_run, load_problem, run_identity
+from autolite.search.problem import Problem, load_problem
 from autolite.search.progress import FollowingClock, Observer, Snapshot, silent
 from autolite.search.settings import Settings
 from autolite.search.stages import Decision

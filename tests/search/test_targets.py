@@ -14,7 +14,7 @@ from autolite.cli import main
 from autolite.errors import InputError, RunError, TargetError
 from autolite.front import Constraints, Result, read_front
 from autolite.registry import data_dir
-from autolite.search.problem import run_identity
+from autolite.search.identity import run_identity
 from autolite.search.settings import Budget, Settings
 from autolite.space import load_space
 from autolite.tasks.base import DataSpec
