@@ -96,7 +96,8 @@ class TestEveryTarget:
 
     def test_int8_is_faster_than_fp32_for_encoders_and_four_bits_for_decoding(self, target: str) -> None:
         profile = load_profile(target)
-        encoder = {f: predict(formatted(bert_shape(), f), profile, Workload(threads=1)) for f in FORMATS}
+        batch = 1 if profile.threads > 1 else 64  # of one text a GPU computes nearly nothing, it starts kernels
+        encoder = {f: predict(formatted(bert_shape(), f), profile, Workload(batch, threads=1)) for f in FORMATS}
         eight = min(encoder[form]["latency_ms"].value for form in ("int8", "int7"))  # one of both overflows nowhere
         assert eight < 0.7 * encoder["fp32"]["latency_ms"].value
         big = llama_shape(layers=8, hidden=1024, heads=16, kv_heads=16, ffn=2816)
