@@ -3,10 +3,14 @@
     autolite calibrate --threads 1 --budget 5m
     python benchmarks/prediction.py --threads 1
     python benchmarks/prediction.py --target my-board.yaml --device ssh://pi@raspberrypi --threads 4
+    python benchmarks/prediction.py --published
 
 Random models (`autolite.devices.submodels`) with other seeds than those of a calibration: widths, depths, number
 formats, lengths and batches, each timed beside a reference, as a calibration does. Prints the mean error, the part
 within 10 %, Kendall's rank correlation, and how many of the measured times are in the intervals of 90 %.
+
+With `--published` nothing is timed: what the shipped profiles predict stands beside times of whole models that others
+published (`data/published.yaml`), with what a profile owes to the row itself.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from itertools import islice
 
 import click
 import numpy as np
+import published as others
 from rich.console import Console
 from rich.table import Table
 
@@ -44,7 +49,11 @@ def kendall(a: np.ndarray, b: np.ndarray) -> float:
 @click.option("--models", default=40, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--seed", default=1, show_default=True, help="Of the models; a calibration has 0.")
-def main(target: str, device: str, models: int, threads: int, seed: int) -> None:
+@click.option("--published", is_flag=True, help="Compare with what others published; time nothing.")
+def main(target: str, device: str, models: int, threads: int, seed: int, published: bool) -> None:
+    if published:
+        others.show(Console(width=140))
+        return
     console, profile = Console(width=140), load_target(target, threads)
     peak = profile.unit.peak["fp32"].value * 1e9
     chosen = recipes(threads, (SECONDS[0] * peak, SECONDS[1] * peak), FAMILIES, seed)
