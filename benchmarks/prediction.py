@@ -52,7 +52,7 @@ def kendall(a: np.ndarray, b: np.ndarray) -> float:
 @click.option("--published", is_flag=True, help="Compare with what others published; time nothing.")
 def main(target: str, device: str, models: int, threads: int, seed: int, published: bool) -> None:
     if published:
-        others.show(Console(width=140))
+        others.show(Console(width=160))
         return
     console, profile = Console(width=140), load_target(target, threads)
     peak = profile.unit.peak["fp32"].value * 1e9

@@ -22,6 +22,9 @@ FILE = Path(__file__).parent / "data" / "published.yaml"
 METRICS = ("latency_ms", "ttft_ms", "tokens_per_second")
 FITTED = ("yes", "related", "no")
 STEPS = 16  # that a rate of tokens is predicted for
+RIGHT = ("published", "predicted", "interval", "ratio")
+COLUMNS = ("device", "model", "format", "call", *RIGHT, "inside", "fitted", "source")
+OF = {"ttft_ms": ", prompt", "tokens_per_second": ", steps"}
 PATCH = {"vit-b16": 768, "vit-l16": 768, "clip-b32-image": 3072}  # values of a flattened patch
 
 
@@ -119,28 +122,13 @@ def show(console: Console) -> None:
     ratios = np.array([slowness(row, one) for row, one in zip(rows, found, strict=True)])
     inside = np.array([one.low <= row.value <= one.high for row, one in zip(rows, found, strict=True)])
     table = Table(title="Published times beside predicted ones (ms, or tokens a second)", title_justify="left")
-    for head in (
-        "device",
-        "model",
-        "format",
-        "call",
-        "published",
-        "predicted",
-        "interval",
-        "ratio",
-        "in",
-        "fitted",
-        "source",
-    ):
-        table.add_column(head, justify="right" if head in ("published", "predicted", "interval", "ratio") else "left")
+    for head in COLUMNS:
+        table.add_column(head, justify="right" if head in RIGHT else "left", no_wrap=True)
     for row, one, ratio, is_in in zip(rows, found, ratios.tolist(), inside.tolist(), strict=True):
-        call = f"{row.batch} x {row.tokens}" + {"ttft_ms": ", prompt", "tokens_per_second": ", steps"}.get(
-            row.metric, ""
-        )
+        call = f"{row.batch} x {row.tokens}{OF.get(row.metric, '')}"
         values = (f"{row.value:.4g}", f"{one.value:.3g}", f"{one.low:.3g} to {one.high:.3g}", f"{ratio:.2f}")
-        table.add_row(
-            row.device, row.model, row.format, call, *values, "yes" if is_in else "no", row.fitted, row.source
-        )
+        last = ("yes" if is_in else "no", row.fitted, row.source)
+        table.add_row(row.device, row.model, row.format, call, *values, *last)
     console.print(table)
     for name, source in sources.items():
         console.print(f"  {name}: {source}", highlight=False)

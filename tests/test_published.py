@@ -51,7 +51,7 @@ def test_rates_and_times_are_compared_the_same_way() -> None:
 
 
 def test_all_are_priced_and_shown() -> None:
-    console = Console(width=140, record=True)
+    console = Console(width=160)
     with console.capture() as captured:
         published.show(console)
     text = captured.get()

@@ -221,6 +221,33 @@ def test_the_board_of_the_guide_is_a_target(tmp_path: Path) -> None:
     assert changed == {"units.cpu.peak.fp32", "memory.size"}
 
 
+# Multiprocessors, clock in GHz that the figure is given for, operations a cycle of the tensor cores of one in 16 bits
+TENSOR_CORES = {
+    "t4": (40, 1.59, 1024),
+    "l4": (58, 2.04, 1024),
+    "a10": (72, 1.695, 1024),
+    "a100": (108, 1.41, 2048),
+    "h100": (132, 1.83, 4096),
+    "h200": (132, 1.83, 4096),
+}
+
+
+@pytest.mark.parametrize("name", TENSOR_CORES)
+def test_peaks_of_gpus_are_dense(name: str) -> None:
+    """Vendors print twice these, with sparsity."""
+    cores, clock, operations = TENSOR_CORES[name]
+    peak = load_profile(name).unit.peak
+    assert peak["bf16"].value == pytest.approx(cores * clock * operations, rel=0.005)
+    assert peak["int8"].value == pytest.approx(2 * peak["bf16"].value, rel=0.005)
+
+
+def test_a_gpu_may_be_allowed_tf32(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.yaml", extends="a100", name="x", description="x", formats={"fp32": "tf32"})
+    found, base = load_profile(file), load_profile("a100")
+    assert found.numbers() == base.numbers()
+    assert found.formats == {**base.formats, "fp32": ("tf32",)}
+
+
 def test_the_guide_explains_every_field_and_target() -> None:
     guide = (Path(__file__).parents[2] / "docs" / "targets.md").read_text(encoding="utf-8")
     for name in target_names():
