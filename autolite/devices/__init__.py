@@ -18,7 +18,8 @@ def device_at(address: str) -> Device:
     """Return the device at an address, not yet connected.
 
     Args:
-        address: "local", or "ssh://[user@]host[:port]", where host may be a name of `~/.ssh/config`.
+        address: "local"; "ssh://[user@]host[:port]", where host may be a name of `~/.ssh/config`; or "adb://[serial]",
+            where the serial is that of `adb devices`, and not needed where only one phone is connected.
 
     Raises:
         InputError: if the address has another form.
@@ -31,7 +32,11 @@ def device_at(address: str) -> Device:
         from autolite.devices.ssh import Ssh
 
         return Ssh.parse(address)
-    raise InputError(f"'{address}' is no device: give local, or ssh://[user@]host[:port]")
+    if address.startswith("adb://"):
+        from autolite.devices.adb import Adb
+
+        return Adb.parse(address)
+    raise InputError(f"'{address}' is no device: give local, ssh://[user@]host[:port], or adb://[serial]")
 
 
 @contextmanager

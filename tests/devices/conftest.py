@@ -1,4 +1,5 @@
-"""Devices to test on: this machine, and this machine again at the other end of a real SSH connection."""
+"""Devices to test on: this machine, and this machine again at the other end of a real SSH connection, and of a real adb
+that takes it for a phone."""
 
 from __future__ import annotations
 
@@ -21,11 +22,13 @@ import pytest
 from autolite import registry
 from autolite.contracts import tiny_context
 from autolite.devices import connected
+from autolite.devices.adb import SOURCE, Adb
 from autolite.devices.base import Device
 from autolite.devices.ssh import Ssh
 from autolite.devices.timing import Artifact
 from autolite.measure import Workload, random_texts
 from autolite.runtime.onnxruntime import OnnxRuntime
+from tests.devices.fake_adbd import FakePhone
 
 
 @dataclass(frozen=True)
@@ -125,11 +128,66 @@ def board(home: Path, server: Server) -> Iterator[Ssh]:
         yield found
 
 
-@pytest.fixture(params=["local", "ssh"])
+@pytest.fixture(scope="session")
+def adb_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of an adb server of our own, which has other keys than the user's."""
+    if shutil.which("adb") is None:
+        pytest.skip("there is no adb to ask: apt install adb")
+    folder, port = tmp_path_factory.mktemp("adb"), _free_port()
+    own = {**os.environ, "HOME": str(folder), "TMPDIR": str(folder), "ANDROID_ADB_SERVER_PORT": str(port)}
+    subprocess.run(["adb", "start-server"], env=own, capture_output=True, check=True, timeout=60)
+    yield port
+    subprocess.run(["adb", "-P", str(port), "kill-server"], capture_output=True, check=False, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """ONNX Runtime as a library, which is what a phone has of it."""
+    found = sorted((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so*"))
+    if not found:
+        pytest.skip("this onnxruntime has no library beside its Python module")
+    return found[0]
+
+
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The phone's runner, for this machine."""
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("there is no C compiler: apt install gcc libc6-dev")
+    program = tmp_path_factory.mktemp("runner") / "runner"
+    command = [compiler, "-std=gnu99", "-O1", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(SOURCE), "-ldl"]
+    subprocess.run(command, check=True)
+    return program
+
+
+@pytest.fixture
+def handset(adb_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakePhone]:
+    """What plays a phone, fresh from its box."""
+    monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", str(adb_port))
+    found = FakePhone(tmp_path / "handset")
+    yield found
+    found.switch_off()
+    subprocess.run(["adb", "disconnect", found.serial], capture_output=True, check=False, timeout=60)
+
+
+@pytest.fixture
+def phone(handset: FakePhone, runner: Path, library: Path) -> Iterator[Adb]:
+    """The device over adb, as if it had been set up."""
+    with connected(f"adb://{handset.serial}") as found:
+        assert isinstance(found, Adb)
+        folder = Path(handset.there(found.program)).parent
+        folder.mkdir()
+        shutil.copy(runner, folder / "runner")
+        (folder / "libonnxruntime.so").symlink_to(library)
+        yield found
+
+
+@pytest.fixture(params=["local", "ssh", "adb"])
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     """A connected device of each kind."""
-    if request.param == "ssh":
-        yield request.getfixturevalue("board")
+    if request.param != "local":
+        yield request.getfixturevalue({"ssh": "board", "adb": "phone"}[request.param])
     else:
         with connected("local") as found:
             yield found
