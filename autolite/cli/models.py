@@ -12,7 +12,9 @@ from autolite.cli.terminal import numbers, reported, terminal, told
 
 @click.command()
 @click.argument("paths", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=str))
-@click.option("--target", "device", default="local", show_default=True, help="Or ssh://[user@]host[:port].")
+@click.option(
+    "--target", "device", default="local", show_default=True, help="Or ssh://[user@]host[:port], adb://[serial]."
+)
 @click.option(
     "--workload", help="The call: batch=1,tokens=64,threads=1.  [default: the first model's; else 128 tokens]"
 )
@@ -31,7 +33,7 @@ def measure(paths: tuple[str, ...], device: str, cores: str | None, as_json: boo
     Examples:
       autolite measure deploy/
       autolite measure runs/demo-pixel8 --target ssh://pi@raspberrypi
-      autolite measure model.onnx deploy/ --target ssh://board --workload tokens=32,threads=4 --cores 4-7
+      autolite measure model.onnx deploy/ --target adb:// --workload tokens=32,threads=4 --cores 4-7
     """
     from autolite.devices.measure import measure_models
     from autolite.report.tables import measured_table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import click
 
@@ -52,26 +53,35 @@ def device() -> None:
     \b
     Examples:
       autolite device setup ssh://pi@raspberrypi
-      autolite device check ssh://pi@raspberrypi
+      autolite device check adb://
     """
 
 
 @device.command("setup")
 @click.argument("address")
+@click.option(
+    "--aar",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="For a phone: the file of onnxruntime-android.  [default: Maven Central's]",
+)
 @reported
-def setup_device(address: str) -> None:
-    r"""Install ONNX Runtime in a folder of its own on a device; it needs Python there, and no internet.
+def setup_device(address: str, aar: Path | None) -> None:
+    r"""Install ONNX Runtime in a folder of its own on a device, which needs no internet.
+
+    A board needs Python; for a phone, Android's NDK has to be here. docs/devices.md has more.
 
     \b
-    Example:
+    Examples:
       autolite device setup ssh://pi@raspberrypi
+      autolite device setup adb://
+      autolite device setup adb://emulator-5554 --aar onnxruntime-android-1.32.0.aar
     """
     from autolite.devices import connected
     from autolite.devices.setup import setup
     from autolite.report.tables import health_table
 
     with connected(address) as there:
-        terminal().print(health_table(setup(there, told)))
+        terminal().print(health_table(setup(there, told, aar)))
     click.echo(f"next: autolite measure DIR --target {address}")
 
 
@@ -85,7 +95,7 @@ def check_device(address: str, as_json: bool) -> None:
     \b
     Examples:
       autolite device check ssh://pi@raspberrypi
-      autolite device check local --json
+      autolite device check adb:// --json
     """
     from autolite.devices import connected
     from autolite.devices.base import health_of
@@ -120,6 +130,7 @@ def calibrate(address: str, budget: str, threads: int | None, cores: str | None,
     Examples:
       autolite calibrate
       autolite calibrate ssh://pi@raspberrypi --budget 10m --out my-board.yaml
+      autolite calibrate adb:// --cores 4-7 --out my-phone.yaml
     """
     from autolite.devices.calibrate import calibrate as calibrated
     from autolite.devices.calibrate import destination, keep

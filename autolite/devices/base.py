@@ -73,8 +73,8 @@ class Health:
         model: the board's or the processor's name.
         machine: "x86_64", "aarch64", ...
         system: the kernel and its version.
-        libc: its C library, "glibc 2.36".
-        python: version of the one that answers.
+        libc: its C library, "glibc 2.36", or the version of Android.
+        python: version of the one that answers; nothing if it needs none.
         onnxruntime: version that models run with.
         cores: that a process may use.
         memory_bytes: all of its memory.

@@ -60,7 +60,7 @@ def calibrate(
     user's cache folder as it comes in; the same call goes on where an interrupted one was.
 
     Args:
-        device: "local", or "ssh://[user@]host[:port]".
+        device: "local", "ssh://[user@]host[:port]", or "adb://[serial]".
         threads: that models compute with; as many as the device has cores if None.
         cores: numbers of the cores to run on; any if empty.
         budget: seconds.

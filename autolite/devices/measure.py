@@ -83,7 +83,7 @@ def measure_models(
     Args:
         paths: folders of candidates, other folders or files with a model, or the folder of a run: its teacher and all
             its candidates.
-        device: "local", or "ssh://[user@]host[:port]".
+        device: "local", "ssh://[user@]host[:port]", or "adb://[serial]".
         workload: as in "batch=1,tokens=64,threads=1"; what is not named is what the first candidate was made for, on
             no more threads than the device has, else a batch of one with 128 tokens on one thread.
         profile: target to predict by; by default the one whose device says that it is it.
@@ -160,11 +160,10 @@ def _profile(
         return load_target(LOCAL, threads, say)
     from autolite.hardware.profile_files import load_profile, profile_names
 
-    for name in profile_names():
-        found = load_profile(name)
-        if any(health.model.startswith(known) for known in found.known_as):
-            return found
-    return None
+    known = [(alias, found) for found in map(load_profile, profile_names()) for alias in found.known_as]
+    # A "Pixel 8 Pro" is no "Pixel 8", whose name is shorter.
+    fitting = [(len(alias), found) for alias, found in known if health.model.startswith(alias)]
+    return max(fitting, key=lambda each: each[0])[1] if fitting else None
 
 
 def _rows(

@@ -61,7 +61,8 @@ def health(lines: Sequence[str]) -> dict[str, Any]:
         found.setdefault(word, []).append(value.strip())
     hottest, margin = thermal("\n".join(told[end:]))
     zones = [value / 1000 for value in _numbers(found.get("zone", ()))]
-    sizes = [float(each[:-1]) * {"K": 2**10, "M": 2**20}[each[-1]] for each in found.get("cache", ()) if each[-1:] in "KM"]
+    caches = [re.fullmatch(r"(\d+)([KM])", each) for each in found.get("cache", ())]
+    sizes = [float(each[1]) * {"K": 2**10, "M": 2**20}[each[2]] for each in caches if each]
     try:
         abi, cores, free = found["cpu.abi"][0], int(found["cores"][0]), int(found["free"][0].split()[-3]) * 1024
         memory = int(found["memory"][0].split()[1]) * 1024
@@ -157,5 +158,5 @@ def _plain(value: Any) -> str:
 
 
 def _name(maker: str, model: str) -> str:
-    """ "Google", "Pixel 8" is a Google Pixel 8; "samsung", "Samsung Tab" needs no second Samsung."""
+    """The model with its maker before it, unless it names the maker itself."""
     return model if model.lower().startswith(maker.lower()) else f"{maker} {model}".strip()

@@ -27,32 +27,15 @@
 /* Functions of ONNX Runtime by their places in its table, OrtApi of onnxruntime_c_api.h, to which later versions only
  * append ("Size of version 1 API cannot change", onnxruntime_c_api.cc); so no header is needed to build this. */
 enum {
-    GetErrorMessage = 2,
-    CreateEnv = 3,
-    CreateSession = 7,
-    Run = 9,
-    CreateSessionOptions = 10,
-    SetSessionExecutionMode = 13,
-    SetSessionLogSeverityLevel = 22,
-    SetIntraOpNumThreads = 24,
-    SetInterOpNumThreads = 25,
-    SessionGetInputCount = 30,
-    SessionGetOutputCount = 31,
-    SessionGetInputName = 36,
-    SessionGetOutputName = 37,
-    CreateTensorWithDataAsOrtValue = 49,
-    GetTensorMutableData = 51,
-    GetTensorElementType = 60,
-    GetDimensionsCount = 61,
-    GetDimensions = 62,
-    GetTensorTypeAndShape = 65,
-    CreateCpuMemoryInfo = 69,
-    GetAllocatorWithDefaultOptions = 78,
-    ReleaseValue = 96,
-    ReleaseSessionOptions = 100,
-    AddSessionConfigEntry = 130,
+    GetErrorMessage = 2, CreateEnv = 3, CreateSession = 7, Run = 9, CreateSessionOptions = 10,
+    SetSessionExecutionMode = 13, SetSessionLogSeverityLevel = 22, SetIntraOpNumThreads = 24, SetInterOpNumThreads = 25,
+    SessionGetInputCount = 30, SessionGetOutputCount = 31, SessionGetInputName = 36, SessionGetOutputName = 37,
+    CreateTensorWithDataAsOrtValue = 49, GetTensorMutableData = 51, GetTensorElementType = 60, GetDimensionsCount = 61, GetDimensions = 62,
+    GetTensorTypeAndShape = 65, CreateCpuMemoryInfo = 69, GetAllocatorWithDefaultOptions = 78, ReleaseValue = 96,
+    ReleaseTensorTypeAndShapeInfo = 99, ReleaseSessionOptions = 100, AddSessionConfigEntry = 130,
 };
 #define ORT(function, ...) ((void *(*)(__VA_ARGS__))api[function])
+#define RELEASE(function, what) ((void (*)(void *))api[function])(what)
 enum { API_VERSION = 8, FATAL = 4, SEQUENTIAL = 0, DEVICE_ALLOCATOR = 0, DEFAULT_MEMORY = 0 };
 enum { FLOAT = 1, UINT8, INT8, UINT16, INT16, INT32, INT64, BOOL = 9, DOUBLE = 11, UINT32, UINT64 };
 
@@ -74,8 +57,8 @@ static Model *models;
 static size_t count;
 static long threads = 1, exact = 1, lock, replaces, min_rounds = 5, first;
 static double seconds, warmup;
-static cpu_set_t cores;
-static int pinned, fixed;
+static const char *cores; /* any, if there is nothing */
+static int fixed;
 static volatile sig_atomic_t stopped;
 
 static void fix_performance(int on) {
@@ -146,62 +129,70 @@ static double real(const char *text) {
     return found;
 }
 
-static void add_cores(char *text) {
-    for (char *each = strtok(text, ","); each; each = strtok(NULL, ",")) {
-        long number = whole(each);
-        if (number >= 0 && number < CPU_SETSIZE)
-            CPU_SET(number, &cores);
-        pinned = 1;
-    }
-}
-
 static char *copied(const char *text) {
     return strcpy(room(strlen(text), 1), text);
 }
 
+static void pin(const char *text) {
+    char *numbers = copied(text), sentence[512];
+    cpu_set_t cores;
+    CPU_ZERO(&cores);
+    for (char *each = strtok(numbers, ","); each; each = strtok(NULL, ",")) {
+        long number = whole(each);
+        if (number >= 0 && number < CPU_SETSIZE)
+            CPU_SET((size_t)number, &cores);
+    }
+    free(numbers);
+    if (!sched_setaffinity(0, sizeof cores, &cores))
+        return;
+    snprintf(sentence, sizeof sentence, "it has no cores %s that can be used: ask for others", text);
+    fail(sentence, "");
+}
+
+static void take(const char *word, const char *value) {
+    static const struct {
+        const char *word;
+        long *to;
+    } wholes[] = {{"threads", &threads},   {"exact", &exact},           {"lock", &lock},
+                  {"replaces", &replaces}, {"min_rounds", &min_rounds}, {"first", &first}};
+    Model *last = count ? &models[count - 1] : NULL;
+    if (!strcmp(word, "model")) {
+        models = realloc(models, (count + 1) * sizeof *models);
+        if (!models)
+            fail("it has too little memory", "");
+        memset(&models[count], 0, sizeof *models);
+        models[count++].name = copied(value);
+    } else if (last && !strcmp(word, "file"))
+        last->file = copied(value);
+    else if (last && !strcmp(word, "inputs"))
+        last->inputs = copied(value);
+    else if (!strcmp(word, "cores"))
+        cores = copied(value);
+    else if (!strcmp(word, "seconds"))
+        seconds = real(value);
+    else if (!strcmp(word, "warmup"))
+        warmup = real(value);
+    else {
+        size_t i = 0, known = sizeof wholes / sizeof *wholes;
+        while (i < known && strcmp(word, wholes[i].word))
+            i++;
+        if (i == known)
+            fail("a word of the specification is unknown: ", word);
+        *wholes[i].to = whole(value);
+    }
+}
+
 static void read_spec(void) {
-    char *line = NULL, given[LINE_MAX] = "";
+    char *line = NULL;
     size_t size = 0;
-    ssize_t length;
-    while ((length = getline(&line, &size, stdin)) > 0) {
+    for (ssize_t length; (length = getline(&line, &size, stdin)) > 0;) {
         if (line[length - 1] == '\n')
-            line[--length] = 0;
+            line[length - 1] = 0;
         char *value = strchr(line, ' ');
         if (!value)
             fail("a line of the specification is no word and value: ", line);
         *value++ = 0;
-        Model *last = count ? &models[count - 1] : NULL;
-        if (!strcmp(line, "model")) {
-            models = realloc(models, (count + 1) * sizeof *models);
-            if (!models)
-                fail("it has too little memory", "");
-            memset(&models[count], 0, sizeof *models);
-            models[count++].name = copied(value);
-        } else if (last && !strcmp(line, "file"))
-            last->file = copied(value);
-        else if (last && !strcmp(line, "inputs"))
-            last->inputs = copied(value);
-        else if (!strcmp(line, "cores")) {
-            snprintf(given, sizeof given, "%s", value);
-            add_cores(value);
-        } else if (!strcmp(line, "threads"))
-            threads = whole(value);
-        else if (!strcmp(line, "exact"))
-            exact = whole(value);
-        else if (!strcmp(line, "lock"))
-            lock = whole(value);
-        else if (!strcmp(line, "replaces"))
-            replaces = whole(value);
-        else if (!strcmp(line, "min_rounds"))
-            min_rounds = whole(value);
-        else if (!strcmp(line, "first"))
-            first = whole(value);
-        else if (!strcmp(line, "seconds"))
-            seconds = real(value);
-        else if (!strcmp(line, "warmup"))
-            warmup = real(value);
-        else
-            fail("a word of the specification is unknown: ", line);
+        take(line, value);
     }
     free(line);
     for (size_t i = 0; i < count; i++)
@@ -209,11 +200,6 @@ static void read_spec(void) {
             fail("a model of the specification has no file or no inputs: ", models[i].name);
     if (!count)
         fail("the specification names no model", "");
-    if (pinned && sched_setaffinity(0, sizeof cores, &cores)) {
-        char sentence[LINE_MAX + 64];
-        snprintf(sentence, sizeof sentence, "it has no cores %s that can be used: ask for others", given);
-        fail(sentence, "");
-    }
 }
 
 /* End a runner that waits for somebody who has gone. It is asked first, since it may have to take a mode back. */
@@ -281,7 +267,7 @@ static void *try_session(const char *file, int precisely, void **session) {
     check(set(options, "session.force_spinning_stop", "1"));
     check(set(options, "session.x64quantprecision", precisely ? "1" : "0"));
     failure = ORT(CreateSession, void *, const char *, void *, void **)(environment, file, options, session);
-    ((void (*)(void *))api[ReleaseSessionOptions])(options);
+    RELEASE(ReleaseSessionOptions, options);
     return failure;
 }
 
@@ -299,8 +285,7 @@ static void get(void *to, size_t bytes, FILE *file, const char *path) {
         fail("broken inputs: ", path);
 }
 
-/* Read the inputs that a model takes; others that are in the file are not for it. With no session, read them all for
- * what they take in memory. */
+/* Read the inputs that a model takes; others that are in the file are not for it. */
 static void read_inputs(Model *model) {
     void *memory = NULL;
     check(ORT(CreateCpuMemoryInfo, int, int, void **)(DEVICE_ALLOCATOR, DEFAULT_MEMORY, &memory));
@@ -310,7 +295,6 @@ static void read_inputs(Model *model) {
     fseek(file, 0, SEEK_END);
     long total = ftell(file);
     rewind(file);
-    size_t given = 0;
     uint32_t head[3]; /* bytes of the name, type, rank */
     while (fread(head, 1, sizeof head, file) == sizeof head) {
         int64_t dimensions[MOST_RANK];
@@ -324,16 +308,17 @@ static void read_inputs(Model *model) {
         char *name = room(head[0], 1), *data = room((size_t)bytes, 1);
         get(name, head[0], file, model->inputs);
         get(data, (size_t)bytes, file, model->inputs);
-        for (size_t i = 0; i < model->takes; i++)
-            if (!strcmp(name, model->input_names[i]) && !model->values[i]) {
-                check(ORT(CreateTensorWithDataAsOrtValue, void *, void *, size_t, const int64_t *, size_t, int, void **)(
-                    memory, data, (size_t)bytes, dimensions, head[2], (int)head[1], &model->values[i]));
-                given++;
-            }
+        size_t i = 0;
+        while (i < model->takes && strcmp(name, model->input_names[i]))
+            i++;
+        if (i < model->takes && !model->values[i]) /* it refers to the data, and checks that they are enough */
+            check(ORT(CreateTensorWithDataAsOrtValue, void *, void *, size_t, const int64_t *, size_t, int, void **)(
+                memory, data, (size_t)bytes, dimensions, head[2], (int)head[1], &model->values[i]));
+        else
+            free(data);
+        free(name);
     }
     fclose(file);
-    if (given == model->takes)
-        return;
     for (size_t i = 0; i < model->takes; i++)
         if (!model->values[i])
             fail("the model has an input that is not given: ", model->input_names[i]);
@@ -369,7 +354,7 @@ static void load_models(void) {
 
 static void forget(Model *model) {
     for (size_t i = 0; i < model->gives; i++) {
-        ((void (*)(void *))api[ReleaseValue])(model->outputs[i]);
+        RELEASE(ReleaseValue, model->outputs[i]);
         model->outputs[i] = NULL;
     }
 }
@@ -429,8 +414,8 @@ static void tell_state(void) {
     }
     if (hottest <= 0)
         hottest = asked_celsius();
-    printf(hottest > 0 ? "{\"state\": {\"celsius\": %.1f, \"megahertz\": " : "{\"state\": {\"celsius\": null, \"megahertz\": ",
-           hottest);
+    printf(hottest > 0 ? "{\"state\": {\"celsius\": %.1f" : "{\"state\": {\"celsius\": null", hottest);
+    printf(", \"megahertz\": ");
     int told = 0;
     for (int i = 0; i < 64; i++) {
         snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/cpufreq/scaling_cur_freq", i);
@@ -493,7 +478,7 @@ static long peak(void) {
 }
 
 static void measure_memory(void) {
-    read_inputs(&models[0]); /* they are not the model's, nor is the runtime */
+    read_inputs(&models[0]); /* all, as it takes none yet: they are not the model's, nor is the runtime */
     long before = peak();
     load_model(&models[0]);
     for (int i = 0; i < MEMORY_CALLS; i++)
@@ -573,6 +558,7 @@ static void tell_outputs(void) {
         if (rank > MOST_RANK || type < FLOAT || type > UINT64 || (type > INT64 && type < DOUBLE && type != BOOL))
             fail("its first output is of a kind that cannot be shown: ", models[i].output_names[0]);
         check(ORT(GetDimensions, void *, int64_t *, size_t)(shape, dimensions, rank));
+        RELEASE(ReleaseTensorTypeAndShapeInfo, shape);
         check(ORT(GetTensorMutableData, void *, void **)(models[i].outputs[0], &data));
         printf("{\"model\": %s, \"output\": ", models[i].name);
         tell_nested(data, type, dimensions, rank);
@@ -604,6 +590,8 @@ int main(int number, char **words) {
     read_spec();
     if (replaces)
         end_other(replaces);
+    if (cores)
+        pin(cores);
     if (lock)
         be_alone();
     if (!strcmp(what, "time"))

@@ -1,4 +1,4 @@
-"""Prepare a device once: an environment there with the ONNX Runtime that is installed here."""
+"""Prepare a device once: the ONNX Runtime that is installed here, in a folder of its own there."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from autolite.devices.adb import Adb
 from autolite.devices.base import ConnectionLost, Device, Health, health_of
 from autolite.devices.ssh import Ssh
-from autolite.errors import DeviceError
+from autolite.errors import DeviceError, InputError
 
 _MACHINES = ("x86_64", "aarch64")  # that ONNX Runtime has wheels for
 _OLDEST = 17  # of glibc 2.x, that wheels are made for
 
 
-def setup(device: Device, say: Callable[[str], None] = lambda message: None) -> Health:
+def setup(
+    device: Device, say: Callable[[str], None] = lambda message: None, android_package: Path | None = None
+) -> Health:
     """Make a connected device ready to run models, and return its health.
 
     Nothing is installed outside AutoLite's folder there. The packages are downloaded here and sent, so that the device
@@ -26,18 +29,36 @@ def setup(device: Device, say: Callable[[str], None] = lambda message: None) -> 
     Args:
         device: connected; on this machine there is nothing to do.
         say: told in words what is done.
+        android_package: for a phone, the .aar file of ONNX Runtime, where that cannot be downloaded.
 
     Raises:
-        DeviceError: if ONNX Runtime has no package for its processor or Python, or it lacks what an environment needs.
+        InputError: if there is a package for Android, but the device is no phone.
+        DeviceError: if ONNX Runtime has no package for its processor or Python, or the device or this machine lacks
+            what is needed.
     """
+    if android_package is not None and not isinstance(device, Adb):
+        raise InputError(f"{android_package} is for phones, but {device.address} is none: leave it out")
     found = health_of(device)
-    if not isinstance(device, Ssh):
-        return found
     import onnxruntime
 
     wanted = str(onnxruntime.__version__)
-    if found.onnxruntime == wanted:
+    if found.onnxruntime == wanted or not isinstance(device, Ssh | Adb):
         return found
+    if isinstance(device, Adb):
+        from autolite.devices.android import install
+
+        install(device, found, wanted, say, android_package)
+    else:
+        _install_packages(device, found, wanted, say)
+    found = health_of(device)
+    if found.onnxruntime != wanted:
+        has = f"onnxruntime {found.onnxruntime}" if found.onnxruntime else "no ONNX Runtime"
+        raise DeviceError(f"{device.address} runs {has} after {wanted} was installed there")
+    return found
+
+
+def _install_packages(device: Ssh, found: Health, wanted: str, say: Callable[[str], None]) -> None:
+    """Send packages for a device's Python, and make an environment of them."""
     if found.machine not in _MACHINES or not found.libc.startswith("glibc 2."):
         raise DeviceError(
             f"{device.address} is a machine of {found.machine} with {found.libc or 'a C library unknown'}, and ONNX "
@@ -50,10 +71,6 @@ def setup(device: Device, say: Callable[[str], None] = lambda message: None) -> 
         first = device.push(wheels)
     say("installing")
     _install(device, str(Path(first).parent), wanted)
-    found = health_of(device)
-    if found.onnxruntime != wanted:
-        raise DeviceError(f"{device.address} runs onnxruntime {found.onnxruntime} after {wanted} was installed there")
-    return found
 
 
 def _download(wanted: str, device: Health, folder: Path) -> Sequence[Path]:

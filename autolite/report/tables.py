@@ -195,7 +195,7 @@ def health_table(health: Health) -> Table:
     limit = "" if health.margin_celsius is None else f", slows down {health.margin_celsius:.0f} above that"
     for name, text in {
         "device": f"{health.model}, {health.machine}, {health.cores} cores",
-        "system": f"{health.system}, {health.libc}, Python {health.python}",
+        "system": f"{health.system}, {health.libc}" + (f", Python {health.python}" if health.python else ""),
         "onnxruntime": health.onnxruntime or "not installed",
         "memory": size(health.memory_bytes),
         "free on disk": size(health.free_bytes),
