@@ -21,8 +21,11 @@ _ELEMENTS = {  # as ONNX numbers them
     "float64": 11, "uint32": 12, "uint64": 13,
 }  # fmt: skip
 _PLAIN = ("threads", "exact", "lock", "replaces", "warmup", "min_rounds", "seconds", "first")
-_SENSOR = re.compile(r"Temperature\{mValue=(?P<celsius>[^,]+), mType=(?P<kind>-?\d+), mName=(?P<name>[^,]+),")
-_LIMITS = re.compile(r"mType=(?P<kind>-?\d+), mName=(?P<name>[^,]+), mHotThrottlingThresholds=\[(?P<limits>[^\]]*)\]")
+_SENSOR = re.compile(r"Temperature\{mValue=(?P<celsius>[^,]+), mType=-?\d+, mName=(?P<name>[^,]+),")
+_LIMITS = re.compile(  # as Android prints them from version 15 on, and before
+    r"(?:mName=|\.name = )(?P<name>[^,]+), (?:mHot|\.hot)ThrottlingThresholds ?= ?\[(?P<limits>[^\]]*)\]"
+)
+_MODERATE = 2  # of Android's degrees of throttling: 1 is one that nobody notices, on some phones from 35 degrees on
 _HOTTEST = 150.0  # degrees; what tells more is no sensor
 
 
@@ -67,7 +70,8 @@ def health(lines: Sequence[str]) -> dict[str, Any]:
         abi, cores, free = found["cpu.abi"][0], int(found["cores"][0]), int(found["free"][0].split()[-3]) * 1024
         memory = int(found["memory"][0].split()[1]) * 1024
     except (KeyError, IndexError, ValueError):
-        raise DeviceError(f"it does not say what it is, as Android does: {' '.join(told[:3]) or 'nothing'}") from None
+        said = ", ".join(told[:3]) or "nothing"
+        raise DeviceError(f"the phone does not say what it is, as Android does; it said: {said}") from None
     return {
         "model": _name(found["manufacturer"][0], found["model"][0]),
         "machine": MACHINES.get(abi, abi),
@@ -88,23 +92,23 @@ def health(lines: Sequence[str]) -> dict[str, Any]:
 def thermal(text: str) -> tuple[float | None, float | None]:
     """Read `dumpsys thermalservice`: the hottest sensor, and the degrees until the first one has the phone slow down.
 
-    Both are None where it does not tell. A phone that already slows down has no degrees left, whatever its sensors say.
+    It does so where Android calls its throttling moderate. Both are None where it does not tell. A phone that already
+    slows down has no degrees left, whatever its sensors say.
     """
     _, _, current = text.partition("Current temperatures from HAL:")
     sensors = {
-        (each["kind"], each["name"]): celsius
+        each["name"]: celsius
         for each in _SENSOR.finditer(current)
         for celsius in _numbers([each["celsius"]])
         if 0 < celsius < _HOTTEST
     }
     left = []
     for each in _LIMITS.finditer(text):
-        # One for each degree of throttling; the first is that of none.
-        limits = [limit for limit in _numbers(each["limits"].split(",")[1:]) if math.isfinite(limit)]
-        celsius = sensors.get((each["kind"], each["name"]))
+        limits = [limit for limit in _numbers(each["limits"].split(",")[_MODERATE:]) if math.isfinite(limit)]
+        celsius = sensors.get(each["name"])
         if celsius is not None and limits:
             left.append(min(limits) - celsius)
-    if (status := re.search(r"Thermal Status: (\d+)", text)) and int(status[1]) > 0:
+    if (status := re.search(r"Thermal Status: (\d+)", text)) and int(status[1]) >= _MODERATE:
         left.append(0.0)
     return max(sensors.values(), default=None), min(left, default=None)
 

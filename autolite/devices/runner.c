@@ -68,8 +68,7 @@ static void fix_performance(int on) {
         return;
 }
 
-static void leave(int code) {
-    fflush(stdout);
+static void leave(int code) { /* what was said is written already: where nobody reads, writing does not end */
     if (fixed)
         fix_performance(0);
     _exit(code); /* not exit: the threads of sessions still are there */
@@ -202,21 +201,25 @@ static void read_spec(void) {
         fail("the specification names no model", "");
 }
 
-/* End a runner that waits for somebody who has gone. It is asked first, since it may have to take a mode back. */
-static void end_other(long process) {
+static int is_runner(long process) {
     char path[64], said[PATH_MAX] = "";
     snprintf(path, sizeof path, "/proc/%ld/cmdline", process);
-    FILE *file = process > 1 && process != getpid() ? fopen(path, "r") : NULL;
-    if (!file)
-        return;
-    int is_one = fgets(said, sizeof said, file) && strstr(said, "runner");
-    fclose(file);
-    if (!is_one)
+    FILE *file = fopen(path, "r");
+    int found = file && fgets(said, sizeof said, file) && strstr(said, "runner");
+    if (file)
+        fclose(file);
+    return found;
+}
+
+/* End a runner that waits for somebody who has gone. It is asked first, since it may have to take a mode back. */
+static void end_other(long process) {
+    if (process <= 1 || process == getpid() || !is_runner(process))
         return;
     kill((pid_t)process, SIGTERM);
-    for (int look = 0; look < GRACE * 20 && !kill((pid_t)process, 0); look++)
+    for (int look = 0; look < GRACE * 20 && is_runner(process); look++)
         usleep(50000);
-    kill((pid_t)process, SIGKILL);
+    if (is_runner(process))
+        kill((pid_t)process, SIGKILL);
 }
 
 static void be_alone(void) {

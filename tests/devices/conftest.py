@@ -150,14 +150,15 @@ def library() -> Path:
 
 
 @pytest.fixture(scope="session")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The phone's runner, for this machine."""
+def runner(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The phone's runner for this machine, beside its library."""
     compiler = shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("there is no C compiler: apt install gcc libc6-dev")
     program = tmp_path_factory.mktemp("runner") / "runner"
     command = [compiler, "-std=gnu99", "-O1", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(SOURCE), "-ldl"]
     subprocess.run(command, check=True)
+    (program.parent / "libonnxruntime.so").symlink_to(library)
     return program
 
 

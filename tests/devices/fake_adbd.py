@@ -50,8 +50,8 @@ Current temperatures from HAL:
 Current cooling devices from HAL:
 	CoolingDevice{{mValue=0, mType=2, mName=cdev}}
 Temperature static thresholds from HAL:
-	{{.mType=3, mName=VIRTUAL-SKIN, mHotThrottlingThresholds=[NaN, 39.0, 43.0, 45.0], mVrThrottlingThreshold=NaN}}
-	{{.mType=2, mName=battery, mHotThrottlingThresholds=[NaN, NaN, NaN, 60.0], mVrThrottlingThreshold=NaN}}
+	TemperatureThreshold{{mType=3, mName=VIRTUAL-SKIN, mHotThrottlingThresholds=[NaN, 39.0, 43.0, 45.0, 46.5, 52.0, 55.0]}}
+	TemperatureThreshold{{mType=2, mName=battery, mHotThrottlingThresholds=[NaN, NaN, NaN, 60.0, NaN, NaN, NaN]}}
 """
 
 
@@ -100,6 +100,8 @@ class FakePhone:
 
     def switch_off(self) -> None:
         """Be gone."""
+        with suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)  # else the thread that accepts takes one more
         self._server.close()
         self.cut()
 

@@ -112,9 +112,22 @@ def test_a_device_says_which_target_it_is(timed: Any, monkeypatch: pytest.Monkey
     times = {"teacher": [6.0] * 9, "small": [2.0] * 9}
     assert timed(times, "Raspberry Pi 5 Model B Rev 1.0", device="local").profile == "raspberry-pi-5"
     assert timed(times, "NVIDIA Jetson Orin Nano Developer Kit", device="local").profile == "jetson-orin-nano"
+    assert timed(times, "Google Pixel 8", device="local").profile == "pixel8"
+    assert timed(times, "Google Pixel 8 Pro", device="local").profile == "pixel8-pro"
     unknown = timed(times, "Raspberry Pi 4 Model B", device="local")
     assert unknown.profile is None
     assert "name the nearest with --profile" in unknown.rows[1].unpredicted
+
+
+@pytest.mark.usefixtures("phone")
+def test_a_phone_is_measured_beside_what_was_predicted_of_it(finished: Result) -> None:
+    folder = finished.path / finished.front.candidates[0].path
+    words = ["measure", str(folder), "--target", "adb://", "--workload", "threads=1", "--seconds", "0"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert "Google Pixel 8, batch=1," in done.stdout
+    assert "predicted by pixel8" in done.stdout
+    assert "off by" in done.stdout
 
 
 # What cannot be
@@ -185,10 +198,10 @@ def test_two_ways_to_one_model_are_two_rows(finished: Result, tmp_path: Path) ->
     assert len(measure_models([first, tmp_path / "copy"], profile="pixel8", seconds=0.0).rows) == 2
 
 
-@pytest.mark.parametrize("address", ["local", "ssh://board"])
+@pytest.mark.parametrize("address", ["local", "ssh://board", "adb://"])
 def test_a_device_is_checked(address: str, request: pytest.FixtureRequest) -> None:
     if address != "local":
-        request.getfixturevalue("board")
+        request.getfixturevalue({"ssh://board": "board", "adb://": "phone"}[address])
     shown = CliRunner().invoke(main, ["device", "check", address])
     assert shown.exit_code == 0, shown.output
     assert "free on disk" in shown.stdout
