@@ -45,7 +45,7 @@ EXIT_INTERRUPTED = 130
     show_default=True,
     help="Or openvino (x86; needs autolite[openvino]), or auto: the faster of both on this machine.",
 )
-@click.option("--measure-on", help="A device that the finalists are timed on in the end: ssh://pi@raspberrypi.")
+@click.option("--measure-on", help="A device that the finalists are timed on in the end: ssh://pi@raspberrypi, adb://.")
 @click.option("--text", help="Column of the text, if not found by convention.")
 @click.option("--pair", "text_pair", help="Column of the second text of a pair.")
 @click.option("--label", help="Column of the label.")

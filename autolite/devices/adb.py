@@ -70,9 +70,12 @@ class Adb:
 
     def open(self) -> None:
         """Find it; see `autolite.devices.base.Device`."""
-        end = time.monotonic() + _PATIENCE
-        while (state := self._state()) in ("", *_COMING) and time.monotonic() < end:
+        state = self._state()
+        for _ in range(round(_PATIENCE / _LOOK)):
+            if state not in ("", *_COMING):
+                break
             time.sleep(_LOOK)
+            state = self._state()
         if state != "device":
             raise self._refused(state)
         old = f"find files -mindepth 1 -maxdepth 1 -mtime +{_KEPT} -exec rm -rf {{}} + 2>/dev/null"
@@ -160,9 +163,18 @@ class Adb:
         answer = self.run(f"[ -d {there} ] && touch {there} && exit; {make}")
         if not answer:
             return
-        size, free = sum(file.stat().st_size for file in files.values()), int(answer.split()[-3]) * 1024
-        if size > max(_SMALL, free):
+        try:
+            self._fill(files, part, int(answer.split()[-3]) * 1024)
+        except ConnectionLost:
+            raise
+        except DeviceError:
             self.run(f"rm -rf {shlex.quote(part)}")
+            raise
+        self.run(f"mv {shlex.quote(part)} {there} 2>/dev/null || [ -d {there} ]")
+
+    def _fill(self, files: dict[str, Path], part: str, free: int) -> None:
+        size = sum(file.stat().st_size for file in files.values())
+        if size > max(_SMALL, free):
             raise DeviceError(
                 f"{self.address} has {free:,} bytes free where models are kept, but {next(iter(files))} has {size:,}: "
                 f"remove what is not needed there, such as {self.folder}/files"
@@ -173,7 +185,6 @@ class Adb:
                     content, file = tensors(file.read_bytes()), Path(plain) / "inputs"
                     file.write_bytes(content)
                 self._push(file, f"{part}/{name}")
-        self.run(f"mv {shlex.quote(part)} {there} 2>/dev/null || [ -d {there} ]")
 
     def _push(self, file: Path, to: str) -> None:
         said = list(self._adb("push", str(file), to, patience=_SILENCE + file.stat().st_size / _SLOWEST, code=True))
@@ -229,10 +240,10 @@ class Adb:
 
     def _lost(self, said: str) -> DeviceError:
         """Say why what ran there did not come to its end."""
-        if "unauthorized" in said:
+        if "unauthorized" in said or "confirmation dialog" in said:
             return self._refused("unauthorized")
-        reason = re.sub(r"^(adb: )?(error: )?", "", said)
-        return ConnectionLost(f"the connection to {self.address} was lost" + (f" ({reason})" if reason else ""))
+        reason = re.match(r"(?:adb: )?error: (.*)", said)
+        return ConnectionLost(f"the connection to {self.address} was lost" + (f" ({reason[1]})" if reason else ""))
 
     def _refused(self, state: str) -> DeviceError:
         """Say why it cannot be used, and what helps."""

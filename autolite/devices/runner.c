@@ -30,9 +30,9 @@ enum {
     GetErrorMessage = 2, CreateEnv = 3, CreateSession = 7, Run = 9, CreateSessionOptions = 10,
     SetSessionExecutionMode = 13, SetSessionLogSeverityLevel = 22, SetIntraOpNumThreads = 24, SetInterOpNumThreads = 25,
     SessionGetInputCount = 30, SessionGetOutputCount = 31, SessionGetInputName = 36, SessionGetOutputName = 37,
-    CreateTensorWithDataAsOrtValue = 49, GetTensorMutableData = 51, GetTensorElementType = 60, GetDimensionsCount = 61, GetDimensions = 62,
-    GetTensorTypeAndShape = 65, CreateCpuMemoryInfo = 69, GetAllocatorWithDefaultOptions = 78, ReleaseValue = 96,
-    ReleaseTensorTypeAndShapeInfo = 99, ReleaseSessionOptions = 100, AddSessionConfigEntry = 130,
+    CreateTensorWithDataAsOrtValue = 49, GetTensorMutableData = 51, GetTensorElementType = 60, GetDimensionsCount = 61,
+    GetDimensions = 62, GetTensorTypeAndShape = 65, CreateCpuMemoryInfo = 69, GetAllocatorWithDefaultOptions = 78,
+    ReleaseValue = 96, ReleaseTensorTypeAndShapeInfo = 99, ReleaseSessionOptions = 100, AddSessionConfigEntry = 130,
 };
 #define ORT(function, ...) ((void *(*)(__VA_ARGS__))api[function])
 #define RELEASE(function, what) ((void (*)(void *))api[function])(what)
@@ -41,6 +41,7 @@ enum { FLOAT = 1, UINT8, INT8, UINT16, INT16, INT32, INT64, BOOL = 9, DOUBLE = 1
 
 enum { MOST_RANK = 8, LONGEST_NAME = 4096, BURST_NS = 5000000, BURST_CALLS = 50, MEMORY_CALLS = 3 };
 enum { WAITING = 5, GRACE = 5, LOOK = 1, ASK = 5 }; /* seconds */
+static const int64_t SECOND = 1000000000;            /* of nanoseconds */
 
 typedef struct {
     char *name, *file, *inputs; /* the name is JSON already */
@@ -108,7 +109,7 @@ static void *room(size_t number, size_t size) {
 static int64_t now(void) {
     struct timespec found;
     clock_gettime(CLOCK_MONOTONIC, &found);
-    return (int64_t)found.tv_sec * 1000000000 + found.tv_nsec;
+    return (int64_t)found.tv_sec * SECOND + found.tv_nsec;
 }
 
 static long whole(const char *text) {
@@ -383,18 +384,13 @@ static double number_in(const char *path) {
     return found;
 }
 
-/* The hottest of the sensors that Android tells of, for phones whose kernel does not let a shell read them. Asking
- * takes tens of milliseconds, so it is done seldom. */
+/* The hottest of the sensors that Android tells of, for phones whose kernel does not let a shell read them. */
 static double asked_celsius(void) {
-    static double found = -1;
-    static int64_t asked;
-    if (asked && now() - asked < ASK * (int64_t)1000000000)
-        return found;
     FILE *said = popen("dumpsys thermalservice 2>/dev/null", "r");
     char line[512];
     int current = 0;
-    double value;
-    for (found = -1; said && fgets(line, sizeof line, said);) {
+    double value, found = -1;
+    while (said && fgets(line, sizeof line, said)) {
         if (line[0] != ' ' && line[0] != '\t')
             current = !strncmp(line, "Current temperatures", 20);
         const char *at = current ? strstr(line, "{mValue=") : NULL;
@@ -403,20 +399,32 @@ static double asked_celsius(void) {
     }
     if (said)
         pclose(said);
-    asked = now();
     return found;
 }
 
-static void tell_state(void) {
-    char path[128];
-    double hottest = -1, value;
+/* Sensors may take milliseconds each, and asking Android tens of them, so this is done seldom. */
+static double celsius(void) {
+    static double hottest;
+    static int64_t asked;
+    if (asked && now() - asked < ASK * SECOND)
+        return hottest;
+    hottest = -1;
     for (int i = 0; i < 128; i++) {
+        char path[64];
         snprintf(path, sizeof path, "/sys/class/thermal/thermal_zone%d/temp", i);
-        if ((value = number_in(path) / 1000) > hottest && value < 150)
+        double value = number_in(path) / 1000;
+        if (value > hottest && value < 150)
             hottest = value;
     }
     if (hottest <= 0)
         hottest = asked_celsius();
+    asked = now();
+    return hottest;
+}
+
+static void tell_state(void) {
+    char path[128];
+    double hottest = celsius(), value;
     printf(hottest > 0 ? "{\"state\": {\"celsius\": %.1f" : "{\"state\": {\"celsius\": null", hottest);
     printf(", \"megahertz\": ");
     int told = 0;
@@ -462,7 +470,7 @@ static void measure_time(const char *version) {
     for (long done = first; done < min_rounds || (double)(now() - start) < seconds * 1e9; done++)
         for (size_t i = 0; i < count; i++) {
             burst(&models[((size_t)done + i) % count], done);
-            if (!looked || now() - looked > LOOK * (int64_t)1000000000) {
+            if (!looked || now() - looked > LOOK * SECOND) {
                 tell_state();
                 looked = now();
             }

@@ -98,6 +98,7 @@ def test_a_disk_that_fills_meanwhile_is_told(phone: Adb, handset: FakePhone, tmp
     handset.full = True
     with pytest.raises(DeviceError, match=r"cannot store .*/m: write failed: No space left on device: remove"):
         phone.push([tmp_path / "m"])
+    assert not list((handset.tmp / "autolite" / "files").iterdir())
     handset.full = False
     assert Path(handset.there(phone.push([tmp_path / "m"]))).read_bytes() == b"model"
 
