@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -74,7 +73,7 @@ class Adb:
         for _ in range(round(_PATIENCE / _LOOK)):
             if state not in ("", *_COMING):
                 break
-            time.sleep(_LOOK)
+            threading.Event().wait(_LOOK)
             state = self._state()
         if state != "device":
             raise self._refused(state)

@@ -62,7 +62,8 @@ def install(device: Adb, found: Health, wanted: str, say: Callable[[str], None],
         there = device.program.rpartition("/")[0]
         device.run(f"rm -rf {shlex.quote(there)}")
         device.send({file.name: file for file in (library, program)}, there)
-    device.run(f"chmod 755 {shlex.quote(device.program)}")
+    program_there = shlex.quote(device.program)
+    device.run(f"chmod 755 {program_there} && {program_there} version")  # if it does not start, it says why
 
 
 def _downloaded(version: str, say: Callable[[str], None]) -> Path:
@@ -83,8 +84,8 @@ def _download(version: str) -> bytes:
         if error.code != 404:
             raise DeviceError(_undownloaded(version, f"{error.code} {error.reason}")) from None
         raise DeviceError(
-            f"there is no onnxruntime {version} for Android: install a version of onnxruntime here that Maven Central has "
-            "onnxruntime-android of"
+            f"there is no onnxruntime {version} for Android: install a version of onnxruntime here that has an "
+            "onnxruntime-android in Maven Central"
         ) from None
     except OSError as error:
         raise DeviceError(_undownloaded(version, first_line(getattr(error, "reason", error)))) from None
@@ -127,8 +128,8 @@ def _compiler() -> Path:
             if found.name in ("clang", "clang.exe"):
                 return found
     raise DeviceError(
-        "the runner for phones is compiled with Android's NDK, which is not found here: install it, in Android Studio's "
-        "SDK manager or from developer.android.com/ndk/downloads, and say in ANDROID_NDK_HOME where it is"
+        "the runner for phones is compiled with Android's NDK, which is not found here: install it by Android Studio "
+        "or from developer.android.com/ndk/downloads, and say in ANDROID_NDK_HOME where it is"
     )
 
 

@@ -78,7 +78,7 @@ def health(lines: Sequence[str]) -> dict[str, Any]:
         "system": found["kernel"][0],
         "libc": f"Android {found['android'][0]}",
         "python": "",
-        "onnxruntime": found["runtime"][0] or None,
+        "onnxruntime": runtime if re.fullmatch(r"\d+\.\S+", runtime := found["runtime"][0]) else None,
         "cores": cores,
         "memory_bytes": memory,
         "cache_bytes": max(sizes, default=None),

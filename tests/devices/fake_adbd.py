@@ -50,8 +50,8 @@ Current temperatures from HAL:
 Current cooling devices from HAL:
 	CoolingDevice{{mValue=0, mType=2, mName=cdev}}
 Temperature static thresholds from HAL:
-	TemperatureThreshold{{mType=3, mName=VIRTUAL-SKIN, mHotThrottlingThresholds=[NaN, 39.0, 43.0, 45.0, 46.5, 52.0, 55.0]}}
-	TemperatureThreshold{{mType=2, mName=battery, mHotThrottlingThresholds=[NaN, NaN, NaN, 60.0, NaN, NaN, NaN]}}
+	TemperatureThreshold{{mType=3, mName=VIRTUAL-SKIN, mHotThrottlingThresholds=[NaN, 39.0, 43.0, 45.0, 46.5]}}
+	TemperatureThreshold{{mType=2, mName=battery, mHotThrottlingThresholds=[NaN, NaN, NaN, 60.0, NaN]}}
 """
 
 

@@ -108,7 +108,7 @@ def test_a_disk_that_fills_meanwhile_is_told(phone: Adb, handset: FakePhone, tmp
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adb, "_PATIENCE", 1.0)
+    monkeypatch.setattr(adb, "_PATIENCE", 0.6)
     monkeypatch.setattr(adb, "_LOOK", 0.1)
     monkeypatch.setattr(timings, "_PAUSE", 0.0)
 
@@ -179,7 +179,6 @@ def test_what_is_no_serial_is_refused(address: str) -> None:
 # Connections that break
 
 
-@pytest.mark.usefixtures("impatient")
 def test_what_was_timed_before_a_connection_broke_is_kept(
     phone: Adb, handset: FakePhone, artifacts: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +196,9 @@ def test_what_was_timed_before_a_connection_broke_is_kept(
                     handset.cut()
 
     monkeypatch.setattr(timings, "answers", breaking)
-    found = time_on(phone, artifacts, threads=1, seconds=1.0, warmup=0.0, memory=False, say=said.append)
+    monkeypatch.setattr(timings, "_PAUSE", 0.0)
+    monkeypatch.setattr(adb, "_LOOK", 0.1)
+    found = time_on(phone, artifacts, threads=1, seconds=0.5, warmup=0.0, memory=False, say=said.append)
     (rounds,) = {len(timing.rounds) for timing in found.timings.values()}
     assert rounds >= MIN_ROUNDS
     assert firsts[0] == 0
@@ -258,9 +259,7 @@ def test_a_phone_has_fixed_clocks_while_it_times(
     assert handset.asked() == [FIXED, USUAL]
 
 
-def test_a_phone_without_that_mode_is_timed_too(
-    phone: Adb, handset: FakePhone, artifacts: dict[str, Artifact]
-) -> None:
+def test_a_phone_without_that_mode_is_timed_too(phone: Adb, handset: FakePhone, artifacts: dict[str, Artifact]) -> None:
     program(handset, "cmd", "echo 'Unknown command' >&2; exit 255")
     assert time_on(phone, artifacts, threads=1, seconds=0.0, warmup=0.0, memory=False).timings
 

@@ -96,8 +96,7 @@ def test_packages_that_are_none(handset: FakePhone, tmp_path: Path) -> None:
     other = package(tmp_path / "other.aar", b"", "arm64-v8a")
     assert "other.aar has no ONNX Runtime for x86_64" in refused(handset, other)
     broken = package(tmp_path / "broken.aar", b"no library")
-    said = refused(handset, broken)
-    assert f"runs no ONNX Runtime after {onnxruntime.__version__} was installed there" in said
+    assert "cannot load ONNX Runtime: " in refused(handset, broken)
 
 
 def test_a_compiler_that_does_not_compile(handset: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
