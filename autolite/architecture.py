@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from autolite.families import FAMILIES, family_of, head_for, is_mapped
+from autolite.families import DESCRIBED, family_of, head_for, is_mapped
 
 SOURCE_LAYERS = "autolite_source_layers"  # the attribute by which a model remembers its teacher's layers
+
+
+@dataclass(frozen=True, slots=True)
+class CrossAttention:
+    """Attention to the outputs of a model's first stack, in a layer of its second.
+
+    `sources` is how many layers of that stack it reads, the last ones, one after the other.
+    """
+
+    heads: int
+    head_dim: int
+    sources: int = 1
+
+    @property
+    def width(self) -> int:
+        """Width of its queries, keys and values."""
+        return self.heads * self.head_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +36,7 @@ class LayerShape:
     weights, stored once. The formats name the number format (`autolite.formats`) of each part's matrices. A rank
     above 0 says that each matrix of the part has a difference of that rank, the layer's own (`autolite.delta`).
     `sparsity` is the pattern of the zeros in its matrices ("none", "2:4", "50%"; see `autolite.techniques.sparsity`).
+    The matrices of `cross` are attention's: of its format, and shared where those of attention are.
     """
 
     heads: int
@@ -32,6 +50,7 @@ class LayerShape:
     attention_rank: int = 0
     ffn_rank: int = 0
     sparsity: str = "none"
+    cross: CrossAttention | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +99,7 @@ class Unmapped:
 class ModelShape:
     """A whole model in numbers: enough to price a plan, to rebuild a reshaped model, and to draw it.
 
+    Of two stacks the first reads the input once, and the second, whose layers attend to it, generates token by token.
     A model that the map of architectures does not have has transformers' model type for its `family`, one stack
     without layers, and its matrices one by one in `unmapped`.
 
@@ -110,9 +130,7 @@ class ModelShape:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelShape:
         """Rebuild a shape from `to_json`'s form."""
-        stacks = tuple(
-            Stack(**{**s, "layers": tuple(LayerShape(**layer) for layer in s["layers"])}) for s in data["stacks"]
-        )
+        stacks = tuple(Stack(**{**s, "layers": tuple(map(_layer_from_json, s["layers"]))}) for s in data["stacks"])
         source = tuple(tuple(s) for s in data["source_layers"])
         other = data.get("unmapped")
         if other is not None:
@@ -184,7 +202,7 @@ class ModelShape:
         """Return a copy in which the residual stream of stack number `stack` is `hidden` wide, and the tables and
         norms of the embedding with it, where no projection lies between."""
         before = self.stacks[stack]
-        family = FAMILIES[self.family]
+        family = DESCRIBED[self.family]
         apart = family.patch or family.embedding_projection or self.embedding != before.hidden
         stacks = list(self.stacks)
         stacks[stack] = replace(before, hidden=hidden)
@@ -203,6 +221,11 @@ class ModelShape:
         parts = [form for layer in layers for form in (layer.attention_format, layer.ffn_format)]
         factor = (factor_format(self.embedding_format),) if self.embedding_rank else ()
         return frozenset({self.embedding_format, self.head_format, *factor, *parts, *(p.format for p in products)})
+
+
+def _layer_from_json(data: dict[str, Any]) -> LayerShape:
+    cross = data.get("cross")
+    return LayerShape(**{**data, "cross": None if cross is None else CrossAttention(**cross)})
 
 
 def factor_format(block: str) -> str:
@@ -325,74 +348,3 @@ def _positions(base: Any, config: Any, path: str) -> int:
     owner, _, name = path.rpartition(".")
     table = getattr(base.get_submodule(owner), name)
     return int(table.weight.shape[0] if hasattr(table, "weight") else table.shape[1])
-
-
-@dataclass(frozen=True, slots=True)
-class MatMul:
-    """A product of activations [rows, k] with a weight matrix [k, n]. Equal `weights` are one stored matrix; `delta`
-    says that it is one of a layer's own low-rank differences."""
-
-    part: str  # "attention", "ffn" or "head"; without a map also "embedding"
-    layer: int
-    k: int
-    n: int
-    format: str
-    weights: str
-    pooled: bool = False  # with one vector a sequence; only said of models without a map
-    delta: bool = False
-
-
-def matmuls(shape: ModelShape) -> Iterator[MatMul]:
-    """Yield every weight matrix product of one forward pass (query, key and value merged into one), in order but for
-    low-rank differences, which follow the other products of their layer in pairs."""
-    if shape.unmapped is not None:
-        for p in shape.unmapped.products:
-            for _ in range(p.calls):
-                yield MatMul(p.part, _layer(p.weights), p.k, p.n, p.format, p.weights, p.pooled)
-        return
-    for stack in shape.stacks:
-        for index, layer in enumerate(stack.layers):
-            attention, ffn = f"{stack.name}.attention.{layer.attention}", f"{stack.name}.ffn.{layer.feed_forward}"
-            width, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-            form = layer.attention_format
-            yield MatMul("attention", index, stack.hidden, width + 2 * kv, form, f"{attention}.qkv")
-            yield MatMul("attention", index, width, stack.hidden, form, f"{attention}.out")
-            form = layer.ffn_format
-            yield MatMul("ffn", index, stack.hidden, layer.ffn * (2 if stack.gated else 1), form, f"{ffn}.in")
-            yield MatMul("ffn", index, layer.ffn, stack.hidden, form, f"{ffn}.out")
-            yield from _deltas(shape.family, stack, index)
-    hidden = (shape.tied and shape.embedding_rank) or shape.stacks[-1].hidden
-    if shape.outputs:
-        yield MatMul("head", 0, hidden, shape.outputs, shape.head_format, "embedding" if shape.tied else "head")
-
-
-def _deltas(family: str, stack: Stack, index: int) -> Iterator[MatMul]:
-    """Yield for each product of layer `index` the two of its difference, if it has one: down, then up."""
-    name = f"{stack.name}.delta.{index}"
-    fused = bool(FAMILIES[family].fused_qkv)
-    for part, side, k, n, form in differences(stack.layers[index], stack.hidden, stack.gated, fused):
-        yield MatMul(part, index, k, n, form, f"{name}.{part}.{side}", delta=True)
-
-
-def differences(layer: LayerShape, hidden: int, gated: bool, fused: bool) -> Iterator[tuple[str, str, int, int, str]]:
-    """Yield part, side, k, n and number format of the products [rows, k] x [k, n] of a layer's low-rank differences, in
-    pairs; `fused` says that query, key and value are one matrix of the original."""
-    if not layer.attention_rank and not layer.ffn_rank:
-        return
-    width, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-    inputs, gates = 1 if fused else 3, 2 if gated else 1
-    attention, ffn = factor_format(layer.attention_format), factor_format(layer.ffn_format)
-    for part, side, rank, k, n, merged, form in (
-        ("attention", "qkv", layer.attention_rank, hidden, width + 2 * kv, inputs, attention),
-        ("attention", "out", layer.attention_rank, width, hidden, 1, attention),
-        ("ffn", "in", layer.ffn_rank, hidden, layer.ffn * gates, gates, ffn),
-        ("ffn", "out", layer.ffn_rank, layer.ffn, hidden, 1, ffn),
-    ):
-        if rank:
-            yield part, f"{side}.down", k, merged * rank, form
-            yield part, f"{side}.up", rank, n, form
-
-
-def _layer(name: str) -> int:
-    """The first number in a dotted name, which is that of the layer wherever there are layers; else 0."""
-    return next((int(word) for word in name.split(".") if word.isdigit()), 0)

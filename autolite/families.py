@@ -234,6 +234,27 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# A shape can be of these: of transformers that read with one stack and write with another there are only shapes, which
+# can be priced. They normalise after each block and have no table of positions (fairseq's, Marian).
+ENCODER_DECODER = Family(
+    "encoder-decoder",
+    (),
+    heads=(Head("ForConditionalGeneration", "none", (("lm_head", ""),)),),
+    layers="",
+    attention="",
+    query="",
+    key="",
+    value="",
+    out="",
+    ffn_in="",
+    ffn_out="",
+    attention_norm="",
+    ffn_norm="",
+    causal=True,
+)
+DESCRIBED: dict[str, Family] = {**FAMILIES, ENCODER_DECODER.name: ENCODER_DECODER}
+
+
 def family_for(model_type: str | None) -> Family | None:
     """Return the family of transformers' `model_type`, None if the map has none."""
     return next((family for family in FAMILIES.values() if model_type in family.model_types), None)

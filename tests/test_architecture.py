@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autolite.architecture import LayerShape, ModelShape, Stack, matmuls, numbered, shape_of
+from autolite.architecture import LayerShape, ModelShape, Stack, numbered, shape_of
 from autolite.families import FAMILIES
+from autolite.products import matmuls
 from autolite.testing import VOCAB, tiny_model
 
 GQA = ("llama", "qwen2", "qwen3")

@@ -25,6 +25,7 @@ LAYERS = [
     "factored",
     "unmapped",
     "architecture",
+    "products",
     "delta",
     "parts",
     "surgery",

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from autolite import contracts, registry, unmapped
-from autolite.architecture import ModelShape, matmuls, shape_of
+from autolite.architecture import ModelShape, shape_of
 from autolite.errors import ModelError, PlanError
 from autolite.formats import nbytes
 from autolite.hardware.predict import predict, predict_faster
@@ -19,6 +19,7 @@ from autolite.hardware.profile_files import load_profile
 from autolite.measure import Workload
 from autolite.parts import matrices_of
 from autolite.plan import make_step
+from autolite.products import matmuls
 from autolite.reload import load_model, load_student, save_student
 from autolite.surgery import clone
 from autolite.techniques.base import Student

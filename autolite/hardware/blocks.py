@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autolite import formats
-from autolite.architecture import LayerShape, ModelShape, differences, factor_format, matmuls
-from autolite.families import FAMILIES
+from autolite.architecture import CrossAttention, LayerShape, ModelShape, factor_format
+from autolite.families import DESCRIBED
 from autolite.hardware.footprint import (
     BYTES,
     Kernels,
@@ -25,13 +25,14 @@ from autolite.hardware.footprint import (
     square_layers,
     unnumbered,
 )
+from autolite.products import differences, matmuls
 
 Array = NDArray[np.float64]
 
 # What is counted beside products: elements, rows of softmax, bytes of activations, operators and calls.
 KINDS = ("activation", "approximation", "normalization", "softmax", "copy", "operators", "calls")
 # Operators of the graph that is run; "gated" layers also turn queries and keys by their positions.
-_OPERATORS = {"attention": 9, "ffn": 6, "gated": 10, "absorbed": 9, "around": 26}
+_OPERATORS = {"attention": 9, "ffn": 6, "gated": 10, "absorbed": 9, "around": 26, "cross": 8}
 _UNMAPPED_OPERATORS = {"layer": 60, "around": 40}  # most of them are about shapes
 
 
@@ -53,11 +54,13 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A pass over `tokens` new tokens in each of `batch` sequences, that attend to `context`, themselves included."""
+    """A pass over `tokens` new tokens in each of `batch` sequences, that attend to `context`, themselves included. Of
+    two stacks the first makes it, unless there are `source` tokens for the second to attend to."""
 
     batch: int
     tokens: int
     context: int
+    source: int = 0
 
 
 class Work:
@@ -102,10 +105,11 @@ def pass_of(shape: ModelShape, chosen: Mapping[str, str], sparsity: Mapping[str,
     """
     if shape.unmapped is not None:
         return Pass([_without_map(shape, chosen, call)])
+    if len(shape.stacks) > 1:
+        return _of_two_stacks(shape, chosen, sparsity, call)
     head = head_of_shape(shape)
     pooled = head is not None and head.pooling != "none"
-    forms = (shape.embedding_format, factor_format(shape.embedding_format), shape.head_format)
-    around = _around(_without_layers(shape), tuple(chosen.get(form, "") for form in forms), pooled, call)
+    around = _around(_without_layers(shape), _kernels_around(shape, chosen), pooled, call)
     layers = [(unnumbered(layer), kernels) for _, layer, kernels in layers_of(shape, chosen, sparsity)]
     # Where only the first position is read, the last layer computes all but keys and values there alone.
     if not pooled or shape.stacks[-1].causal or call.tokens == 1:
@@ -113,6 +117,27 @@ def pass_of(shape: ModelShape, chosen: Mapping[str, str], sparsity: Mapping[str,
     *others, last = layers
     both = tuple(_layer(*last, call, 1, absorbed) for absorbed in (False, True))
     return Pass([around, *(_layer(*each, call, call.tokens, False) for each in others)], both)
+
+
+def _of_two_stacks(shape: ModelShape, chosen: Mapping[str, str], sparsity: Mapping[str, float], call: Call) -> Pass:
+    """What the first stack reads, and the keys and values that the second one's cross-attention has of it; or a step of
+    the second."""
+    reading: list[tuple[LayerShape, Kernels]] = []
+    writing: list[tuple[LayerShape, Kernels]] = []
+    for stack, layer, kernels in layers_of(shape, chosen, sparsity):
+        (reading if stack is shape.stacks[0] else writing).append((unnumbered(layer), kernels))
+    bare, around = _without_layers(shape), _kernels_around(shape, chosen)
+    if call.source:
+        steps = [_layer(layer, kernels, call, call.tokens, False) for layer, kernels in writing]
+        return Pass([_around(bare, around, False, call), *steps])
+    read = [_layer(layer, kernels, call, call.tokens, False) for layer, kernels in reading]
+    kept = [_kept(layer, kernels, call) for layer, kernels in writing]
+    return Pass([_around(replace(bare, outputs=0), around, False, call), *read, *kept])
+
+
+def _kernels_around(shape: ModelShape, chosen: Mapping[str, str]) -> tuple[str, ...]:
+    forms = (shape.embedding_format, factor_format(shape.embedding_format), shape.head_format)
+    return tuple(chosen.get(form, "") for form in forms)
 
 
 def _without_map(shape: ModelShape, chosen: Mapping[str, str], call: Call) -> Block:
@@ -150,7 +175,7 @@ def _without_layers(shape: ModelShape) -> ModelShape:
 @lru_cache(maxsize=1 << 12)
 def _around(shape: ModelShape, kernels: tuple[str, ...], pooled: bool, call: Call) -> Block:
     """All but the layers; `kernels` are those of the embedding's format, of its second factor's and of the head's."""
-    family, work = FAMILIES[shape.family], Work()
+    family, work = DESCRIBED[shape.family], Work()
     forms = (shape.embedding_format, factor_format(shape.embedding_format), shape.head_format)
     chosen = dict(zip(forms, kernels, strict=True))
     rows = call.batch * call.tokens
@@ -216,6 +241,9 @@ def _layer(layer: LayerShape, kernels: Kernels, call: Call, read: int, absorbed:
     work.add("copy", 3 * BYTES * needed * hidden)  # residual sum
     work.add("operators", _OPERATORS["attention"])
 
+    if layer.cross is not None:
+        _attend(work, layer, layer.cross, kernels, call)
+
     kernel, gated = kernels.ffn, kernels.gated
     inner = layer.ffn * (2 if gated else 1)
     work.product(kernel, needed, hidden, inner, read_as(layer.ffn_format, kernel, inner, hidden), zeros)
@@ -233,4 +261,31 @@ def _layer(layer: LayerShape, kernels: Kernels, call: Call, read: int, absorbed:
         work.product(kernel, each, k, n, read_as(form, kernel, n, k))
         work.add("copy", 2 * BYTES * each * n)  # added to what is there
         work.add("operators", 1)
+    return work.done()
+
+
+def _attend(work: Work, layer: LayerShape, cross: CrossAttention, kernels: Kernels, call: Call) -> None:
+    """Add a layer's attention to `call.source` tokens whose keys and values are kept."""
+    rows, hidden, width, source = call.batch * call.tokens, kernels.hidden, cross.width, call.source * cross.sources
+    form, kernel = layer.attention_format, kernels.attention
+    work.product(kernel, rows, hidden, width, read_as(form, kernel, width, hidden), kernels.zeros)
+    past = 2 * BYTES * source * cross.head_dim
+    work.product("attention", call.tokens, 2 * cross.head_dim, source, past, call.batch * cross.heads)
+    work.add("softmax", rows * cross.heads)
+    work.product(kernel, rows, width, hidden, read_as(form, kernel, hidden, width), kernels.zeros)
+    work.add("normalization", rows * hidden)
+    work.add("copy", 3 * BYTES * rows * hidden)  # residual sum
+    work.add("operators", _OPERATORS["cross"])
+
+
+@lru_cache(maxsize=1 << 12)
+def _kept(layer: LayerShape, kernels: Kernels, call: Call) -> Block:
+    """The keys and values of a layer's cross-attention, computed once."""
+    work = Work()
+    if (cross := layer.cross) is not None:
+        rows, kernel, width = call.batch * call.tokens * cross.sources, kernels.attention, 2 * cross.width
+        nbytes = read_as(layer.attention_format, kernel, width, kernels.source)
+        work.product(kernel, rows, kernels.source, width, nbytes, kernels.zeros)
+        work.add("copy", 2 * BYTES * rows * width)  # split into keys and values
+        work.add("operators", 2)
     return work.done()

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from autolite import formats
-from autolite.architecture import LayerShape, ModelShape, Stack, differences, factor_format, matmuls
-from autolite.families import FAMILIES, Head
+from autolite.architecture import LayerShape, ModelShape, Stack, factor_format
+from autolite.families import DESCRIBED, Head
 from autolite.hardware import without_map
 from autolite.measure import Workload
 from autolite.packing import PLANES
+from autolite.products import differences, matmuls
 
 BYTES = 4  # activations, norms and biases are fp32
 # Names, shapes and attributes of the operators in the file. Of those that make a matrix in floating point of its codes,
@@ -25,7 +26,7 @@ _STORED = {form: form for form in formats.FORMATS}  # each format is read as it 
 
 def head_of_shape(shape: ModelShape) -> Head | None:
     """Return the head that a model of this shape has, None if it is a bare encoder."""
-    family = FAMILIES[shape.family]
+    family = DESCRIBED[shape.family]
     if not shape.outputs:
         return None
     generates = family.causal and shape.outputs == shape.vocab
@@ -50,7 +51,8 @@ def read_as(form: str, kernel: str, n: int, k: int) -> int:
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """How a layer is computed: the kernel classes of its matrices and of the factors of its low-rank differences, and
-    what of its stack decides their sizes; `zeros` is the time of a product with its zeros as a part of the dense's."""
+    what of its stack decides their sizes; `zeros` is the time of a product with its zeros as a part of the dense's, and
+    `source` the width of what cross-attention reads."""
 
     hidden: int
     gated: bool
@@ -60,18 +62,20 @@ class Kernels:
     attention_factor: str = ""
     ffn_factor: str = ""
     zeros: float = 1.0
+    source: int = 0
 
 
 def layers_of(
     shape: ModelShape, chosen: Mapping[str, str], sparsity: Mapping[str, float]
 ) -> Iterator[tuple[Stack, LayerShape, Kernels]]:
     """Yield each layer with its stack and how it is computed, if `chosen` has the kernel classes of number formats."""
-    fused = bool(FAMILIES[shape.family].fused_qkv)
+    fused = bool(DESCRIBED[shape.family].fused_qkv)
     for stack in shape.stacks:
         known: dict[tuple[object, ...], Kernels] = {}
         for layer in stack.layers:
             attention, ffn = layer.attention_format, layer.ffn_format
-            key = (attention, ffn, layer.attention_rank > 0, layer.ffn_rank > 0, layer.sparsity)
+            crosses = layer.cross is not None
+            key = (attention, ffn, layer.attention_rank > 0, layer.ffn_rank > 0, layer.sparsity, crosses)
             if key not in known:
                 known[key] = Kernels(
                     stack.hidden,
@@ -82,6 +86,7 @@ def layers_of(
                     chosen[factor_format(attention)] if layer.attention_rank else "",
                     chosen[factor_format(ffn)] if layer.ffn_rank else "",
                     sparsity.get(layer.sparsity, 1.0),
+                    shape.stacks[0].hidden if crosses else 0,
                 )
             yield stack, layer, known[key]
 
@@ -104,6 +109,8 @@ def matrices_read(layer: LayerShape, kernels: Kernels) -> tuple[tuple[int, ...],
     query, kv, hidden = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim, kernels.hidden
     inner = layer.ffn * (2 if kernels.gated else 1)
     attention = [(query + 2 * kv, hidden), (hidden, query)]
+    if (cross := layer.cross) is not None:
+        attention += [(2 * cross.width, kernels.source), (cross.width, hidden), (hidden, cross.width)]
     ffn = [(inner, hidden), (hidden, layer.ffn)]
     factors = {"attention": kernels.attention_factor, "ffn": kernels.ffn_factor}
     return (
@@ -154,7 +161,7 @@ def file_size(shape: ModelShape) -> int:
     total = weights_read(shape, _STORED)
     if shape.unmapped is not None:
         return without_map.file_size(shape, total)
-    family = FAMILIES[shape.family]
+    family = DESCRIBED[shape.family]
     hidden = shape.stacks[0].hidden
     norm = 1 if family.rms_norm else 2
     floats = graph = 0
@@ -179,6 +186,7 @@ def file_size(shape: ModelShape) -> int:
     for stack in shape.stacks:
         norms = 2 * norm * stack.hidden + (2 * stack.layers[0].head_dim if family.query_norm else 0)
         floats += norms * (1 if family.repeated else len(stack.layers))
+        floats += sum(norm * stack.hidden for layer in stack.layers if layer.cross is not None)
         for layer in stack.layers:
             # With low-rank differences each layer has its own biases.
             is_new = (name := (stack.name, "attention", layer.attention)) not in seen
@@ -188,6 +196,7 @@ def file_size(shape: ModelShape) -> int:
                 qkv = (layer.heads + 2 * layer.kv_heads) * layer.head_dim
                 floats += qkv if not family.rms_norm or family.name == "qwen2" else 0
                 floats += 0 if family.rms_norm else stack.hidden
+                floats += 3 * layer.cross.width + stack.hidden if layer.cross is not None else 0
             is_new = (name := (stack.name, "ffn", layer.feed_forward)) not in seen
             graph += 2 * is_new * _decoding(layer.ffn_format)
             if is_new or layer.ffn_rank:
@@ -213,7 +222,7 @@ def _graph_of_deltas(shape: ModelShape) -> int:
     total = 0
     decoded: set[tuple[str, int]] = set()
     for stack in shape.stacks:
-        inputs, gates = 1 if FAMILIES[shape.family].fused_qkv else 3, 2 if stack.gated else 1
+        inputs, gates = 1 if DESCRIBED[shape.family].fused_qkv else 3, 2 if stack.gated else 1
         for layer in stack.layers:
             attention = (f"{stack.name}.attention", layer.attention, layer.attention_rank, layer.attention_format)
             ffn = (f"{stack.name}.ffn", layer.feed_forward, layer.ffn_rank, layer.ffn_format)
@@ -255,5 +264,7 @@ def activations(shape: ModelShape, workload: Workload) -> float:
             inner = max(rows * (width + 2 * kv) + 2 * scores, 2 * rows * layer.ffn)
             alive = max(alive, 2 * rows * stack.hidden + inner)
             cached += 2 * kv * workload.batch * context if stack.causal else 0
+            if (cross := layer.cross) is not None:
+                cached += 2 * cross.width * workload.batch * workload.tokens * cross.sources
     logits = rows * shape.outputs if shape.stacks[-1].causal else 0
     return BYTES * (max(alive, logits) + cached)

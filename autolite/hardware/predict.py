@@ -18,14 +18,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autolite.architecture import ModelShape, factor_format
 from autolite.errors import TargetError
-from autolite.families import FAMILIES
+from autolite.families import DESCRIBED
 from autolite.hardware import without_map
 from autolite.hardware.blocks import Array, Call, Pass, pass_of
 from autolite.hardware.footprint import activations, file_size, reads, weights_read
@@ -156,10 +156,12 @@ def _calls(shapes: Sequence[ModelShape], speeds: Speeds, workload: Workload) -> 
     for place, shape in enumerate(shapes):
         for chosen in _kernels(shape, speeds):
             total = weights_read(shape, chosen)
+            # Steps of the second of two stacks read only its own, and the keys and values of the first are there.
+            steps = weights_read(replace(shape, stacks=shape.stacks[1:]), chosen) if len(shape.stacks) > 1 else total
             for number, (call, _) in enumerate(every[place]):
                 owners.setdefault((place, number), []).append(len(rows))
                 rows.append(pass_of(shape, chosen, speeds.sparsity, call))
-                weights.append(total)
+                weights.append(steps if call.source else total)
                 options.append(chosen)
     parts = times(speeds, rows, np.array(weights, dtype=np.float64))
     totals = parts.sum(1).tolist()
@@ -175,8 +177,12 @@ def _calls(shapes: Sequence[ModelShape], speeds: Speeds, workload: Workload) -> 
 
 
 def _passes(shape: ModelShape, workload: Workload) -> list[tuple[Call, int]]:
-    """The pass over the prompt, once, and for language models a pass for one token, as often as one is generated."""
+    """The pass over the prompt, once, and for language models a pass for one token, as often as one is generated: by
+    the second stack, if there are two."""
     prompt = Call(workload.batch, workload.tokens, workload.tokens), 1
+    if len(shape.stacks) > 1:
+        step = Call(workload.batch, 1, 1 + workload.generated // 2, source=workload.tokens)
+        return [prompt, (step, workload.generated)]
     if not (shape.stacks[-1].causal and shape.outputs == shape.vocab):
         return [prompt]
     return [prompt, (Call(workload.batch, 1, workload.tokens + workload.generated // 2), workload.generated)]
@@ -208,7 +214,7 @@ def _multiplied(shape: ModelShape) -> set[str]:
             used |= {layer.attention_format, layer.ffn_format}
             used |= {factor_format(layer.attention_format)} if layer.attention_rank else set()
             used |= {factor_format(layer.ffn_format)} if layer.ffn_rank else set()
-    if FAMILIES[shape.family].embedding_projection or FAMILIES[shape.family].patch:
+    if DESCRIBED[shape.family].embedding_projection or DESCRIBED[shape.family].patch:
         used.add(shape.embedding_format)
     return used
 

@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from autolite.architecture import matmuls
 from autolite.errors import InputError, ModelError, StorageError
 from autolite.formats import FORMATS
 from autolite.hardware.processor import saturates
 from autolite.measure import Workload
+from autolite.products import matmuls
 from autolite.runtime import emit
 from autolite.runtime.inputs import Takes, fitted
 from autolite.runtime.variants import Place, usual

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from autolite import formats
-from autolite.architecture import ModelShape, matmuls
+from autolite.architecture import ModelShape
 from autolite.errors import PlanError
 from autolite.parts import Matrix, layers_of, matrices_of
+from autolite.products import matmuls
 from autolite.surgery import clone
 from autolite.tasks.encoding import fingerprint
 from autolite.techniques.base import PARTS, Context, Part

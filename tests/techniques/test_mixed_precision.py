@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autolite import contracts, formats
-from autolite.architecture import matmuls, shape_of
+from autolite.architecture import shape_of
 from autolite.errors import PlanError
 from autolite.parts import layers_of
+from autolite.products import matmuls
 from autolite.surgery import clone, keep_layers
 from autolite.techniques.base import Context, Student
 from autolite.techniques.mixed_precision import UNITS, allocate, blocks_of, knapsack, origins, sensitivities

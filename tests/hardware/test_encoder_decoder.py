@@ -1,0 +1,78 @@
+"""Encoder-decoders: the first stack is passed once, the second for every token, and cross-attention's keys are kept."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autolite.architecture import ModelShape
+from autolite.hardware.blocks import Call, pass_of
+from autolite.hardware.footprint import weights_read
+from autolite.hardware.predict import predict
+from autolite.hardware.profile_files import load_profile
+from autolite.measure import Workload
+from autolite.products import matmuls
+from tests.shapes import encoder_decoder_shape
+
+PROFILE = load_profile("x86-avx2")
+READ, STEP = Call(1, 9, 9), Call(1, 1, 5, source=9)
+
+
+def multiplied(shape: ModelShape, *calls: Call) -> Counter[tuple[int, int]]:
+    """The weight matrices [k, n] that passes multiply with."""
+    blocks = [block for call in calls for block in pass_of(shape, {"fp32": "fp32"}, {}, call).blocks]
+    return Counter(
+        (int(k), int(n))
+        for block in blocks
+        for kernel, (_, k, n, _, _) in zip(block.kernels, block.products, strict=True)
+        if kernel == "fp32"
+    )
+
+
+def test_each_matrix_is_multiplied_with_in_one_of_the_two_passes() -> None:
+    shape = encoder_decoder_shape()
+    assert multiplied(shape, READ, STEP) == Counter((m.k, m.n) for m in matmuls(shape))
+    kept = [(m.k, m.n) for m in matmuls(shape) if m.weights.endswith("cross.kv")]
+    assert len(kept) == 2
+    assert multiplied(shape, READ)[kept[0]] == 2
+    assert multiplied(shape, STEP)[kept[0]] == 0, "keys and values of the source are computed once"
+
+
+def test_the_weights_are_those_of_the_products() -> None:
+    shape = encoder_decoder_shape()
+    stored = {m.weights: 4 * m.k * m.n for m in matmuls(shape)}
+    assert weights_read(shape, {"fp32": "fp32"}) == sum(stored.values())
+
+
+def test_a_call_is_what_is_read_and_the_steps_after_it() -> None:
+    found = predict(encoder_decoder_shape(), PROFILE, Workload(1, 30, 1, 20))
+    step = 1e3 / found["tokens_per_second"].value
+    assert found["latency_ms"].value == pytest.approx(found["ttft_ms"].value + 20 * step)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(4, 60), st.integers(1, 40))
+def test_more_of_anything_takes_longer(encoder: int, decoder: int, tokens: int, generated: int) -> None:
+    def time(more: tuple[int, int] = (0, 0), read: int = 0, written: int = 0) -> float:
+        shape = encoder_decoder_shape(encoder + more[0], decoder + more[1])
+        return predict(shape, PROFILE, Workload(1, tokens + read, 1, generated + written))["latency_ms"].value
+
+    least = time()
+    assert min(time((1, 0)), time((0, 1)), time(read=1), time(written=1)) > least
+
+
+def test_attending_to_several_layers_takes_longer() -> None:
+    shape, workload = encoder_decoder_shape(), Workload(1, 30, 1, 20)
+    layers = tuple(replace(x, cross=replace(x.cross, sources=3)) for x in shape.stacks[1].layers if x.cross)
+    times = [predict(s, PROFILE, workload)["latency_ms"].value for s in (shape, shape.with_layers(1, layers))]
+    assert times[1] > times[0]
+
+
+def test_they_survive_json() -> None:
+    shape = encoder_decoder_shape()
+    assert ModelShape.from_json(json.loads(json.dumps(shape.to_json()))) == shape
