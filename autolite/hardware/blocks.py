@@ -29,8 +29,9 @@ from autolite.products import differences, matmuls
 
 Array = NDArray[np.float64]
 
-# What is counted beside products: elements, rows of softmax, bytes of activations, operators and calls.
-KINDS = ("activation", "approximation", "normalization", "softmax", "copy", "operators", "calls")
+# What is counted beside products: elements, rows of softmax, bytes of activations, operators of layers and around them,
+# and calls.
+KINDS = ("activation", "approximation", "normalization", "softmax", "copy", "operators", "around", "calls")
 # Operators of the graph that is run; "gated" layers also turn queries and keys by their positions.
 _OPERATORS = {"attention": 9, "ffn": 6, "gated": 10, "absorbed": 9, "around": 26, "cross": 8}
 _UNMAPPED_OPERATORS = {"layer": 60, "around": 40}  # most of them are about shapes
@@ -163,7 +164,8 @@ def _without_map(shape: ModelShape, chosen: Mapping[str, str], call: Call) -> Bl
             work.product("attention", call.tokens, 2 * dim, call.context, past, call.batch * other.heads)
         work.add("softmax", call.batch * other.heads * call.tokens * layers)
         work.add("copy", 8 * BYTES * rows * hidden * layers)  # queries, keys, values and outputs, transposed
-    work.add("operators", _UNMAPPED_OPERATORS["layer"] * layers + _UNMAPPED_OPERATORS["around"])
+    work.add("operators", _UNMAPPED_OPERATORS["layer"] * layers)
+    work.add("around", _UNMAPPED_OPERATORS["around"])
     work.add("calls", 1)
     return work.done()
 
@@ -187,7 +189,7 @@ def _around(shape: ModelShape, kernels: tuple[str, ...], pooled: bool, call: Cal
     work.add("copy", (5 * tables - 3) * BYTES * rows * shape.embedding)  # rows looked up, and summed
     if shape.embedding_rank:
         dense(factor_format(shape.embedding_format), rows, shape.embedding_rank, shape.embedding)
-        work.add("operators", 1)
+        work.add("around", 1)
     if family.embedding_norm:
         work.add("normalization", rows * shape.embedding)
     if family.embedding_projection or family.patch:
@@ -200,11 +202,11 @@ def _around(shape: ModelShape, kernels: tuple[str, ...], pooled: bool, call: Cal
         dense(shape.head_format, read, hidden, hidden)
     if shape.embedding_rank and shape.tied:
         dense(factor_format(shape.embedding_format), read, hidden, shape.embedding_rank)
-        work.add("operators", 1)
+        work.add("around", 1)
     if shape.outputs:
         kernel, k = chosen[shape.head_format], head_width(shape)
         work.product(kernel, read, k, shape.outputs, read_as(shape.head_format, kernel, shape.outputs, k))
-    work.add("operators", _OPERATORS["around"])
+    work.add("around", _OPERATORS["around"])
     work.add("calls", 1)
     return work.done()
 

@@ -172,6 +172,8 @@ def scaled(
     change(data["memory"]["bandwidth"], 1 / of("memory"))
     change(data["memory"]["stall"], of("stall") / of("memory"))
     change(data["cache"]["bandwidth"], 1 / of("cache"))
+    data["around"] = data["around"] or dict(data["dispatch"])
+    change(data["around"], of("around"))
     change(data["dispatch"], of("dispatch"))
     change(data["fixed"], of("fixed"))
     if sigmas is not None:
@@ -206,5 +208,5 @@ def _set_sigmas(data: dict[str, Any], unit: dict[str, Any], sigmas: Mapping[str,
     alone(data["memory"]["bandwidth"], "memory")
     beside(data["memory"]["stall"], "stall", "memory")
     alone(data["cache"]["bandwidth"], "cache")
-    for name in ("dispatch", "fixed"):
+    for name in ("dispatch", "around", "fixed"):
         alone(data[name], name)

@@ -192,6 +192,7 @@ class Profile(_Strict):
         memory: main memory.
         cache: last-level cache.
         dispatch: cost of one operator whatever its size.
+        around: the same of the operators around the layers; as `dispatch` if not given.
         fixed: cost of one call whatever the model.
         idle: watts with nothing to do.
         thermal: what becomes of its speed when it is warm, in words; predictions are for a cool device.
@@ -212,6 +213,7 @@ class Profile(_Strict):
     memory: Memory
     cache: Cache
     dispatch: Microseconds
+    around: Microseconds | None = None
     fixed: Microseconds
     idle: Watts
     packing: Count

@@ -158,7 +158,18 @@ def speeds_of(profile: Profile, threads: int) -> Speeds:
     shared = further / (1 + further) * unit.scaling.sigma
     kernels = [name for name in profile.efficiency if name in unit.peak]
     keys = [f"{name}.{part}" for name in kernels for part in ("peak", *_HALVES)]
-    keys += ["stall", "cache", "memory", "activation", "approximation", "normalization", "softmax", "dispatch", "fixed"]
+    keys += [
+        "stall",
+        "cache",
+        "memory",
+        "activation",
+        "approximation",
+        "normalization",
+        "softmax",
+        "dispatch",
+        "around",
+        "fixed",
+    ]
     speeds = np.array(
         [
             (
@@ -174,6 +185,7 @@ def speeds_of(profile: Profile, threads: int) -> Speeds:
         "softmax": ("softmax", 1 / (unit.softmax.value * used)),
         "copy": ("cache", 1 / (profile.cache.bandwidth.value * 1e3)),
         "operators": ("dispatch", profile.dispatch.value),
+        "around": ("around", (profile.around or profile.dispatch).value),
         "calls": ("fixed", profile.fixed.value),
     }
     units = np.zeros((len(KINDS), len(keys)))
@@ -193,9 +205,12 @@ def speeds_of(profile: Profile, threads: int) -> Speeds:
         (["memory"], (profile.memory.bandwidth,), 0.0),
         (["stall"], (profile.memory.bandwidth, profile.memory.stall), 0.0),
         (["cache"], (profile.cache.bandwidth,), 0.0),
-        (["dispatch"], (profile.dispatch,), 0.0),
         (["fixed"], (profile.fixed,), 0.0),
     ]
+    if profile.around is None:
+        behind.append((["dispatch", "around"], (profile.dispatch,), 0.0))
+    else:
+        behind += [(["dispatch"], (profile.dispatch,), 0.0), (["around"], (profile.around,), 0.0)]
     groups, surety = np.zeros((len(keys), len(behind))), np.zeros(len(keys), np.int64)
     variances = np.array([extra**2 + sum(number.sigma**2 for number in numbers) for _, numbers, extra in behind])
     for column, (governed, numbers, _) in enumerate(behind):

@@ -99,7 +99,9 @@ def test_a_factor_multiplies_the_part_it_is_of_and_no_other(key: str) -> None:
     check({key: 1.1})
 
 
-@pytest.mark.parametrize("key", ["activation", "approximation", "normalization", "softmax", "dispatch", "fixed"])
+@pytest.mark.parametrize(
+    "key", ["activation", "approximation", "normalization", "softmax", "dispatch", "around", "fixed"]
+)
 def test_so_do_those_of_what_is_between_the_products(key: str) -> None:
     check({key: 3.0})
 

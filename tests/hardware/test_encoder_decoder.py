@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from autolite.architecture import ModelShape
 from autolite.hardware.blocks import Call, pass_of
 from autolite.hardware.footprint import weights_read
-from autolite.hardware.predict import predict
+from autolite.hardware.predict import predict, time_parts
 from autolite.hardware.profile_files import load_profile
 from autolite.measure import Workload
 from autolite.products import matmuls
@@ -53,6 +53,13 @@ def test_a_call_is_what_is_read_and_the_steps_after_it() -> None:
     found = predict(encoder_decoder_shape(), PROFILE, Workload(1, 30, 1, 20))
     step = 1e3 / found["tokens_per_second"].value
     assert found["latency_ms"].value == pytest.approx(found["ttft_ms"].value + 20 * step)
+
+
+def test_operators_around_the_layers_are_those_of_each_pass() -> None:
+    shape = encoder_decoder_shape()
+    none, some = (time_parts(shape, PROFILE, Workload(1, 30, 1, steps)) for steps in (0, 20))
+    for key in ("around", "fixed"):
+        assert some[key] == pytest.approx(21 * none[key])
 
 
 @settings(deadline=None, max_examples=25)
