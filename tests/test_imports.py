@@ -26,6 +26,7 @@ LAYERS = [
     "unmapped",
     "architecture",
     "products",
+    "configured",
     "delta",
     "parts",
     "surgery",

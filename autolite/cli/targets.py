@@ -7,8 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from autolite.cli.terminal import numbers, reported, terminal, told
+from autolite.errors import InputError
 
 
 @click.group(invoke_without_command=True)
@@ -112,26 +114,47 @@ def check_device(address: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("address", default="local")
+@click.argument("address", metavar="[ADDRESS|TARGET]", default="local")
 @click.option("--budget", default="5m", show_default=True, help="Time: 2m, 10m.")
 @click.option("--threads", type=click.IntRange(min=1), help="That models compute with.  [default: all cores]")
 @click.option("--cores", help="To run on these only: 4-7 or 0,2.  [default: any]")
 @click.option("--fresh", is_flag=True, help="Forget what was timed before.")
+@click.option("--table", type=click.Path(path_type=Path), help="CSV file of latencies measured elsewhere.")
 @click.option(
-    "--out", type=click.Path(path_type=str), help="File.  [default: after the device; local: --target local has it]"
+    "--out",
+    type=click.Path(path_type=str),
+    help="File.  [default: after the device or the table; local: --target local has it]",
 )
+@click.pass_context
 @reported
-def calibrate(address: str, budget: str, threads: int | None, cores: str | None, fresh: bool, out: str | None) -> None:
+def calibrate(
+    context: click.Context,
+    address: str,
+    budget: str,
+    threads: int | None,
+    cores: str | None,
+    fresh: bool,
+    table: Path | None,
+    out: str | None,
+) -> None:
     r"""Measure a device for predictions: probes first, then small models of many kinds.
 
-    What comes out is a profile to search for. An interrupted calibration goes on where it was.
+    What comes out is a profile to search for. An interrupted calibration goes on where it was. With a table of
+    latencies that were measured elsewhere, nothing is timed: the target named is corrected by it.
 
     \b
     Examples:
       autolite calibrate
       autolite calibrate ssh://pi@raspberrypi --budget 10m --out my-board.yaml
       autolite calibrate adb:// --cores 4-7 --out my-phone.yaml
+      autolite calibrate raspberry-pi-5 --table latencies.csv --out my-board.yaml
     """
+    if table is not None:
+        for name in ("budget", "threads", "cores", "fresh"):
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"--{name} is about timing, and with --table nothing is timed: leave it out")
+        _calibrate_by_table(address, table, out)
+        return
     from autolite.devices.calibrate import calibrate as calibrated
     from autolite.devices.calibrate import destination, keep
     from autolite.report.tables import calibration_table
@@ -145,3 +168,23 @@ def calibrate(address: str, budget: str, threads: int | None, cores: str | None,
     terminal().print(calibration_table(found))
     keep(found.profile, file)
     click.echo(f"next: autolite search --target {file or 'local'} --workload threads={found.profile.threads}")
+
+
+def _calibrate_by_table(name: str, table: Path, out: str | None) -> None:
+    from autolite.devices.calibrate import destination, keep
+    from autolite.hardware import LOCAL
+    from autolite.hardware.profile_files import load_profile
+    from autolite.hardware.table import calibrated_by_table, read_table
+    from autolite.report.tables import calibration_table
+
+    if name == LOCAL:
+        raise InputError(
+            f"{table} corrects a target: name the one that is nearest to its device, as in autolite calibrate "
+            f"raspberry-pi-5 --table {table}"
+        )
+    file = destination(name, (), out or f"{table.stem}.yaml")
+    profile = load_profile(name)
+    found = calibrated_by_table(profile, read_table(table, profile), table.name)
+    terminal().print(calibration_table(found, f"{profile.name} as it was", "calibrated, by other models of the table"))
+    keep(found.profile, file)
+    click.echo(f"next: autolite search --target {file} --workload threads={found.profile.threads}")

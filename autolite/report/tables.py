@@ -259,15 +259,14 @@ def _notes_of(found: Measured) -> Iterator[str]:
         yield few + reason if few else f"not predicted: {names}: {reason}"
 
 
-def calibration_table(found: Calibrated) -> Table:
-    """Return how far the predictions of a calibrated profile are off."""
+def calibration_table(
+    found: Calibrated, before: str = "by the probes alone", after: str = "calibrated, by models of other families"
+) -> Table:
+    """Return how far the predictions of a calibrated profile are off; what they were `before` and `after` it."""
     table = Table(title=found.profile.description, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
     for head in (f"of {len(found.errors)} models", "mean error", "within 10 %", "worst"):
         table.add_column(head, justify="left" if head.startswith("of ") else "right")
-    for name, errors in {
-        "by the probes alone": found.before,
-        "calibrated, by models of other families": found.errors,
-    }.items():
+    for name, errors in {before: found.before, after: found.errors}.items():
         sizes = abs(errors)
         table.add_row(name, f"{sizes.mean():.1%}", f"{(sizes <= 0.1).mean():.0%}", f"{errors[sizes.argmax()]:+.0%}")
     return table
