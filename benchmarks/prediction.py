@@ -4,6 +4,7 @@
     python benchmarks/prediction.py --threads 1
     python benchmarks/prediction.py --target my-board.yaml --device ssh://pi@raspberrypi --threads 4
     python benchmarks/prediction.py --published
+    python benchmarks/prediction.py --table hat --folder FOLDER
 
 Random models (`autolite.devices.submodels`) with other seeds than those of a calibration: widths, depths, number
 formats, lengths and batches, each timed beside a reference, as a calibration does. Prints the mean error, the part
@@ -17,10 +18,12 @@ from __future__ import annotations
 
 import math
 from itertools import islice
+from pathlib import Path
 
 import click
 import numpy as np
 import published as others
+from hat_tables import NORMAL, kendall, report
 from rich.console import Console
 from rich.table import Table
 
@@ -34,13 +37,6 @@ from autolite.hardware.predict import predict
 FAMILIES = ("roberta", "qwen2", "qwen3")
 SECONDS = (5e-5, 0.15)  # that a model may take at the peak of fp32
 AT_ONCE = 4
-NORMAL = {"95 %": 1.96, "90 %": 1.645}
-
-
-def kendall(a: np.ndarray, b: np.ndarray) -> float:
-    """Return Kendall's tau-b of two sequences [n]."""
-    x, y = (np.sign(each[:, None] - each[None, :]) for each in (a, b))
-    return float((x * y).sum() / math.sqrt((x**2).sum() * (y**2).sum()))
 
 
 @click.command()
@@ -50,9 +46,26 @@ def kendall(a: np.ndarray, b: np.ndarray) -> float:
 @click.option("--threads", default=1, show_default=True)
 @click.option("--seed", default=1, show_default=True, help="Of the models; a calibration has 0.")
 @click.option("--published", is_flag=True, help="Compare with what others published; time nothing.")
-def main(target: str, device: str, models: int, threads: int, seed: int, published: bool) -> None:
+@click.option("--table", type=click.Choice(["hat"]), help="Measured elsewhere; then nothing is timed.")
+@click.option("--folder", type=click.Path(path_type=Path), default=Path(), help="Of the table.")
+@click.option("--splits", default=20, show_default=True, help="Of the table's rows.")
+def main(
+    target: str,
+    device: str,
+    models: int,
+    threads: int,
+    seed: int,
+    published: bool,
+    table: str | None,
+    folder: Path,
+    splits: int,
+) -> None:
     if published:
         others.show(Console(width=160))
+        return
+    if table is not None:
+        for line in report(folder, splits):
+            click.echo(line)
         return
     console, profile = Console(width=140), load_target(target, threads)
     peak = profile.unit.peak["fp32"].value * 1e9
@@ -70,7 +83,7 @@ def main(target: str, device: str, models: int, threads: int, seed: int, publish
         rows.append((recipe, price.value, sigma, sample.milliseconds))
     predicted, sigmas, measured = (np.array([row[i] for row in rows]) for i in (1, 2, 3))
     errors = predicted / measured - 1
-    table = Table(title=f"{profile.name}: {profile.description}", title_justify="left")
+    shown = Table(title=f"{profile.name}: {profile.description}", title_justify="left")
     for head in (
         "family",
         "layers",
@@ -83,13 +96,13 @@ def main(target: str, device: str, models: int, threads: int, seed: int, publish
         "measured",
         "off",
     ):
-        table.add_column(head, justify="left" if head in ("family", "attention", "feed-forward", "call") else "right")
+        shown.add_column(head, justify="left" if head in ("family", "attention", "feed-forward", "call") else "right")
     for (recipe, value, _, real), error in zip(rows, errors, strict=True):
         call = f"{recipe.workload.batch} x {recipe.workload.tokens}"
         sizes = map(str, (recipe.layers, recipe.hidden, recipe.ffn))
         formats = (recipe.attention, recipe.feed_forward)
-        table.add_row(recipe.family, *sizes, *formats, call, f"{value:.3g}", f"{real:.3g}", f"{error:+.0%}")
-    console.print(table)
+        shown.add_row(recipe.family, *sizes, *formats, call, f"{value:.3g}", f"{real:.3g}", f"{error:+.0%}")
+    console.print(shown)
     inside = np.abs(np.log(predicted / measured)) <= NORMAL["90 %"] * sigmas
     console.print(
         f"{len(rows)} models: {np.abs(errors).mean():.1%} off in the mean, {(np.abs(errors) <= 0.1).mean():.0%} within "

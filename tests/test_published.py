@@ -35,7 +35,7 @@ def test_every_row_is_of_a_shipped_device_and_used() -> None:
 )
 def test_shapes_have_the_matrices_of_their_models(name: str, millions: float) -> None:
     """Of the layers and the head: what is multiplied, so without the table of words."""
-    from autolite.architecture import matmuls
+    from autolite.products import matmuls
 
     found = sum(each.n * each.k for each in matmuls(published.shape(name, MODELS[name], "fp32")))
     assert found / 1e6 == pytest.approx(millions, rel=0.005)

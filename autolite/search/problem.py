@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autolite import registry
-from autolite.architecture import ModelShape, matmuls, shape_of
+from autolite.architecture import ModelShape, shape_of
 from autolite.compress import resolve, shape_after
 from autolite.errors import InputError, PlanError, first_line
 from autolite.export import Provenance
@@ -28,6 +28,7 @@ from autolite.hardware.profile import Profile
 from autolite.hardware.profile_files import dump_profile, parse_profile
 from autolite.measure import Workload
 from autolite.plan import Plan
+from autolite.products import matmuls
 from autolite.runtime.auto import AutoRuntime
 from autolite.runtime.base import Runtime
 from autolite.search.frontier import Frontier

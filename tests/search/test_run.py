@@ -17,12 +17,13 @@ import transformers
 from optuna.trial import TrialState
 
 import autolite
-from autolite.architecture import matmuls, shape_of
+from autolite.architecture import shape_of
 from autolite.compress import shape_after
 from autolite.errors import AutoliteError, InputError, ModelError, NoCandidateError, PlanError, RunError
 from autolite.files import sha256
 from autolite.front import Result
 from autolite.plan import Plan
+from autolite.products import matmuls
 from autolite.reload import load_model
 from autolite.runtime import modelfile
 from autolite.runtime.requirements import required
