@@ -64,7 +64,7 @@ def device() -> None:
 @click.option(
     "--aar",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="For a phone: the file of onnxruntime-android.  [default: Maven Central's]",
+    help="For a phone: the package onnxruntime-android, downloaded.",
 )
 @reported
 def setup_device(address: str, aar: Path | None) -> None:
@@ -75,8 +75,7 @@ def setup_device(address: str, aar: Path | None) -> None:
     \b
     Examples:
       autolite device setup ssh://pi@raspberrypi
-      autolite device setup adb://
-      autolite device setup adb://emulator-5554 --aar onnxruntime-android-1.32.0.aar
+      autolite device setup adb:// --aar onnxruntime-android-1.32.0.aar
     """
     from autolite.devices import connected
     from autolite.devices.setup import setup

@@ -7,32 +7,24 @@ import re
 import shlex
 import subprocess
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from autolite.cache import cache_dir
 from autolite.devices.adb import SOURCE, Adb
 from autolite.devices.base import Health
 from autolite.devices.phone import MACHINES
 from autolite.errors import DeviceError, first_line
-from autolite.files import write_atomically
 
-_PACKAGE = (
-    "https://repo1.maven.org/maven2/com/microsoft/onnxruntime/onnxruntime-android/{0}/onnxruntime-android-{0}.aar"
-)
 _ABIS = ("arm64-v8a", "x86_64")
 _OLDEST = 24  # Android's API level (7.0), from which on ONNX Runtime's package runs
 _PAGE = 16384  # bytes of the largest pages that a phone has; programs for smaller ones do not start there
-_PATIENCE = 60.0  # seconds until a server that does not answer is given up
 _KITS = ("ANDROID_NDK_HOME", "ANDROID_NDK_ROOT", "ANDROID_NDK_LATEST_HOME")
 _HOMES = ("ANDROID_HOME", "ANDROID_SDK_ROOT")
 _USUAL_HOMES = ("Android/Sdk", "Library/Android/sdk", "AppData/Local/Android/Sdk")  # of Android Studio
 
 
-def install(device: Adb, found: Health, wanted: str, say: Callable[[str], None], package: Path | None = None) -> None:
+def install(device: Adb, found: Health, wanted: str, say: Callable[[str], None], package: Path | None) -> None:
     """Put ONNX Runtime and the runner on a phone, in a folder of their own.
 
     Args:
@@ -40,7 +32,7 @@ def install(device: Adb, found: Health, wanted: str, say: Callable[[str], None],
         found: what it is.
         wanted: version of ONNX Runtime.
         say: told in words what is done.
-        package: the package for Android, where it is not to be downloaded.
+        package: ONNX Runtime's package for Android.
 
     Raises:
         DeviceError: if there is nothing for its processor, or here something is missing: the sentence says what.
@@ -51,8 +43,12 @@ def install(device: Adb, found: Health, wanted: str, say: Callable[[str], None],
             f"{device.address} runs programs for {found.machine}, and models are timed on {' and '.join(_ABIS)} alone: "
             "take a phone with 64 bits"
         )
+    if package is None:
+        raise DeviceError(
+            f"a phone needs onnxruntime-android of version {wanted}: download it (com.microsoft.onnxruntime in Maven "
+            f"Central), and name it: autolite device setup {device.address} --aar onnxruntime-android-{wanted}.aar"
+        )
     compiler = _compiler()
-    package = package or _downloaded(wanted, say)
     say(f"compiling the runner for {abi}")
     with tempfile.TemporaryDirectory() as folder:
         program, library = Path(folder) / "runner", Path(folder) / "libonnxruntime.so"
@@ -64,38 +60,6 @@ def install(device: Adb, found: Health, wanted: str, say: Callable[[str], None],
         device.send({file.name: file for file in (library, program)}, there)
     program_there = shlex.quote(device.program)
     device.run(f"chmod 755 {program_there} && {program_there} version")  # if it does not start, it says why
-
-
-def _downloaded(version: str, say: Callable[[str], None]) -> Path:
-    """The package in the user's cache folder, where it is kept."""
-    file = cache_dir() / "android" / f"onnxruntime-android-{version}.aar"
-    if not file.is_file():
-        say(f"downloading onnxruntime {version} for Android")
-        write_atomically(file, _download(version))
-    return file
-
-
-def _download(version: str) -> bytes:
-    try:
-        with urllib.request.urlopen(_PACKAGE.format(version), timeout=_PATIENCE) as answer:
-            content: bytes = answer.read()
-            return content
-    except urllib.error.HTTPError as error:
-        if error.code != 404:
-            raise DeviceError(_undownloaded(version, f"{error.code} {error.reason}")) from None
-        raise DeviceError(
-            f"there is no onnxruntime {version} for Android: install a version of onnxruntime here that has an "
-            "onnxruntime-android in Maven Central"
-        ) from None
-    except OSError as error:
-        raise DeviceError(_undownloaded(version, first_line(getattr(error, "reason", error)))) from None
-
-
-def _undownloaded(version: str, reason: str) -> str:
-    return (
-        f"onnxruntime {version} for Android cannot be downloaded here ({reason}): fetch {_PACKAGE.format(version)} "
-        "elsewhere, and give it with --aar"
-    )
 
 
 def _library(package: Path, abi: str) -> bytes:

@@ -23,13 +23,13 @@ def setup(
 ) -> Health:
     """Make a connected device ready to run models, and return its health.
 
-    Nothing is installed outside AutoLite's folder there. The packages are downloaded here and sent, so that the device
+    Nothing is installed outside AutoLite's folder there. A board's packages are downloaded here and sent, so that it
     needs no internet.
 
     Args:
         device: connected; on this machine there is nothing to do.
         say: told in words what is done.
-        android_package: for a phone, the .aar file of ONNX Runtime, where that cannot be downloaded.
+        android_package: for a phone, the .aar file of ONNX Runtime's package.
 
     Raises:
         InputError: if there is a package for Android, but the device is no phone.

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import threading
 import zipfile
-from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import onnxruntime
@@ -44,7 +40,6 @@ def nothing_of_android(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*android._KITS, *android._HOMES):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -85,8 +80,9 @@ def test_another_processor_is_refused(handset: FakePhone) -> None:
     assert "runs programs for armv7l, and models are timed on arm64-v8a and x86_64 alone" in refused(handset)
 
 
-def test_a_computer_without_the_kit(handset: FakePhone) -> None:
-    assert "is compiled with Android's NDK, which is not found here: install it" in refused(handset)
+def test_a_computer_without_the_kit(handset: FakePhone, tmp_path: Path) -> None:
+    said = refused(handset, package(tmp_path / "a.aar", b""))
+    assert "is compiled with Android's NDK, which is not found here: install it" in said
 
 
 @pytest.mark.usefixtures("compiler")
@@ -118,43 +114,5 @@ def test_a_package_for_phones_is_for_phones(tmp_path: Path) -> None:
         setup(device, android_package=tmp_path / "a.aar")
 
 
-# Downloads
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *words: object) -> None:
-        pass
-
-
-@pytest.fixture
-def maven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that packages are downloaded from."""
-    folder = tmp_path / "maven"
-    folder.mkdir()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(android, "_PACKAGE", f"http://127.0.0.1:{server.server_port}/{{0}}.aar")
-    yield folder
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_package_is_downloaded_once(maven: Path) -> None:
-    said = list[str]()
-    (maven / "9.9.aar").write_bytes(b"package")
-    assert android._downloaded("9.9", said.append).read_bytes() == b"package"
-    (maven / "9.9.aar").unlink()
-    assert android._downloaded("9.9", said.append).read_bytes() == b"package"
-    assert said == ["downloading onnxruntime 9.9 for Android"]
-
-
-@pytest.mark.usefixtures("maven")
-def test_a_version_without_a_package() -> None:
-    with pytest.raises(DeviceError, match=r"there is no onnxruntime 8\.8 for Android: install a version"):
-        android._downloaded("8.8", lambda message: None)
-
-
-def test_a_computer_without_internet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(android, "_PACKAGE", "http://127.0.0.1:1/{0}.aar")
-    with pytest.raises(DeviceError, match=r"cannot be downloaded here \(.*refused\): fetch .* give it with --aar"):
-        android._downloaded("8.8", lambda message: None)
+def test_without_a_package_it_is_said_which(handset: FakePhone) -> None:
+    assert f"a phone needs onnxruntime-android of version {onnxruntime.__version__}" in refused(handset, None)
