@@ -63,7 +63,7 @@ def device() -> None:
 @click.argument("address")
 @click.option(
     "--aar",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     help="For a phone: the package onnxruntime-android, downloaded.",
 )
 @reported

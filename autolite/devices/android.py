@@ -69,7 +69,7 @@ def _library(package: Path, abi: str) -> bytes:
     except KeyError:
         raise DeviceError(f"{package} has no ONNX Runtime for {abi}: give one of onnxruntime-android") from None
     except (OSError, zipfile.BadZipFile) as error:
-        raise DeviceError(f"cannot read {package}: {first_line(error)}; remove it, or give another") from None
+        raise DeviceError(f"cannot read {package}: {first_line(error)}; give another file") from None
 
 
 def _compile(compiler: Path, machine: str, program: Path) -> None:
