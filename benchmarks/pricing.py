@@ -42,7 +42,8 @@ def plans(count: int, seed: int) -> list[ModelShape]:
 
 def forget() -> None:
     """Let nothing be known from before."""
-    for each in (blocks._layer, blocks._around, footprint.matrices_read, footprint.read_as):
+    caches = blocks._attention, blocks._ffn, blocks._around
+    for each in (*caches, footprint.attention_read, footprint.ffn_read, footprint.read_as):
         each.cache_clear()
 
 

@@ -5,27 +5,29 @@ Equal layers are the same block, so that thousands of plans of one model are des
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autolite import formats
-from autolite.architecture import CrossAttention, LayerShape, ModelShape, factor_format
+from autolite.architecture import CrossAttention, LayerShape, ModelShape, Stack, factor_format
 from autolite.families import DESCRIBED
 from autolite.hardware.footprint import (
     BYTES,
+    Attention,
+    FeedForward,
     Kernels,
     head_of_shape,
     head_width,
     layers_of,
     read_as,
     square_layers,
-    unnumbered,
 )
-from autolite.products import differences, matmuls
+from autolite.products import matmuls
 
 Array = NDArray[np.float64]
 
@@ -53,8 +55,7 @@ class Block:
     counts: Array
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """A pass over `tokens` new tokens in each of `batch` sequences, that attend to `context`, themselves included. Of
     two stacks the first makes it, unless there are `source` tokens for the second to attend to."""
 
@@ -110,14 +111,21 @@ def pass_of(shape: ModelShape, chosen: Mapping[str, str], sparsity: Mapping[str,
         return _of_two_stacks(shape, chosen, sparsity, call)
     head = head_of_shape(shape)
     pooled = head is not None and head.pooling != "none"
-    around = _around(_without_layers(shape), _kernels_around(shape, chosen), pooled, call)
-    layers = [(unnumbered(layer), kernels) for _, layer, kernels in layers_of(shape, chosen, sparsity)]
+    around = _around(_Around.of(shape), _kernels_around(shape, chosen), pooled, call)
+    layers = [(layer, kernels) for _, layer, kernels in layers_of(shape, chosen, sparsity)]
     # Where only the first position is read, the last layer computes all but keys and values there alone.
     if not pooled or shape.stacks[-1].causal or call.tokens == 1:
-        return Pass([around, *(_layer(*each, call, call.tokens, False) for each in layers)])
-    *others, last = layers
-    both = tuple(_layer(*last, call, 1, absorbed) for absorbed in (False, True))
-    return Pass([around, *(_layer(*each, call, call.tokens, False) for each in others)], both)
+        return Pass([around, *_layers(layers, call)])
+    layer, kernels = layers.pop()
+    both = tuple(_attention(Attention.of(layer), kernels, call, 1, absorbed) for absorbed in (False, True))
+    return Pass([around, *_layers(layers, call), _ffn(FeedForward.of(layer), kernels, call.batch)], both)
+
+
+def _layers(layers: Iterable[tuple[LayerShape, Kernels]], call: Call) -> Iterator[Block]:
+    rows = call.batch * call.tokens
+    for layer, kernels in layers:
+        yield _attention(Attention.of(layer), kernels, call, call.tokens, False)
+        yield _ffn(FeedForward.of(layer), kernels, rows)
 
 
 def _of_two_stacks(shape: ModelShape, chosen: Mapping[str, str], sparsity: Mapping[str, float], call: Call) -> Pass:
@@ -126,14 +134,12 @@ def _of_two_stacks(shape: ModelShape, chosen: Mapping[str, str], sparsity: Mappi
     reading: list[tuple[LayerShape, Kernels]] = []
     writing: list[tuple[LayerShape, Kernels]] = []
     for stack, layer, kernels in layers_of(shape, chosen, sparsity):
-        (reading if stack is shape.stacks[0] else writing).append((unnumbered(layer), kernels))
-    bare, around = _without_layers(shape), _kernels_around(shape, chosen)
+        (reading if stack is shape.stacks[0] else writing).append((layer, kernels))
+    bare, around = _Around.of(shape), _kernels_around(shape, chosen)
     if call.source:
-        steps = [_layer(layer, kernels, call, call.tokens, False) for layer, kernels in writing]
-        return Pass([_around(bare, around, False, call), *steps])
-    read = [_layer(layer, kernels, call, call.tokens, False) for layer, kernels in reading]
-    kept = [_kept(layer, kernels, call) for layer, kernels in writing]
-    return Pass([_around(replace(bare, outputs=0), around, False, call), *read, *kept])
+        return Pass([_around(bare, around, False, call), *_layers(writing, call)])
+    kept = [_kept(Attention.of(layer), kernels, call) for layer, kernels in writing]
+    return Pass([_around(bare._replace(outputs=0), around, False, call), *_layers(reading, call), *kept])
 
 
 def _kernels_around(shape: ModelShape, chosen: Mapping[str, str]) -> tuple[str, ...]:
@@ -170,13 +176,54 @@ def _without_map(shape: ModelShape, chosen: Mapping[str, str], call: Call) -> Bl
     return work.done()
 
 
-def _without_layers(shape: ModelShape) -> ModelShape:
-    return replace(shape, stacks=tuple(replace(stack, layers=()) for stack in shape.stacks), source_layers=())
+class _Around(NamedTuple):
+    """All of a shape but its layers."""
+
+    family: str
+    hidden: tuple[int, ...]
+    vocab: int
+    embedding: int
+    outputs: int
+    tied: bool
+    embedding_format: str
+    head_format: str
+    embedding_rank: int
+
+    @classmethod
+    def of(cls, shape: ModelShape) -> _Around:
+        return cls(
+            shape.family,
+            tuple([stack.hidden for stack in shape.stacks]),
+            shape.vocab,
+            shape.embedding,
+            shape.outputs,
+            shape.tied,
+            shape.embedding_format,
+            shape.head_format,
+            shape.embedding_rank,
+        )
+
+    @property
+    def shape(self) -> ModelShape:
+        """A shape of this and no layers."""
+        return ModelShape(
+            self.family,
+            tuple(Stack("", hidden, ()) for hidden in self.hidden),
+            self.vocab,
+            self.embedding,
+            0,
+            self.outputs,
+            self.tied,
+            self.embedding_format,
+            self.head_format,
+            embedding_rank=self.embedding_rank,
+        )
 
 
 @lru_cache(maxsize=1 << 12)
-def _around(shape: ModelShape, kernels: tuple[str, ...], pooled: bool, call: Call) -> Block:
+def _around(bare: _Around, kernels: tuple[str, ...], pooled: bool, call: Call) -> Block:
     """All but the layers; `kernels` are those of the embedding's format, of its second factor's and of the head's."""
+    shape = bare.shape
     family, work = DESCRIBED[shape.family], Work()
     forms = (shape.embedding_format, factor_format(shape.embedding_format), shape.head_format)
     chosen = dict(zip(forms, kernels, strict=True))
@@ -212,64 +259,72 @@ def _around(shape: ModelShape, kernels: tuple[str, ...], pooled: bool, call: Cal
 
 
 @lru_cache(maxsize=1 << 16)
-def _layer(layer: LayerShape, kernels: Kernels, call: Call, read: int, absorbed: bool) -> Block:
-    """A layer of which `read` tokens a sequence are needed; `absorbed` says that keys and values are not computed:
-    their matrices, decoded, multiply what is on the other side of them."""
+def _attention(part: Attention, kernels: Kernels, call: Call, read: int, absorbed: bool) -> Block:
+    """The attention of a layer of which `read` tokens a sequence are needed; `absorbed` says that keys and values are
+    not computed: their matrices, decoded, multiply what is on the other side of them."""
     work = Work()
     rows, needed = call.batch * call.tokens, call.batch * read
-    query, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+    query, kv = part.heads * part.head_dim, part.kv_heads * part.head_dim
     merged, kernel, hidden, zeros = query + 2 * kv, kernels.attention, kernels.hidden, kernels.zeros
-    nbytes = read_as(layer.attention_format, kernel, merged, hidden)
+    nbytes = read_as(part.form, kernel, merged, hidden)
     rest = merged
     if read < call.tokens:
         rest -= query
         work.product(kernel, needed, hidden, query, nbytes * query / merged, zeros)
     if absorbed:
-        width, inputs = BYTES * hidden * layer.head_dim, BYTES * call.tokens * hidden
-        work.product("fp32", call.batch, layer.head_dim, hidden, width, layer.heads)
-        work.product("fp32", layer.heads, hidden, call.tokens, inputs, call.batch)
-        work.product("fp32", layer.heads, call.tokens, hidden, inputs, call.batch)
-        work.product("fp32", call.batch, hidden, layer.head_dim, width, layer.heads)
+        width, inputs = BYTES * hidden * part.head_dim, BYTES * call.tokens * hidden
+        work.product("fp32", call.batch, part.head_dim, hidden, width, part.heads)
+        work.product("fp32", part.heads, hidden, call.tokens, inputs, call.batch)
+        work.product("fp32", part.heads, call.tokens, hidden, inputs, call.batch)
+        work.product("fp32", call.batch, hidden, part.head_dim, width, part.heads)
         work.add("copy", 2 * inputs * call.batch)  # transposed
         work.add("operators", _OPERATORS["absorbed"])
     else:
         work.product(kernel, rows, hidden, rest, nbytes * rest / merged, zeros)
-        past = 2 * BYTES * call.context * layer.head_dim * layer.kv_heads / layer.heads
-        work.product("attention", read, 2 * layer.head_dim, call.context, past, call.batch * layer.heads)
+        past = 2 * BYTES * call.context * part.head_dim * part.kv_heads / part.heads
+        work.product("attention", read, 2 * part.head_dim, call.context, past, call.batch * part.heads)
         work.add("copy", 2 * BYTES * rows * merged)  # split into query, key and value
-    work.add("softmax", call.batch * layer.heads * read)
-    work.product(kernel, needed, query, hidden, read_as(layer.attention_format, kernel, hidden, query), zeros)
+    work.add("softmax", call.batch * part.heads * read)
+    work.product(kernel, needed, query, hidden, read_as(part.form, kernel, hidden, query), zeros)
     work.add("normalization", needed * hidden)
     work.add("copy", 3 * BYTES * needed * hidden)  # residual sum
     work.add("operators", _OPERATORS["attention"])
-
-    if layer.cross is not None:
-        _attend(work, layer, layer.cross, kernels, call)
-
-    kernel, gated = kernels.ffn, kernels.gated
-    inner = layer.ffn * (2 if gated else 1)
-    work.product(kernel, needed, hidden, inner, read_as(layer.ffn_format, kernel, inner, hidden), zeros)
-    rounded = formats.get(layer.ffn_format).activations != "float" and not gated
-    work.add("approximation" if rounded else "activation", needed * layer.ffn)
-    work.add("copy", (3 * layer.ffn * 2 if gated else 0) * BYTES * needed)  # split, and product with the gate
-    work.product(kernel, needed, layer.ffn, hidden, read_as(layer.ffn_format, kernel, hidden, layer.ffn), zeros)
-    work.add("normalization", needed * hidden)
-    work.add("copy", 3 * BYTES * needed * hidden)
-    work.add("operators", _OPERATORS["gated" if gated else "ffn"])
-
-    for part, side, k, n, form in differences(layer, hidden, gated, kernels.fused):
-        kernel = kernels.attention_factor if part == "attention" else kernels.ffn_factor
-        each = rows if side == "qkv.down" else needed
-        work.product(kernel, each, k, n, read_as(form, kernel, n, k))
-        work.add("copy", 2 * BYTES * each * n)  # added to what is there
-        work.add("operators", 1)
+    if part.cross is not None:
+        _attend(work, part, part.cross, kernels, call)
+    for _, side, k, n, form in part.differences(kernels):
+        _difference(work, kernels.attention_factor, rows if side == "qkv.down" else needed, k, n, form)
     return work.done()
 
 
-def _attend(work: Work, layer: LayerShape, cross: CrossAttention, kernels: Kernels, call: Call) -> None:
+@lru_cache(maxsize=1 << 16)
+def _ffn(part: FeedForward, kernels: Kernels, rows: int) -> Block:
+    """The feed-forward network of a layer, for so many tokens."""
+    work, kernel, gated, hidden = Work(), kernels.ffn, kernels.gated, kernels.hidden
+    inner = part.ffn * (2 if gated else 1)
+    work.product(kernel, rows, hidden, inner, read_as(part.form, kernel, inner, hidden), kernels.zeros)
+    rounded = formats.get(part.form).activations != "float" and not gated
+    work.add("approximation" if rounded else "activation", rows * part.ffn)
+    work.add("copy", (3 * part.ffn * 2 if gated else 0) * BYTES * rows)  # split, and product with the gate
+    work.product(kernel, rows, part.ffn, hidden, read_as(part.form, kernel, hidden, part.ffn), kernels.zeros)
+    work.add("normalization", rows * hidden)
+    work.add("copy", 3 * BYTES * rows * hidden)
+    work.add("operators", _OPERATORS["gated" if gated else "ffn"])
+    for _, _, k, n, form in part.differences(kernels):
+        _difference(work, kernels.ffn_factor, rows, k, n, form)
+    return work.done()
+
+
+def _difference(work: Work, kernel: str, rows: int, k: int, n: int, form: str) -> None:
+    """Add one of the two products of a low-rank difference."""
+    work.product(kernel, rows, k, n, read_as(form, kernel, n, k))
+    work.add("copy", 2 * BYTES * rows * n)  # added to what is there
+    work.add("operators", 1)
+
+
+def _attend(work: Work, part: Attention, cross: CrossAttention, kernels: Kernels, call: Call) -> None:
     """Add a layer's attention to `call.source` tokens whose keys and values are kept."""
     rows, hidden, width, source = call.batch * call.tokens, kernels.hidden, cross.width, call.source * cross.sources
-    form, kernel = layer.attention_format, kernels.attention
+    form, kernel = part.form, kernels.attention
     work.product(kernel, rows, hidden, width, read_as(form, kernel, width, hidden), kernels.zeros)
     past = 2 * BYTES * source * cross.head_dim
     work.product("attention", call.tokens, 2 * cross.head_dim, source, past, call.batch * cross.heads)
@@ -281,12 +336,12 @@ def _attend(work: Work, layer: LayerShape, cross: CrossAttention, kernels: Kerne
 
 
 @lru_cache(maxsize=1 << 12)
-def _kept(layer: LayerShape, kernels: Kernels, call: Call) -> Block:
+def _kept(part: Attention, kernels: Kernels, call: Call) -> Block:
     """The keys and values of a layer's cross-attention, computed once."""
     work = Work()
-    if (cross := layer.cross) is not None:
+    if (cross := part.cross) is not None:
         rows, kernel, width = call.batch * call.tokens * cross.sources, kernels.attention, 2 * cross.width
-        nbytes = read_as(layer.attention_format, kernel, width, kernels.source)
+        nbytes = read_as(part.form, kernel, width, kernels.source)
         work.product(kernel, rows, kernels.source, width, nbytes, kernels.zeros)
         work.add("copy", 2 * BYTES * rows * width)  # split into keys and values
         work.add("operators", 2)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,37 +94,48 @@ def times(speeds: Speeds, passes: Sequence[Pass], weights: Array) -> Array:
         weights: bytes of all matrices that the kernels of each read [passes].
     """
     # Weights are used in the same order in every call, so that a cache too small for all of them keeps few.
-    missing = np.clip(weights / speeds.cache_size - 1.0, 0.0, 1.0).tolist()
-    index: dict[tuple[Block, float], int] = {}  # the same block takes as long where as much of the weights is cached
+    missing = np.clip(weights / speeds.cache_size - 1.0, 0.0, 1.0)
+    index: dict[Block, int] = {}
 
-    def places(blocks: Iterable[Block], part: float) -> list[int]:
-        return [index.setdefault((block, part), len(index)) for block in blocks]
+    def places(blocks: Iterable[Block]) -> list[int]:
+        return [index.setdefault(block, len(index)) for block in blocks]
 
-    common = [places(each.blocks, part) for each, part in zip(passes, missing, strict=True)]
-    either = [places(each.either, part) for each, part in zip(passes, missing, strict=True)]
-    table = _blocks(speeds, [block for block, _ in index], np.array([part for _, part in index]))
-    starts = np.cumsum([0, *map(len, common)])[:-1]
-    found: Array = np.add.reduceat(table[np.concatenate(common).astype(np.int64)], starts)
-    totals = table.sum(1)
-    for row, options in enumerate(either):
-        if options:
-            found[row] += table[min(options, key=totals.__getitem__)]
+    common = [places(each.blocks) for each in passes]
+    either = [(row, places(each.either)) for row, each in enumerate(passes) if each.either]
+    counts = np.array([len(each) for each in common])
+    used = np.fromiter(chain(*common, *(each for _, each in either)), np.int64)
+    owners = np.concatenate([np.repeat(np.arange(len(passes)), counts), *(np.full(len(e), row) for row, e in either)])
+    table = _blocks(speeds, list(index), used, missing[owners])
+    found: Array = np.add.reduceat(table[: counts.sum()], np.cumsum([0, *counts[:-1]]))
+    begin, totals = int(counts.sum()), table.sum(1)
+    for row, options in either:
+        found[row] += table[begin + int(np.argmin(totals[begin : begin + len(options)]))]
+        begin += len(options)
     return found
 
 
-def _blocks(speeds: Speeds, blocks: Sequence[Block], missing: Array) -> Array:
-    """Microseconds of blocks [blocks, keys], if so much of the weights is not in the cache [blocks]."""
-    found = np.stack([block.counts for block in blocks]) @ speeds.units
+def _blocks(speeds: Speeds, blocks: Sequence[Block], used: NDArray[np.int64], missing: Array) -> Array:
+    """Microseconds [uses, keys] of the blocks that are `used` [uses], if so much of the weights is not in the cache
+    [uses]."""
+    found: Array = (np.stack([block.counts for block in blocks]) @ speeds.units)[used]
+    sizes = np.array([len(block.kernels) for block in blocks])
+    starts, many = np.cumsum(sizes) - sizes, sizes[used]
+    owners = np.repeat(np.arange(len(used)), many)
+    # Of each use the products of its block, one after the other.
+    rows = np.arange(len(owners)) - np.repeat(np.cumsum(many) - many, many) + starts[used][owners]
     kernels = np.array([speeds.places[kernel] for block in blocks for kernel in block.kernels], dtype=np.int64)
-    owners = np.repeat(np.arange(len(blocks)), [len(block.kernels) for block in blocks])
     m, k, n, nbytes, often = np.concatenate([block.products for block in blocks]).T
-    gone = missing[owners]
     compute = often * 2.0 * m * k * n / speeds.kernels[kernels, 0]
     halves = compute[:, None] * speeds.kernels[kernels, 1:] / np.stack([m, n, k], axis=1)
-    cached = often * nbytes * (1.0 - gone) / speeds.cache
-    streamed = often * nbytes * gone / speeds.memory
-    stalled = np.where(m > 1, speeds.stall * streamed, 0.0)
-    bound = compute + halves.sum(1) + stalled >= cached + streamed  # by computing, not by reading
+    work, bytes_read, several = compute + halves.sum(1), often * nbytes, m > 1
+    kernels, compute, halves, work, bytes_read, several = (
+        each[rows] for each in (kernels, compute, halves, work, bytes_read, several)
+    )
+    gone = missing[owners]
+    cached = bytes_read * (1.0 - gone) / speeds.cache
+    streamed = bytes_read * gone / speeds.memory
+    stalled = np.where(several, speeds.stall * streamed, 0.0)
+    bound = work + stalled >= cached + streamed  # by computing, not by reading
 
     width = len(speeds.keys)
 
