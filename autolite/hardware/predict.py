@@ -156,7 +156,7 @@ def _calls(shapes: Sequence[ModelShape], speeds: Speeds, workload: Workload) -> 
     for place, shape in enumerate(shapes):
         for chosen in _kernels(shape, speeds):
             total = weights_read(shape, chosen)
-            # Steps of the second of two stacks read only its own, and the keys and values of the first are there.
+            # Steps of the second of two stacks read its own (with those of the keys and values that are there already).
             steps = weights_read(replace(shape, stacks=shape.stacks[1:]), chosen) if len(shape.stacks) > 1 else total
             for number, (call, _) in enumerate(every[place]):
                 owners.setdefault((place, number), []).append(len(rows))
