@@ -64,25 +64,24 @@ def recast(profile: Profile, kind: str, sigma: float) -> Profile:
 
 @pytest.mark.parametrize("target", TARGETS)
 class TestEveryTarget:
-    @pytest.mark.parametrize("form", FORMATS)
     @pytest.mark.parametrize("shape", [bert_shape(), llama_shape()], ids=["bert", "llama"])
-    def test_values_lie_in_their_intervals_and_say_what_they_are(
-        self, target: str, form: str, shape: ModelShape
-    ) -> None:
+    def test_values_lie_in_their_intervals_and_say_what_they_are(self, target: str, shape: ModelShape) -> None:
         profile = load_profile(target)
         workload = Workload(2, 32, profile.threads, 8)
-        found = predict(formatted(shape, form), profile, workload)
         extra = {"ttft_ms", "tokens_per_second"} if shape.stacks[0].causal else set()
-        assert set(found) == ENCODER_METRICS | extra
-        for metric, one in found.items():
-            assert (one.metric, one.source, one.runtime) == (metric, "predicted", profile.runtime)
-            assert one.workload == str(workload)
-            assert 0 < one.low <= one.value <= one.high < math.inf
-            if metric == "size_bytes":
-                assert one.low == one.high == one.value == int(one.value)
-            else:  # nothing here was calibrated
-                assert one.value / one.low >= UNCALIBRATED - 1e-9
-                assert one.high / one.value >= UNCALIBRATED - 1e-9
+        for form, found in zip(
+            FORMATS, predict_all([formatted(shape, form) for form in FORMATS], profile, workload), strict=True
+        ):
+            assert set(found) == ENCODER_METRICS | extra, form
+            for metric, one in found.items():
+                assert (one.metric, one.source, one.runtime) == (metric, "predicted", profile.runtime)
+                assert one.workload == str(workload)
+                assert 0 < one.low <= one.value <= one.high < math.inf, (form, metric)
+                if metric == "size_bytes":
+                    assert one.low == one.high == one.value == int(one.value)
+                else:  # nothing here was calibrated
+                    assert one.value / one.low >= UNCALIBRATED - 1e-9, (form, metric)
+                    assert one.high / one.value >= UNCALIBRATED - 1e-9, (form, metric)
 
     def test_more_work_takes_longer(self, target: str) -> None:
         profile = load_profile(target)
