@@ -17,23 +17,16 @@ import transformers
 from optuna.trial import TrialState
 
 import autolite
-from autolite.architecture import shape_of
-from autolite.compress import shape_after
 from autolite.errors import AutoliteError, InputError, ModelError, NoCandidateError, PlanError, RunError
 from autolite.files import sha256
 from autolite.front import Result
-from autolite.plan import Plan
-from autolite.products import matmuls
-from autolite.reload import load_model
 from autolite.runtime import modelfile
 from autolite.runtime.requirements import required
 from autolite.search import engine
-from autolite.search.problem import step_cost
 from autolite.search.progress import Snapshot
 from autolite.store import Store
 from autolite.techniques.distill import Distill
 from tests.conftest import RunSearch, write_jsonl
-from tests.shapes import bert_shape
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "front.schema.json"
 
@@ -73,23 +66,6 @@ def test_no_candidate_of_the_front_beats_another(finished: Result) -> None:
 
 def test_the_budget_is_kept_to_the_trial(finished: Result) -> None:
     assert len(completed(finished.path)) == 8
-
-
-def test_a_step_costs_what_its_layers_and_products_are_of_the_teachers() -> None:
-    whole = bert_shape(4)
-    assert step_cost(whole, whole) == pytest.approx(1)
-    half = whole.keep_layers(0, [0, 1])
-    head = sum(m.k * m.n for m in matmuls(half) if m.part == "head")
-    products = sum(m.k * m.n for m in matmuls(whole))
-    assert step_cost(half, whole) == pytest.approx(0.1 / 2 + 0.9 * ((products - head) / 2 + head) / products)
-
-
-def test_plans_of_the_screen_train_for_equal_time(finished: Result, tiny_teacher: Path) -> None:
-    whole = shape_of(load_model(str(tiny_teacher), "AutoModelForSequenceClassification")[0])
-    trials = [t for t in studies(finished.path)["screen"].get_trials() if t.user_attrs.get("effort")]
-    costs = [step_cost(shape_after(Plan.from_json(t.user_attrs["plan"]), whole), whole) for t in trials]
-    assert [t.user_attrs["effort"] for t in trials] == [round(2 / cost) for cost in costs]
-    assert len(set(costs)) > 1
 
 
 def test_trial_0_of_each_study_is_the_teacher(finished: Result) -> None:
