@@ -171,8 +171,6 @@ def expected_seconds(
     last = [t for t in done if _trained(t)][-5:]
     if not last:
         return scoring
-    if study.stage == "screen":  # where all take about as long, for as many steps as that makes
-        return scoring + mean(float(t.user_attrs["train_seconds"]) for t in last)
     step, once = mean(t.user_attrs["step_seconds"] for t in last), mean(map(_once, last))
     return float(scoring + once + effort * step)
 

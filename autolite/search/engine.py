@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from autolite.compress import canonical, is_trained, student_plan, untrained
+from autolite.compress import canonical, is_trained, student_plan
 from autolite.errors import PlanError
 from autolite.files import sha256
 from autolite.host_lock import give_way, working
@@ -152,7 +152,7 @@ class Engine:
                 return None
             explore = fruitless >= EXPLORE_AFTER and fruitless % 2 == 1  # a limit may be met by what is proposed alone
             if stage == "screen" and self.problem.additive and not explore and not study.waiting():
-                proposed = proposal(self.problem, study)
+                proposed = proposal(self.problem, study, decision.effort)
                 study.enqueue([] if proposed is None else [proposed], f"{PROPOSED} {study.next_number()}")
             trial = study.ask(explore)
             self.problem.space.suggest(trial, stage)  # so that the next proposal knows of it
@@ -185,8 +185,6 @@ class Engine:
         effort = int(trial.user_attrs.get(STEPS, decision.effort))
         plan = Plan(seed=problem.settings.seed)  # of what cannot be made a plan of
         try:
-            if stage == "screen":
-                effort = problem.screen_effort(params)
             plan = problem.plan(params, effort)
             shape = problem.shape(plan)
         except PlanError as error:
@@ -198,7 +196,6 @@ class Engine:
             twin = study.twin(trial.number, plan.digest)
             if twin is None:
                 trial.set_user_attr("plan_digest", plan.digest)
-                trial.set_user_attr("recipe", untrained(plan).digest)
         if twin is not None:
             trial.set_user_attr("duplicate_of", twin.number)
             self._finish(stage, trial, lease, state=TrialState.PRUNED)

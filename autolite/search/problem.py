@@ -28,7 +28,6 @@ from autolite.hardware.profile import Profile
 from autolite.hardware.profile_files import dump_profile, parse_profile
 from autolite.measure import Workload
 from autolite.plan import Plan
-from autolite.products import matmuls
 from autolite.runtime.auto import AutoRuntime
 from autolite.runtime.base import Runtime
 from autolite.search.frontier import Frontier
@@ -150,17 +149,6 @@ class Problem:
         levels = self.frontier.levels(params)
         return resolve(self.space.plan(params, effort, self.settings.seed, levels), self.context)
 
-    def screen_effort(self, params: Params) -> int:
-        """Return the training steps of a plan in the screen: as many as take as long as the space's `effort` would with
-        a student of the teacher's size. Later rungs share out time too, and equal steps would say little of a small
-        student, which has many more of them there than a large one.
-
-        Raises:
-            PlanError: if the plan cannot be applied.
-        """
-        cost = step_cost(self.shape(self.plan(params, 1)), self.teacher.shape)
-        return round(self.space.stages["screen"].effort / min(cost, 1.0))
-
     @property
     def additive(self) -> bool:
         """Whether an additive model proposes plans: it needs levels by layer."""
@@ -194,18 +182,6 @@ class Problem:
                 "which cost quality: leave them out, or cut heads, neurons or layers instead"
             )
         return shape
-
-
-def step_cost(shape: ModelShape, whole: ModelShape) -> float:
-    """Return about how long a step of training a student takes, as a part of that with one of the teacher's shape
-    `whole`: a tenth of it goes with the layers, the rest with the products. For 280 students of MiniLM, on texts of a
-    dozen to sixty tokens, that is 5 to 12 % off on average."""
-
-    def work(each: ModelShape) -> tuple[int, int]:
-        return sum(len(stack.layers) for stack in each.stacks), sum(product.k * product.n for product in matmuls(each))
-
-    (layers, products), (all_layers, all_products) = work(shape), work(whole)
-    return 0.1 * layers / max(all_layers, 1) + 0.9 * products / all_products
 
 
 def load_problem(

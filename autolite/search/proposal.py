@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from autolite.compress import canonical, untrained
+from autolite.compress import canonical
 from autolite.errors import PlanError
 from autolite.search.additive import Observation, learn, predicted, propose
 from autolite.search.evaluate import price
@@ -16,16 +16,16 @@ from autolite.search.studies import StageStudy, params_of
 from autolite.space import Params
 
 
-def proposal(problem: Problem, study: StageStudy) -> Params | None:
+def proposal(problem: Problem, study: StageStudy, effort: int) -> Params | None:
     """Return the parameters of the plan that is predicted to add the most hypervolume to what was evaluated, and is
-    evaluated just now; None if nothing new does."""
+    evaluated just now; None if nothing new does. `effort` is what the study's plans are trained for."""
     frontier = problem.frontier
     base = price(problem, problem.teacher.shape)
     latency, size = base["latency_ms"].value, base["size_bytes"].value
     evaluated = {t.number for t in study.trials()}
     seen, running = [], []
     asked = study.asked()
-    known = {recipe for t in asked if (recipe := t.user_attrs.get("recipe"))}
+    known = {digest for t in asked if (digest := t.user_attrs.get("plan_digest"))}
     for trial in asked:
         try:
             params = frontier.settled(problem.space.complete(params_of(trial)))
@@ -49,11 +49,11 @@ def proposal(problem: Problem, study: StageStudy) -> Params | None:
 
     def is_new(params: Params) -> bool:
         try:
-            plan = problem.plan(params, 1)
+            plan = problem.plan(params, effort)
             problem.shape(plan)
         except PlanError:
             return False
-        return untrained(canonical(plan, problem.teacher.shape)).digest not in known
+        return canonical(plan, problem.teacher.shape).digest not in known
 
     columns = [OBJECTIVES.index(name) for name in problem.settings.objectives]
     rng = np.random.default_rng(study.next_seed())

@@ -117,7 +117,7 @@ def decide(
             fitted = _fitted(stage, first, problem, source, chosen, queued, deadline - clock.spent, durations)
         queue = _queue(stage, rung, problem, fitted, new)
     else:
-        queue = [(params, _screen_effort(problem, params)) for params in _first(problem, new)]
+        queue = [(params, limits.effort) for params in _first(problem, new)]
     seen = {t.user_attrs["plan_digest"] for t in studies[stage].trials()}
 
     def is_new(params: Params, effort: int) -> bool:
@@ -160,10 +160,11 @@ def _fitted(
     durations: Durations,
 ) -> list[Fitted]:
     """Return those of the chosen plans that there is time for, and for how many steps each is trained."""
-    most = problem.space.stages[stage].max_effort
+    space, most = problem.space, problem.space.stages[stage].max_effort
     if first:
         # Some are trained again, with other settings.
-        return durations.fit(chosen, seconds * len(chosen) / queued, lambda trial: 4 * _effort([trial]), most)
+        least = 4 * space.stages["screen"].effort
+        return durations.fit(chosen, seconds * len(chosen) / queued, lambda trial: least, most)
     # To go on with what is behind in everything would take the time of what is not.
     chosen = [t for place, t in enumerate(chosen) if place < FEWEST or not any(behind(t, each) for each in chosen)]
     if stage == "recover":
@@ -201,14 +202,6 @@ def _first(problem: Problem, count: int) -> list[Params]:
     estimates a third of all."""
     few = len(problem.space.start) + 1 if problem.additive else math.ceil(count / 3)
     return first_plans(problem.frontier, min(few, count))
-
-
-def _screen_effort(problem: Problem, params: Params) -> int:
-    """The training steps of a plan in the screen; what cannot be applied is refused later, with the reason."""
-    try:
-        return problem.screen_effort(params)
-    except PlanError:
-        return problem.space.stages["screen"].effort
 
 
 def _digest(problem: Problem, params: Params, effort: int) -> str:
