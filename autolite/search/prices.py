@@ -134,6 +134,7 @@ def front_on(
             "runtime": profile.runtime,
             "unit": profile.default_unit,
             "basis": prices.basis(chosen),
+            "measured_on": None,
         },
         workload=asdict(prices.workload),
         baseline={
