@@ -5,7 +5,7 @@ Equal layers are the same block, so that thousands of plans of one model are des
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -14,16 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autolite import formats
-from autolite.architecture import CrossAttention, LayerShape, ModelShape, Stack, factor_format
+from autolite.architecture import CrossAttention, ModelShape, Stack, factor_format
 from autolite.families import DESCRIBED
 from autolite.hardware.footprint import (
     BYTES,
     Attention,
+    Computed,
     FeedForward,
     Kernels,
+    Layer,
     head_of_shape,
     head_width,
-    layers_of,
     read_as,
     square_layers,
 )
@@ -96,62 +97,55 @@ class Pass:
     either: tuple[Block, ...] = ()
 
 
-def pass_of(shape: ModelShape, chosen: Mapping[str, str], sparsity: Mapping[str, float], call: Call) -> Pass:
-    """Describe a pass.
-
-    Args:
-        shape: of the model.
-        chosen: the kernel class that computes with each number format.
-        sparsity: the time of a product with such zeros, as a part of the dense one's.
-        call: the pass.
-    """
+def pass_of(computed: Computed, call: Call) -> Pass:
+    """Describe a pass of a model."""
+    shape = computed.shape
     if shape.unmapped is not None:
-        return Pass([_without_map(shape, chosen, call)])
+        return Pass([_without_map(computed, call)])
     if len(shape.stacks) > 1:
-        return _of_two_stacks(shape, chosen, sparsity, call)
+        return _of_two_stacks(computed, call)
     head = head_of_shape(shape)
     pooled = head is not None and head.pooling != "none"
-    around = _around(_Around.of(shape), _kernels_around(shape, chosen), pooled, call)
-    layers = [(layer, kernels) for _, layer, kernels in layers_of(shape, chosen, sparsity)]
+    around = _around(_Around.of(shape), _kernels_around(computed), pooled, call)
     # Where only the first position is read, the last layer computes all but keys and values there alone.
     if not pooled or shape.stacks[-1].causal or call.tokens == 1:
-        return Pass([around, *_layers(layers, call)])
-    layer, kernels = layers.pop()
-    both = tuple(_attention(Attention.of(layer), kernels, call, 1, absorbed) for absorbed in (False, True))
-    return Pass([around, *_layers(layers, call), _ffn(FeedForward.of(layer), kernels, call.batch)], both)
+        return Pass([around, *_layers(computed.layers, call)])
+    *others, (last, kernels) = computed.layers
+    both = tuple(_attention(last.attention, kernels, call, 1, absorbed) for absorbed in (False, True))
+    return Pass([around, *_layers(others, call), _ffn(last.ffn, kernels, call.batch)], both)
 
 
-def _layers(layers: Iterable[tuple[LayerShape, Kernels]], call: Call) -> Iterator[Block]:
+def _layers(layers: Iterable[tuple[Layer, Kernels]], call: Call) -> Iterator[Block]:
     rows = call.batch * call.tokens
     for layer, kernels in layers:
-        yield _attention(Attention.of(layer), kernels, call, call.tokens, False)
-        yield _ffn(FeedForward.of(layer), kernels, rows)
+        yield _attention(layer.attention, kernels, call, call.tokens, False)
+        yield _ffn(layer.ffn, kernels, rows)
 
 
-def _of_two_stacks(shape: ModelShape, chosen: Mapping[str, str], sparsity: Mapping[str, float], call: Call) -> Pass:
+def _of_two_stacks(computed: Computed, call: Call) -> Pass:
     """What the first stack reads, and the keys and values that the second one's cross-attention has of it; or a step of
     the second."""
-    reading: list[tuple[LayerShape, Kernels]] = []
-    writing: list[tuple[LayerShape, Kernels]] = []
-    for stack, layer, kernels in layers_of(shape, chosen, sparsity):
-        (reading if stack is shape.stacks[0] else writing).append((layer, kernels))
-    bare, around = _Around.of(shape), _kernels_around(shape, chosen)
+    writing = [each for each in computed.layers if each[0].stack]
+    bare, around = _Around.of(computed.shape), _kernels_around(computed)
     if call.source:
         return Pass([_around(bare, around, False, call), *_layers(writing, call)])
-    kept = [_kept(Attention.of(layer), kernels, call) for layer, kernels in writing]
+    reading = (each for each in computed.layers if not each[0].stack)
+    kept = [_kept(layer.attention, kernels, call) for layer, kernels in writing]
     return Pass([_around(bare._replace(outputs=0), around, False, call), *_layers(reading, call), *kept])
 
 
-def _kernels_around(shape: ModelShape, chosen: Mapping[str, str]) -> tuple[str, ...]:
-    forms = (shape.embedding_format, factor_format(shape.embedding_format), shape.head_format)
-    return tuple(chosen.get(form, "") for form in forms)
+def _kernels_around(computed: Computed) -> tuple[str, str, str]:
+    shape, chosen = computed.shape, computed.chosen
+    form = shape.embedding_format
+    return chosen.get(form, ""), chosen.get(factor_format(form), ""), chosen.get(shape.head_format, "")
 
 
-def _without_map(shape: ModelShape, chosen: Mapping[str, str], call: Call) -> Block:
+def _without_map(computed: Computed, call: Call) -> Block:
     """A pass of a model without an architecture map: the products are its own. What is between them is taken to be that
     of a transformer of the configuration's depth, width and heads: attention over all of the context, two norms and two
     residual sums a layer, and an activation of what the widening matrices of the feed-forward blocks give."""
-    other, work = shape.unmapped, Work()
+    shape, chosen, work = computed.shape, computed.chosen, Work()
+    other = shape.unmapped
     assert other is not None
     rows, hidden, layers = call.batch * call.tokens, shape.stacks[0].hidden, other.layers
     work.add("copy", 7 * BYTES * rows * shape.embedding)  # two rows looked up, and their sum

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 from autolite import formats
-from autolite.architecture import CrossAttention, LayerShape, ModelShape, Stack, factor_format
+from autolite.architecture import CrossAttention, LayerShape, ModelShape, factor_format
 from autolite.families import DESCRIBED, Head
 from autolite.hardware import without_map
 from autolite.measure import Workload
@@ -64,32 +65,6 @@ class Kernels(NamedTuple):
     source: int = 0
 
 
-def layers_of(
-    shape: ModelShape, chosen: Mapping[str, str], sparsity: Mapping[str, float]
-) -> Iterator[tuple[Stack, LayerShape, Kernels]]:
-    """Yield each layer with its stack and how it is computed, if `chosen` has the kernel classes of number formats."""
-    fused = bool(DESCRIBED[shape.family].fused_qkv)
-    for stack in shape.stacks:
-        known: dict[tuple[object, ...], Kernels] = {}
-        for layer in stack.layers:
-            attention, ffn = layer.attention_format, layer.ffn_format
-            crosses = layer.cross is not None
-            key = (attention, ffn, layer.attention_rank > 0, layer.ffn_rank > 0, layer.sparsity, crosses)
-            if key not in known:
-                known[key] = Kernels(
-                    stack.hidden,
-                    stack.gated,
-                    fused,
-                    chosen[attention],
-                    chosen[ffn],
-                    chosen[factor_format(attention)] if layer.attention_rank else "",
-                    chosen[factor_format(ffn)] if layer.ffn_rank else "",
-                    sparsity.get(layer.sparsity, 1.0),
-                    shape.stacks[0].hidden if crosses else 0,
-                )
-            yield stack, layer, known[key]
-
-
 def head_width(shape: ModelShape) -> int:
     """Return the width of what the head's last matrix multiplies."""
     return (shape.tied and shape.embedding_rank) or shape.stacks[-1].hidden
@@ -139,6 +114,70 @@ class FeedForward(NamedTuple):
         return differences(alone, kernels.hidden, kernels.gated, kernels.fused)
 
 
+class Layer(NamedTuple):
+    """A layer of a shape: its stack's place, the identities of its weights, its two halves, and its zeros."""
+
+    stack: int
+    attention_weights: int
+    ffn_weights: int
+    attention: Attention
+    ffn: FeedForward
+    sparsity: str
+
+
+def layers_of(shape: ModelShape) -> list[Layer]:
+    """Return all layers of a shape, in order."""
+    return [
+        Layer(place, each.attention, each.feed_forward, Attention.of(each), FeedForward.of(each), each.sparsity)
+        for place, stack in enumerate(shape.stacks)
+        for each in stack.layers
+    ]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Computed:
+    """A shape and how it is computed: the kernel classes of number formats, and of each layer."""
+
+    shape: ModelShape
+    chosen: Mapping[str, str]
+    layers: list[tuple[Layer, Kernels]]
+
+    @classmethod
+    def by(
+        cls, shape: ModelShape, layers: Sequence[Layer], chosen: Mapping[str, str], sparsity: Mapping[str, float]
+    ) -> Computed:
+        """Choose kernel classes.
+
+        Args:
+            shape: of the model.
+            layers: its `layers_of`.
+            chosen: the kernel class that computes with each number format.
+            sparsity: the time of a product with such zeros, as a part of the dense one's.
+        """
+        fused = bool(layers and DESCRIBED[shape.family].fused_qkv)
+        known: dict[tuple[object, ...], Kernels] = {}
+        found = []
+        for layer in layers:
+            attention, ffn = layer.attention, layer.ffn
+            crosses = attention.cross is not None
+            key = (layer.stack, attention.form, ffn.form, attention.rank > 0, ffn.rank > 0, layer.sparsity, crosses)
+            if key not in known:
+                stack = shape.stacks[layer.stack]
+                known[key] = Kernels(
+                    stack.hidden,
+                    stack.gated,
+                    fused,
+                    chosen[attention.form],
+                    chosen[ffn.form],
+                    chosen[factor_format(attention.form)] if attention.rank else "",
+                    chosen[factor_format(ffn.form)] if ffn.rank else "",
+                    sparsity.get(layer.sparsity, 1.0),
+                    shape.stacks[0].hidden if crosses else 0,
+                )
+            found.append((layer, known[key]))
+        return cls(shape, chosen, found)
+
+
 @lru_cache(maxsize=1 << 16)
 def attention_read(part: Attention, kernels: Kernels) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the bytes of the matrices of attention as the kernels read them, and of its low-rank differences."""
@@ -159,42 +198,49 @@ def ffn_read(part: FeedForward, kernels: Kernels) -> tuple[tuple[int, ...], tupl
     return tuple(read_as(part.form, kernels.ffn, n, k) for n, k in matrices), tuple(own)
 
 
-def reads(shape: ModelShape, chosen: Mapping[str, str]) -> list[int]:
+def reads(computed: Computed) -> list[int]:
     """Return the bytes of the matrix of each product as its kernel reads it, in order; shared ones for each use."""
+    shape, chosen = computed.shape, computed.chosen
     if shape.unmapped is not None:
         return [read_as(p.format, chosen[p.format], p.n, p.k) for p in matmuls(shape)]
     found: list[int] = []
-    for _, layer, kernels in layers_of(shape, chosen, {}):
-        for shared, own in (attention_read(Attention.of(layer), kernels), ffn_read(FeedForward.of(layer), kernels)):
+    for layer, kernels in computed.layers:
+        for shared, own in (attention_read(layer.attention, kernels), ffn_read(layer.ffn, kernels)):
             found += shared + own
-    return found + ([_head_read(shape, chosen)] if shape.outputs else [])
+    return found + ([_head_read(computed)] if shape.outputs else [])
 
 
-def weights_read(shape: ModelShape, chosen: Mapping[str, str]) -> int:
-    """Return the bytes of all matrices of products as the kernels read them; what several layers share counts once."""
+def weights_read(computed: Computed, stack: int | None = None) -> int:
+    """Return the bytes of all matrices of products, or of the head's and one stack's, as the kernels read them; what
+    several layers share counts once."""
+    shape, chosen = computed.shape, computed.chosen
     if shape.unmapped is not None:
         return sum({p.weights: read_as(p.format, chosen[p.format], p.n, p.k) for p in matmuls(shape)}.values())
-    total = _head_read(shape, chosen) if shape.outputs else 0
-    seen: set[tuple[str, int]] = set()
-    for stack, layer, kernels in layers_of(shape, chosen, {}):
-        for part, shared, own in (
-            (layer.attention, *attention_read(Attention.of(layer), kernels)),
-            (~layer.feed_forward, *ffn_read(FeedForward.of(layer), kernels)),
-        ):
-            if (key := (stack.name, part)) not in seen:
-                seen.add(key)
-                total += sum(shared)
-            total += sum(own)
+    total = _head_read(computed) if shape.outputs else 0
+    attentions: set[tuple[int, int]] = set()
+    ffns: set[tuple[int, int]] = set()
+    for layer, kernels in computed.layers:
+        if stack in (None, layer.stack):
+            attention, own = attention_read(layer.attention, kernels)
+            ffn, further = ffn_read(layer.ffn, kernels)
+            total += sum(own) + sum(further)
+            if (key := (layer.stack, layer.attention_weights)) not in attentions:
+                attentions.add(key)
+                total += sum(attention)
+            if (key := (layer.stack, layer.ffn_weights)) not in ffns:
+                ffns.add(key)
+                total += sum(ffn)
     return total
 
 
-def _head_read(shape: ModelShape, chosen: Mapping[str, str]) -> int:
-    return read_as(shape.head_format, chosen[shape.head_format], shape.outputs, head_width(shape))
+def _head_read(computed: Computed) -> int:
+    shape = computed.shape
+    return read_as(shape.head_format, computed.chosen[shape.head_format], shape.outputs, head_width(shape))
 
 
 def file_size(shape: ModelShape) -> int:
     """Return the bytes of the artifact: matrices and tables in their formats, everything else in fp32, the graph."""
-    total = weights_read(shape, _STORED)
+    total = weights_read(Computed.by(shape, layers_of(shape), _STORED, {}))
     if shape.unmapped is not None:
         return without_map.file_size(shape, total)
     family = DESCRIBED[shape.family]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ from autolite.errors import TargetError
 from autolite.families import DESCRIBED
 from autolite.hardware import without_map
 from autolite.hardware.blocks import Array, Call, Pass, pass_of
-from autolite.hardware.footprint import activations, file_size, reads, weights_read
+from autolite.hardware.footprint import Computed, activations, file_size, layers_of, reads, weights_read
 from autolite.hardware.profile import KINDS, Profile, growth
 from autolite.hardware.roofline import CALIBRATED, Speeds, speeds_of, times
 from autolite.measure import Measurement, Workload
@@ -151,27 +151,29 @@ def _calls(shapes: Sequence[ModelShape], speeds: Speeds, workload: Workload) -> 
     every = [_passes(shape, workload) for shape in shapes]
     rows: list[Pass] = []
     weights: list[int] = []
-    options: list[Mapping[str, str]] = []  # the kernels of each row
+    options: list[Computed] = []  # of each row
     owners: dict[tuple[int, int], list[int]] = {}  # the rows of each pass of each model
     for place, shape in enumerate(shapes):
+        layers = layers_of(shape)
         for chosen in _kernels(shape, speeds):
-            total = weights_read(shape, chosen)
+            computed = Computed.by(shape, layers, chosen, speeds.sparsity)
+            total = weights_read(computed)
             # Steps of the second of two stacks read its own (with those of the keys and values that are there already).
-            steps = weights_read(replace(shape, stacks=shape.stacks[1:]), chosen) if len(shape.stacks) > 1 else total
+            steps = weights_read(computed, stack=1) if len(shape.stacks) > 1 else total
             for number, (call, _) in enumerate(every[place]):
                 owners.setdefault((place, number), []).append(len(rows))
-                rows.append(pass_of(shape, chosen, speeds.sparsity, call))
+                rows.append(pass_of(computed, call))
                 weights.append(steps if call.source else total)
-                options.append(chosen)
+                options.append(computed)
     parts = times(speeds, rows, np.array(weights, dtype=np.float64))
     totals = parts.sum(1).tolist()
     found = []
-    for place, shape in enumerate(shapes):
+    for place in range(len(shapes)):
         best = [min(owners[place, number], key=totals.__getitem__) for number in range(len(every[place]))]
         counts = np.array([count for _, count in every[place]], dtype=np.float64)
         # A matrix that the prompt and the steps read in two forms is kept in both, and for each of its uses: a shared
         # one takes less of the file, but ONNX Runtime packs it for every product.
-        forms = zip(*(reads(shape, options[row]) for row in best), strict=True)
+        forms = zip(*(reads(options[row]) for row in best), strict=True)
         found.append(_Call(parts[best], counts, float(sum(sum(set(each)) for each in forms))))
     return found
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from autolite.architecture import ModelShape
 from autolite.hardware.blocks import Call, pass_of
-from autolite.hardware.footprint import weights_read
+from autolite.hardware.footprint import Computed, layers_of, weights_read
 from autolite.hardware.predict import predict, time_parts
 from autolite.hardware.profile_files import load_profile
 from autolite.measure import Workload
@@ -23,9 +23,13 @@ PROFILE = load_profile("x86-avx2")
 READ, STEP = Call(1, 9, 9), Call(1, 1, 5, source=9)
 
 
+def whole(shape: ModelShape) -> Computed:
+    return Computed.by(shape, layers_of(shape), {"fp32": "fp32"}, {})
+
+
 def multiplied(shape: ModelShape, *calls: Call) -> Counter[tuple[int, int]]:
     """The weight matrices [k, n] that passes multiply with."""
-    blocks = [block for call in calls for block in pass_of(shape, {"fp32": "fp32"}, {}, call).blocks]
+    blocks = [block for call in calls for block in pass_of(whole(shape), call).blocks]
     return Counter(
         (int(k), int(n))
         for block in blocks
@@ -46,7 +50,7 @@ def test_each_matrix_is_multiplied_with_in_one_of_the_two_passes() -> None:
 def test_the_weights_are_those_of_the_products() -> None:
     shape = encoder_decoder_shape()
     stored = {m.weights: 4 * m.k * m.n for m in matmuls(shape)}
-    assert weights_read(shape, {"fp32": "fp32"}) == sum(stored.values())
+    assert weights_read(whole(shape)) == sum(stored.values())
 
 
 def test_a_call_is_what_is_read_and_the_steps_after_it() -> None:
