@@ -234,24 +234,18 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# A shape can be of these: of transformers that read with one stack and write with another there are only shapes, which
-# can be priced. They normalise after each block and have no table of positions (fairseq's, Marian).
+_PLACES = ("layers", "attention", "query", "key", "value", "out", "ffn_in", "ffn_out", "attention_norm", "ffn_norm")
+_NOWHERE: dict[str, Any] = dict.fromkeys(_PLACES, "")
+# Of transformers that read with one stack and write with another there are only shapes, which can be priced. They
+# normalise after each block and have no table of positions (fairseq's, Marian).
 ENCODER_DECODER = Family(
     "encoder-decoder",
     (),
     heads=(Head("ForConditionalGeneration", "none", (("lm_head", ""),)),),
-    layers="",
-    attention="",
-    query="",
-    key="",
-    value="",
-    out="",
-    ffn_in="",
-    ffn_out="",
-    attention_norm="",
-    ffn_norm="",
     causal=True,
+    **_NOWHERE,
 )
+# All that a shape can be of
 DESCRIBED: dict[str, Family] = {**FAMILIES, ENCODER_DECODER.name: ENCODER_DECODER}
 
 

@@ -216,12 +216,14 @@ def timing_to_measurements(timing: Timing, workload: Workload, runtime: str) -> 
 
 
 def random_texts(vocab: int, workload: Workload, seed: int = 0, count: int = 4) -> list[dict[str, np.ndarray]]:
-    """Return inputs of a workload's size, random ids without padding: int64 [batch, tokens]."""
+    """Return inputs of a workload's size, random ids without padding: int64 [batch, tokens]. Models that have no token
+    types leave those out."""
     rng, shape = np.random.default_rng(seed), (workload.batch, workload.tokens)
     return [
         {
             "input_ids": rng.integers(0, vocab, shape, dtype=np.int64),
             "attention_mask": np.ones(shape, dtype=np.int64),
+            "token_type_ids": np.zeros(shape, dtype=np.int64),
         }
         for _ in range(count)
     ]

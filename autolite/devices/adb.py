@@ -19,7 +19,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import IO
 
-from autolite.devices.base import ConnectionLost
+from autolite.devices.base import KEPT, SMALL, ConnectionLost, check_room, check_status
 from autolite.devices.phone import health, inquiry, specification, tensors
 from autolite.errors import DeviceError, InputError
 from autolite.files import sha256
@@ -30,9 +30,6 @@ _PATIENCE = 10.0  # seconds until a phone that does not answer is given up
 _LOOK = 0.5  # seconds between two looks at whether it does
 _SILENCE = 120.0  # seconds without a line until a phone is taken for gone
 _SLOWEST = 1e6  # bytes a second that a cable carries at least
-_SMALL = 2**20  # bytes; of smaller files it is not asked whether there is room
-_KEPT = 7  # days that models are kept there
-_KILLED = 128  # a shell's exit status of a program that a signal ended: this and the signal's number
 _ENDED = "autolite-ended:"  # without this line at its end, what ran there was cut off; adb itself would not say so
 _COMING = ("offline", "authorizing", "connecting")  # states that pass
 _USUAL_MODE = "cmd power set-fixed-performance-mode-enabled false >/dev/null 2>&1"
@@ -77,7 +74,7 @@ class Adb:
             state = self._state()
         if state != "device":
             raise self._refused(state)
-        old = f"find files -mindepth 1 -maxdepth 1 -mtime +{_KEPT} -exec rm -rf {{}} + 2>/dev/null"
+        old = f"find files -mindepth 1 -maxdepth 1 -mtime +{KEPT} -exec rm -rf {{}} + 2>/dev/null"
         self.run(f"mkdir -p {_FOLDER}/files && cd {_FOLDER} || exit; {old}; true")
 
     def close(self) -> None:
@@ -142,12 +139,7 @@ class Adb:
                 yield line
         if code is None:
             raise self._lost(said)
-        if code > _KILLED:
-            raise DeviceError(
-                f"{self.address}: what ran there was ended by signal {code - _KILLED}: its memory may be too small"
-            )
-        if code:
-            raise DeviceError(f"{self.address}: '{command:.80}' ended with {code}: {said or 'it said nothing'}")
+        check_status(self.address, command, code, said)
 
     def send(self, files: dict[str, Path], folder: str) -> None:
         """Send files to a folder by their names there, unless it is there. It is there whole or not at all.
@@ -173,11 +165,8 @@ class Adb:
 
     def _fill(self, files: dict[str, Path], part: str, free: int) -> None:
         size = sum(file.stat().st_size for file in files.values())
-        if size > max(_SMALL, free):
-            raise DeviceError(
-                f"{self.address} has {free:,} bytes free where models are kept, but {next(iter(files))} has {size:,}: "
-                f"remove what is not needed there, such as {self.folder}/files"
-            )
+        if size > SMALL:
+            check_room(self.address, self.folder, next(iter(files)), size, free)
         with tempfile.TemporaryDirectory() as plain:
             for name, file in files.items():
                 if file.suffix == ".npz":

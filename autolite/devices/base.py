@@ -11,6 +11,10 @@ from typing import Any, Protocol
 
 from autolite.errors import DeviceError
 
+KEPT = 7  # days that models are kept on a device
+SMALL = 2**20  # bytes; of smaller files it is not asked whether there is room
+_KILLED = 128
+
 
 class ConnectionLost(DeviceError):
     """The device cannot be reached, or went away while something ran on it; it may come back."""
@@ -114,6 +118,39 @@ def health_of(device: Device) -> Health:
     for line in answers(device, ["health"]):
         return Health(**line)
     raise DeviceError(f"{device.address} ended without an answer: try it again")
+
+
+def check_room(address: str, folder: str, name: str, size: int, free: int) -> None:
+    """Refuse a file for which there is no room in a device's folder.
+
+    Raises:
+        DeviceError: if it has more bytes than are free.
+    """
+    if size > free:
+        raise DeviceError(
+            f"{address} has {free:,} bytes free where models are kept, but {name} has {size:,}: remove what is not "
+            f"needed there, such as {folder}/files"
+        )
+
+
+def check_status(address: str, command: str, code: int, said: str) -> None:
+    """Refuse the exit status of a shell's command on a device, unless it is 0.
+
+    Args:
+        address: of the device.
+        command: that ended.
+        code: its exit status; of a program that a signal ended, 128 and the signal's number.
+        said: its last line.
+
+    Raises:
+        DeviceError: if it failed.
+    """
+    if code > _KILLED:
+        raise DeviceError(
+            f"{address}: what ran there was ended by signal {code - _KILLED}: its memory may be too small"
+        )
+    if code:
+        raise DeviceError(f"{address}: '{command:.80}' ended with {code}: {said or 'it said nothing'}")
 
 
 def check_runtime(health: Health, address: str) -> None:

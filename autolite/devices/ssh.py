@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from autolite.devices.base import ConnectionLost
+from autolite.devices.base import KEPT, SMALL, ConnectionLost, check_room, check_status
 from autolite.errors import DeviceError, InputError, first_line
 from autolite.files import sha256
 
@@ -35,10 +35,7 @@ _ADDRESS = re.compile(r"ssh://(?:(?P<user>[^@/:]+)@)?(?P<host>[^@/:\[\]]+|\[[^@/
 _PATIENCE = 10.0  # seconds until a host that does not answer is given up
 _SILENCE = 120.0  # seconds without a line until a device is taken for gone
 _ALIVE, _DEAD = 5, 30  # seconds between two signs of life, and until a connection that answers none is dead
-_SMALL = 2**20  # bytes; of smaller files it is not asked whether there is room
-_KEPT = 7  # days that models are kept there
 _FOLDER = '"${XDG_CACHE_HOME:-$HOME/.cache}/autolite/device"'
-_KILLED = 128  # a shell's exit status of a program that a signal ended: this and the signal's number
 
 
 class Ssh:
@@ -105,7 +102,7 @@ class Ssh:
         self._transport.set_keepalive(_ALIVE)
         if isinstance(self._transport.sock, socket.socket) and hasattr(socket, "TCP_USER_TIMEOUT"):
             self._transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD * 1000)
-        old = f"find files -type f -mtime +{_KEPT} -delete 2>/dev/null"
+        old = f"find files -type f -mtime +{KEPT} -delete 2>/dev/null"
         said = self.run(f"mkdir -p {_FOLDER}/files && cd {_FOLDER} || exit; {old}; pwd -P")
         self.folder = said.splitlines()[-1]  # before it may be what a shell says at its start
 
@@ -189,12 +186,7 @@ class Ssh:
             raise self._lost(error) from None
         if code == -1:
             raise self._lost(None)
-        if code > _KILLED:
-            raise DeviceError(
-                f"{self.address}: what ran there was ended by signal {code - _KILLED}: its memory may be too small"
-            )
-        if code:
-            raise DeviceError(f"{self.address}: '{command:.80}' ended with {code}: {said or 'it said nothing'}")
+        check_status(self.address, command, code, said)
 
     def send(self, stream: IO[bytes], size: int, to: str) -> None:
         """Send a file of `size` bytes, unless it is there. It is there whole or not at all.
@@ -211,11 +203,8 @@ class Ssh:
             if _is_there(files, to):
                 files.utime(to, None)
                 return
-            if size > _SMALL and (free := self._free()) < size:
-                raise DeviceError(
-                    f"{self.address} has {free:,} bytes free where models are kept, but {Path(to).name} has {size:,}: "
-                    f"remove what is not needed there, such as {self.folder}/files"
-                )
+            if size > SMALL:
+                check_room(self.address, self.folder, Path(to).name, size, self._free())
             if not _is_there(files, folder := to.rpartition("/")[0]):
                 files.mkdir(folder)
             files.putfo(stream, part, size)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from autolite.architecture import ModelShape, shape_of
 from autolite.devices.timing import Artifact
 from autolite.families import FAMILIES as ARCHITECTURES
@@ -116,7 +114,6 @@ def made(recipe: Recipe, folder: Path) -> tuple[ModelShape, Artifact]:
     student = Quantize().apply(student, parts, None)  # type: ignore[arg-type]  # rounding to nearest needs no data
     files = OnnxRuntime().emit(student, folder, recipe.workload)
     (inputs,) = random_texts(recipe.vocab, recipe.workload, count=1)
-    inputs["token_type_ids"] = np.zeros_like(inputs["input_ids"])  # models that have none do not get them
     return student.shape, Artifact(files, inputs)
 
 

@@ -8,8 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from autolite import export
 from autolite.devices import connected
 from autolite.devices.base import Device, check_runtime, health_of
@@ -26,9 +24,6 @@ _FURTHER = 8.0  # seconds beside that for each on a device: to send it, and to l
 _TOGETHER = 2e9  # bytes of artifacts that are loaded at once; on a device at most a quarter of its memory
 BASELINE = "baseline"
 _TIMED = "timed together"  # the fact with the numbers of candidates by id
-
-
-Silent = Callable[[str], None]
 
 
 def check_device(problem: Problem) -> None:
@@ -63,7 +58,7 @@ def measured(
     files: Mapping[str, Sequence[Path]],
     vocab: int,
     device: Device | None = None,
-    say: Silent = lambda message: None,
+    say: Callable[[str], None] = lambda message: None,
 ) -> dict[str, dict[str, Measurement]]:
     """Time artifacts and the baseline in one interleaved run, on inputs of the workload's size.
 
@@ -90,12 +85,8 @@ def measured(
         inputs = random_texts(vocab, workload, problem.settings.seed)
         timings: Mapping[str, Timing] = time_interleaved(runners, inputs, SECONDS * len(runners))
     else:
-        # A runner there gives a model what it takes of these, and knows no defaults.
         (text,) = random_texts(vocab, workload, problem.settings.seed, count=1)
-        artifacts = {
-            name: Artifact(each, {**text, "token_type_ids": np.zeros_like(text["input_ids"])})
-            for name, each in paths.items()
-        }
+        artifacts = {name: Artifact(each, text) for name, each in paths.items()}
         session = time_on(device, artifacts, workload.threads, SECONDS * len(paths), say=say)
         timings, memory = session.timings, session.peak_bytes
     generates = "ttft_ms" in problem.prices[0].of_shape(problem.teacher.shape)
@@ -116,7 +107,7 @@ def measured(
 
 
 def measured_together(
-    problem: Problem, candidates: Sequence[Candidate], store: Store, say: Silent = lambda message: None
+    problem: Problem, candidates: Sequence[Candidate], store: Store, say: Callable[[str], None] = lambda message: None
 ) -> list[Candidate]:
     """Return confirmed candidates with the numbers of one interleaved run of all whose folders are there: what disturbs
     it meets all of them alike, while each was confirmed at another time. Made again only for new candidates.

@@ -9,19 +9,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
 import psutil
 import pytest
 
 from autolite import registry
 from autolite.contracts import tiny_context
-from autolite.devices import connected
+from autolite.devices import adb, connected, ssh, timing
 from autolite.devices.adb import SOURCE, Adb
 from autolite.devices.base import Device
 from autolite.devices.ssh import Ssh
@@ -194,12 +193,33 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
             yield found
 
 
+@dataclass(frozen=True)
+class Remote:
+    """A device at the other end of a connection that can be cut; `silence` says how long it may be silent."""
+
+    device: Ssh | Adb
+    cut: Callable[[], None]
+    silence: Callable[[float], None]
+
+
+@pytest.fixture(params=["ssh", "adb"])
+def remote(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Remote:
+    """A device of each kind that has a connection, which is made anew at once."""
+    monkeypatch.setattr(timing, "_PAUSE", 0.0)
+    monkeypatch.setattr(adb, "_LOOK", 0.1)
+    module, device, owner = {"ssh": (ssh, "board", "server"), "adb": (adb, "phone", "handset")}[request.param]
+    return Remote(
+        request.getfixturevalue(device),
+        request.getfixturevalue(owner).cut,
+        lambda seconds: monkeypatch.setattr(module, "_SILENCE", seconds),
+    )
+
+
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     """Two artifacts of a tiny BERT."""
     teacher = tiny_context("bert", registry.get("task", "text-classification")).teacher
     (inputs,) = random_texts(teacher.shape.vocab, Workload(1, 8), count=1)
-    inputs["token_type_ids"] = np.zeros_like(inputs["input_ids"])
     found = {}
     for name in ("one", "two"):
         files = OnnxRuntime().emit(teacher, tmp_path_factory.mktemp(name))

@@ -14,7 +14,7 @@ from autolite.devices import adb, connected
 from autolite.devices import timing as timings
 from autolite.devices.adb import Adb
 from autolite.devices.base import ConnectionLost, health_of
-from autolite.devices.timing import MIN_ROUNDS, Artifact, outputs_on, time_on
+from autolite.devices.timing import Artifact, outputs_on, time_on
 from autolite.errors import DeviceError, InputError
 from autolite.hardware.processor import has_overflown, overflowing
 from tests.devices.fake_adbd import FakePhone
@@ -27,20 +27,6 @@ def program(handset: FakePhone, name: str, text: str) -> None:
     file = handset.folder / "bin" / name
     file.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
     file.chmod(0o755)
-
-
-def test_the_lines_of_a_command_come_back(phone: Adb) -> None:
-    assert list(phone.lines("echo one; cat", "two\n")) == ["one", "two"]
-    assert phone.run("echo three >&2") == "three"
-    assert phone.run("echo 'a  b'; printf '\\351'") == "a  b\n\ufffd"
-    assert phone.run("true") == ""
-
-
-def test_a_command_that_fails_says_so(phone: Adb) -> None:
-    with pytest.raises(DeviceError, match=r"'echo no such phone; exit 3' ended with 3: no such phone"):
-        phone.run("echo no such phone; exit 3")
-    with pytest.raises(DeviceError, match="was ended by signal 9: its memory may be too small"):
-        phone.run("sh -c 'kill -9 $$'; exit $?")
 
 
 def test_what_a_phone_computes_is_what_this_machine_does(phone: Adb, artifacts: dict[str, Artifact]) -> None:
@@ -179,33 +165,6 @@ def test_what_is_no_serial_is_refused(address: str) -> None:
 # Connections that break
 
 
-def test_what_was_timed_before_a_connection_broke_is_kept(
-    phone: Adb, handset: FakePhone, artifacts: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen, said, firsts = list[str](), list[str](), list[int]()
-    answers = timings.answers
-
-    def breaking(device: Adb, words: list[str], spec: dict[str, object]) -> object:
-        if words == ["time"]:
-            firsts.append(spec["first"])  # type: ignore[arg-type]
-        for answer in answers(device, words, spec):
-            yield answer
-            if "round" in answer:
-                seen.append(answer["model"])
-                if len(seen) == 7:
-                    handset.cut()
-
-    monkeypatch.setattr(timings, "answers", breaking)
-    monkeypatch.setattr(timings, "_PAUSE", 0.0)
-    monkeypatch.setattr(adb, "_LOOK", 0.1)
-    found = time_on(phone, artifacts, threads=1, seconds=0.5, warmup=0.0, memory=False, say=said.append)
-    (rounds,) = {len(timing.rounds) for timing in found.timings.values()}
-    assert rounds >= MIN_ROUNDS
-    assert firsts[0] == 0
-    assert firsts[1] >= 3, "it goes on where it was"
-    assert "was lost" in said[0]
-
-
 @pytest.mark.usefixtures("impatient")
 def test_a_phone_that_stays_away_is_given_up(phone: Adb, handset: FakePhone, artifacts: dict[str, Artifact]) -> None:
     said = list[str]()
@@ -213,12 +172,6 @@ def test_a_phone_that_stays_away_is_given_up(phone: Adb, handset: FakePhone, art
     with pytest.raises(ConnectionLost, match=r"cannot reach|does not answer|silent"):
         time_on(phone, artifacts, threads=1, seconds=0.0, say=said.append)
     assert len(said) == 3
-
-
-def test_a_phone_that_says_nothing_is_taken_for_gone(phone: Adb, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adb, "_SILENCE", 0.3)
-    with pytest.raises(ConnectionLost, match="has been silent"):
-        phone.run("sleep 5")
 
 
 @pytest.fixture

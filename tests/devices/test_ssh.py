@@ -15,22 +15,9 @@ from autolite.devices import timing as timings
 from autolite.devices.base import ConnectionLost, Health, health_of
 from autolite.devices.setup import setup
 from autolite.devices.ssh import Ssh
-from autolite.devices.timing import MIN_ROUNDS, Artifact, time_on
+from autolite.devices.timing import Artifact, time_on
 from autolite.errors import DeviceError
 from tests.devices.conftest import Server
-
-
-def test_the_lines_of_a_command_come_back(board: Ssh) -> None:
-    assert list(board.lines("echo one; cat", "two\n")) == ["one", "two"]
-    assert board.run("echo three >&2") == "three"
-    assert board.run("echo 'a  b'; printf '\\351'") == "a  b\n\ufffd"
-
-
-def test_a_command_that_fails_says_so(board: Ssh) -> None:
-    with pytest.raises(DeviceError, match=r"ssh://board: 'echo no such board; exit 3' ended with 3: no such board"):
-        board.run("echo no such board; exit 3")
-    with pytest.raises(DeviceError, match="was ended by signal 9: its memory may be too small"):
-        board.run("sh -c 'kill -9 $$'; exit $?")
 
 
 def test_files_are_sent_once_and_whole(board: Ssh, tmp_path: Path) -> None:
@@ -160,31 +147,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_what_was_timed_before_a_connection_broke_is_kept(
-    board: Ssh, server: Server, artifacts: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen, said, firsts = list[str](), list[str](), list[int]()
-    answers = timings.answers
-
-    def breaking(device: Ssh, words: list[str], spec: dict[str, object]) -> object:
-        if words == ["time"]:
-            firsts.append(spec["first"])  # type: ignore[arg-type]
-        for answer in answers(device, words, spec):
-            yield answer
-            if "round" in answer:
-                seen.append(answer["model"])
-                if len(seen) == 7:
-                    server.cut()
-
-    monkeypatch.setattr(timings, "answers", breaking)
-    found = time_on(board, artifacts, threads=1, seconds=0.0, warmup=0.0, say=said.append)
-    assert {len(timing.rounds) for timing in found.timings.values()} == {MIN_ROUNDS}
-    assert firsts[0] == 0
-    assert firsts[1] >= 3, "it goes on where it was"
-    assert "was lost" in said[0]
-
-
-@pytest.mark.usefixtures("impatient")
 def test_a_device_that_stays_away_is_given_up(
     board: Ssh, server: Server, artifacts: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,12 +156,6 @@ def test_a_device_that_stays_away_is_given_up(
     with pytest.raises(ConnectionLost, match="cannot reach"):
         time_on(board, artifacts, threads=1, seconds=0.0, say=said.append)
     assert len(said) == 3
-
-
-def test_a_device_that_says_nothing_is_taken_for_gone(board: Ssh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssh, "_SILENCE", 0.3)
-    with pytest.raises(ConnectionLost, match="has been silent"):
-        board.run("sleep 5")
 
 
 # Setting it up
