@@ -94,8 +94,7 @@ def write_front(
             shutil.rmtree(folder, ignore_errors=True)
     if away is not None:
         raise DeviceError(
-            f"{str(away).rstrip('.')}. {front_file(out)} has predictions; the same command times the finalists, when "
-            "the device is there"
+            f"{front_file(out)} has predictions: the same command times the finalists when the device is there ({away})"
         )
 
 

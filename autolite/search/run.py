@@ -124,9 +124,7 @@ def _search_as_leader(
     problem = load_problem(settings, space, store, note)
     problem = replace(problem, space=_narrowed(problem, store, note))
     _check_reachable(problem)
-    if settings.measure_on is not None:
-        note(f"asking {settings.measure_on} how it does")
-        check_device(problem)
+    check_device(problem, note)
     store.put("identity", identity)
     store.put(TEACHER_SHAPE, problem.teacher.shape.to_json())
     with open_studies(settings, store.run, problem.task) as studies:

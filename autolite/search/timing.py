@@ -26,8 +26,9 @@ BASELINE = "baseline"
 _TIMED = "timed together"  # the fact with the numbers of candidates by id
 
 
-def check_device(problem: Problem) -> None:
-    """Refuse a device that the finalists could not be timed on in the end.
+def check_device(problem: Problem, say: Callable[[str], None]) -> None:
+    """Refuse a device that the finalists could not be timed on in the end, if there is one; `say` is told that it is
+    asked.
 
     Raises:
         InputError: if the workload wants more threads than it has cores.
@@ -36,6 +37,7 @@ def check_device(problem: Problem) -> None:
     address = problem.settings.measure_on
     if address is None:
         return
+    say(f"asking {address} how it does")
     with connected(address) as there:
         health = health_of(there)
         check_runtime(health, address)

@@ -54,7 +54,7 @@ def test_a_device_that_is_gone_in_the_end_costs_nothing_but_the_timing(
         raise ConnectionLost("the board is gone")
 
     monkeypatch.setattr(timing, "time_on", gone)
-    with pytest.raises(DeviceError, match=r"the board is gone\. .*front\.json has predictions; the same command"):
+    with pytest.raises(DeviceError, match=r"front\.json has predictions: the same command .*\(the board is gone\)"):
         search(run_search, tmp_path / "run")
     front = read_front(tmp_path / "run")
     assert front.complete
