@@ -36,7 +36,8 @@ def _basis(front: Front) -> str:
     """What a front's predicted latencies rest on, the surest first; empty for what does not say."""
     basis = {kind: share for kind, share in front.target.get("basis", {}).items() if kind != "timed" and share >= 0.005}
     shares = ", ".join(f"{100 * share:.0f} % {kind}" for kind, share in basis.items())
-    return f"Predicted latencies rest on numbers that are {shares}: autolite targets show" if shares else ""
+    name = front.target["name"]
+    return f"Predicted latencies rest on numbers that are {shares}: autolite targets show {name}" if shares else ""
 
 
 def front_table(front: Front, was: Mapping[str, str] | None = None) -> Group:
@@ -95,7 +96,7 @@ def front_table(front: Front, was: Mapping[str, str] | None = None) -> Group:
     if tied:
         notes.append(f"In quality the data cannot tell these apart: {', '.join(tied)}")
     if basis := _basis(front):
-        notes.append(f"{basis} {front.target['name']}")
+        notes.append(basis)
     return Group(table, *map(Text, notes))
 
 
