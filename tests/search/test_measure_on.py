@@ -16,6 +16,11 @@ from autolite.search import engine, run, timing
 from tests.conftest import RunSearch
 
 
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+
+
 def search(run_search: RunSearch, out: Path, **changes: Any) -> Result:
     usual = {"space": "quantize-only", "budget": "5trials", "workload": "tokens=8,threads=1", "measure_on": "local"}
     return run_search(out=out, **{**usual, **changes})
