@@ -114,7 +114,8 @@ def _session(file: Path, inputs: list[str]) -> str:
     return f"""import onnxruntime
 
 options = onnxruntime.SessionOptions()
-options.add_session_config_entry("session.x64quantprecision", "1")  # x86 without VNNI: else 8-bit products overflow
+# On x86 processors without VNNI, whose 8-bit products would overflow, and only there, since it slows down the others:
+# options.add_session_config_entry("session.x64quantprecision", "1")
 session = onnxruntime.InferenceSession("{file.name}", options){takes}"""
 
 

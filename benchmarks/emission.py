@@ -30,10 +30,10 @@ from transformers import AutoModelForSequenceClassification as Classifier
 
 from autolite import profiling, registry
 from autolite.architecture import shape_of
-from autolite.hardware.processor import saturates
 from autolite.measure import Timing, Workload, faster, time_interleaved
 from autolite.parts import matrices_of
 from autolite.reload import load_model
+from autolite.saturation import saturates
 from autolite.search.scoring import score
 from autolite.tasks.base import DataSpec
 from autolite.tasks.text_classification import TextClassification

@@ -18,6 +18,7 @@ LAYERS = [
     "files",
     "cache",
     "machine",
+    "saturation",
     "registry",
     "plan",
     "families",

@@ -29,10 +29,10 @@ from autolite.hardware.fit import USUAL_CACHE, Machine, fit_profile, quiet
 from autolite.hardware.local import keep_local
 from autolite.hardware.probes import Probe, probes
 from autolite.hardware.processor import cores as physical_cores
-from autolite.hardware.processor import has_overflown, overflowing
 from autolite.hardware.profile import Profile
 from autolite.hardware.profile_files import SUFFIXES, dump_profile, parse_profile
 from autolite.measure import Workload
+from autolite.saturation import has_overflown, overflowing
 
 _PROBES = 12.0  # seconds that all probes are timed
 _MODEL = 0.8  # and each model
@@ -44,7 +44,7 @@ _LEAST = 60.0  # seconds
 _NOISE = 0.25
 _NOTHING = "null"  # the line of a model that did not run
 _FAILURES = 3  # batches in a row that do not run there
-_REVISION = 2  # of what is kept
+_REVISION = 3  # of what is kept
 
 
 def calibrate(

@@ -260,6 +260,15 @@ static const char *load_runtime(void) {
     return get_base()->GetVersionString();
 }
 
+/* See autolite/saturation.py; what is known of the processor is enough here, where few are x86. */
+static int saturates(void) {
+#ifdef __x86_64__
+    return !__builtin_cpu_supports("avx512vnni") && !__builtin_cpu_supports("avxvnni");
+#else
+    return 0;
+#endif
+}
+
 static void *try_session(const char *file, int precisely, void **session) {
     void *options, *failure;
     check(ORT(CreateSessionOptions, void **)(&options));
@@ -277,7 +286,7 @@ static void *try_session(const char *file, int precisely, void **session) {
 
 static void *opened(const char *file) {
     size_t length = strlen(file);
-    int precisely = exact && !(length > 4 && !strcmp(file + length - 4, ".ort"));
+    int precisely = exact && saturates() && !(length > 4 && !strcmp(file + length - 4, ".ort"));
     void *session = NULL, *failure = try_session(file, precisely, &session);
     if (failure && !(precisely && !try_session(file, 0, &session)))
         check(failure);

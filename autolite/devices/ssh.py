@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SENT = (
     "machine.py",
+    "saturation.py",
     "host_lock.py",
     "rounds.py",
     "runtime/session.py",

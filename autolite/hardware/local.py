@@ -15,12 +15,13 @@ from autolite.files import write_atomically
 from autolite.hardware import LOCAL
 from autolite.hardware.fit import USUAL_CACHE, Machine, fit_profile, quiet
 from autolite.hardware.probes import loaded, probes
-from autolite.hardware.processor import cores, saturates
+from autolite.hardware.processor import cores
 from autolite.hardware.profile import Profile
 from autolite.hardware.profile_files import dump_profile, parse_profile
 from autolite.host_lock import host_lock
 from autolite.machine import cpu_name, last_level_cache, processors
 from autolite.measure import time_interleaved
+from autolite.saturation import saturates
 
 _SECONDS = 8.0
 _NOISE = 0.25

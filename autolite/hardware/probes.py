@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from autolite.formats import INT7
-from autolite.hardware.processor import saturates
+from autolite.saturation import saturates
 
 KERNELS = ("fp32", "int8", "int7", "int4")
 ROWS = (1, 16, 64, 128)
@@ -69,7 +69,7 @@ def loaded(models: Mapping[str, Probe], threads: int) -> dict[str, Loaded]:
 
 def probes(cache: float, saturated: bool) -> dict[str, Probe]:
     """Return all probes by name, for a last-level cache of `cache` bytes, and for a processor whose products of signed
-    8-bit weights overflow or do not (`autolite.hardware.processor.saturates`)."""
+    8-bit weights overflow or do not (`autolite.saturation.saturates`)."""
     rng = np.random.default_rng(0)
 
     def floats(*shape: int) -> np.ndarray:

@@ -25,12 +25,12 @@ import numpy as np
 
 from autolite.errors import InputError, ModelError, StorageError
 from autolite.formats import FORMATS
-from autolite.hardware.processor import saturates
 from autolite.measure import Workload
 from autolite.products import matmuls
 from autolite.runtime import emit
 from autolite.runtime.inputs import Takes, fitted
 from autolite.runtime.variants import Place, usual
+from autolite.saturation import saturates
 from autolite.techniques.base import Student
 
 FILE = "model.xml"

@@ -20,7 +20,6 @@ import torch
 from autolite.cache import cache_dir
 from autolite.errors import StorageError
 from autolite.formats import FORMATS, encode
-from autolite.hardware.processor import saturates
 from autolite.machine import cpu_name
 from autolite.measure import time_interleaved
 from autolite.parts import Matrix, Norm
@@ -28,6 +27,7 @@ from autolite.runtime.blocks import Heads, activate, add_and_normalize, attend, 
 from autolite.runtime.graph import Graph, Input
 from autolite.runtime.linear import Weights, lookup, product, products, weights_of
 from autolite.runtime.variants import FEW_ROWS, Choices, Place, usual
+from autolite.saturation import saturates
 from autolite.store import Store
 
 SECONDS = 0.1  # for each option of a place
@@ -36,7 +36,7 @@ CLEARLY = 0.97  # an option replaces the usual one if it takes at most this part
 # agree exactly, unless they overflow; quantizing other values than the reference does moves roundings, not results.
 TOLERANCE = {"float": 1e-4, "dynamic": 2e-3, "static": 2e-3, "any": 0.05}
 TOLERANCE_FIRST = 0.05
-REVISION = 2  # of the probes: what another one measured is not read
+REVISION = 3  # of the probes: what another one measured is not read
 
 PREFIX = "variant "  # of the facts in the store
 

@@ -16,7 +16,7 @@ from autolite.devices.adb import Adb
 from autolite.devices.base import ConnectionLost, health_of
 from autolite.devices.timing import Artifact, outputs_on, time_on
 from autolite.errors import DeviceError, InputError
-from autolite.hardware.processor import has_overflown, overflowing
+from autolite.saturation import has_overflown, overflowing
 from tests.devices.fake_adbd import FakePhone
 
 FIXED, USUAL = (f"power set-fixed-performance-mode-enabled {on}" for on in ("true", "false"))

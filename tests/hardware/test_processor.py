@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from autolite.formats import INT7
-from autolite.hardware.processor import cores, processors, saturates
+from autolite.hardware.processor import cores, processors
+from autolite.saturation import overflowing, saturates
 
 
 def exact(weights: np.ndarray, rows: int) -> bool:
@@ -38,6 +40,21 @@ def test_signed_weights_overflow_where_it_says_so_and_seven_bits_nowhere(rows: i
     assert exact(full, rows) != saturates()
     assert exact(np.full((k, n), INT7, np.int8), rows)
     assert exact((full.astype(np.int16) + 128).astype(np.uint8), rows)
+
+
+def test_the_product_that_shows_it_is_what_onnx_writes() -> None:
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "w"], ["y"])],
+        "saturates",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, [16, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [16, 16])],
+        [numpy_helper.from_array(np.full((8, 16), 127, np.int8), "w")],
+    )
+    model, inputs = overflowing()
+    assert onnx.load_from_string(model) == helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10
+    )
+    np.testing.assert_array_equal(inputs["x"], np.full((16, 8), 255, np.uint8))
 
 
 def test_a_process_has_the_processors_that_it_may_run_on(monkeypatch: pytest.MonkeyPatch) -> None:

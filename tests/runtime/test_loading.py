@@ -15,12 +15,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from autolite.architecture import shape_of
 from autolite.errors import ModelError
-from autolite.hardware.processor import saturates
-from autolite.runtime import modelfile
+from autolite.runtime import modelfile, session
 from autolite.runtime.emit import emit
 from autolite.runtime.graph import CONTRIB, OPSET, Graph
 from autolite.runtime.onnxruntime import OnnxRuntime
 from autolite.runtime.requirements import CODES, REQUIRES, first_release, metadata_of, required
+from autolite.saturation import saturates
 from autolite.techniques.base import Student
 from autolite.techniques.quantize import Quantize, QuantizeConfig
 from autolite.testing import tiny_model
@@ -153,6 +153,17 @@ def test_products_of_8_bit_weights_are_exact_on_every_processor(use: str, larges
         np.testing.assert_array_equal(found[:, -8:], rows @ codes.astype(np.float32))
 
 
+@pytest.mark.parametrize("overflows", [True, False])
+def test_weights_are_converted_only_where_their_products_would_overflow(
+    overflows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "saturates", lambda: overflows)
+    file, _ = made_of(codes_of(127), USES["direct"], tmp_path)
+    made, overflow = session.opened(str(file), 1)
+    asked = made.get_session_options().get_session_config_entry("session.x64quantprecision")
+    assert (asked, overflow) == ("1" if overflows else "0", False)
+
+
 @pytest.mark.parametrize("use", USES)
 def test_a_model_tells_whether_its_weights_can_overflow(use: str, tmp_path: Path) -> None:
     assert metadata_of(made_of(codes_of(65), USES[use], tmp_path)[0])[CODES] == "s8"
@@ -173,11 +184,11 @@ def test_weights_that_are_looked_up_or_have_no_sign_do_not_overflow(tmp_path: Pa
 def test_an_emitted_model_runs_in_plain_onnx_runtime(tmp_path: Path) -> None:
     (file,) = emit(student(attention="int8", ffn="int4", embedding="int8", head="kmeans4"), tmp_path)
     options = onnxruntime.SessionOptions()
-    if metadata_of(file).get(CODES) == "s8":  # as the README says
+    if metadata_of(file).get(CODES) == "s8" and saturates():  # as the README says
         options.add_session_config_entry("session.x64quantprecision", "1")
-    session = onnxruntime.InferenceSession(str(file), options)
+    plain = onnxruntime.InferenceSession(str(file), options)
     feed = INPUTS | {"token_type_ids": np.zeros_like(IDS)}
-    np.testing.assert_array_equal(session.run(["logits"], feed)[0], load(file).run(feed)["logits"])
+    np.testing.assert_array_equal(plain.run(["logits"], feed)[0], load(file).run(feed)["logits"])
 
 
 # Files that cannot be loaded
