@@ -116,8 +116,11 @@ def ours(
         if name not in registry.names("runtime"):
             continue
         runtime = registry.get("runtime", name)
-        table = "int8" if student.shape.vocab else "fp32"
-        config = QuantizeConfig(attention=form, ffn=form, embedding=table, head="fp32")
+        shape = student.shape
+        table = "int8" if shape.vocab else "fp32"
+        # The head of a language model is a large product, which the others quantize too. A tied one follows its table.
+        large = shape.outputs == shape.vocab and not shape.tied
+        config = QuantizeConfig(attention=form, ffn=form, embedding=table, head=form if large else "fp32")
         made = Quantize().apply(student, config, context)  # type: ignore[arg-type]
         place = folder / f"{name}-{form}-{workload.batch}x{workload.tokens}"
         runtime.emit(made, place, workload, tuned=True)  # what has to be measured first is measured now
