@@ -1,8 +1,9 @@
 """Student -> ONNX, straight from the architecture map; what the map does not have is exported by torch
 (`autolite.runtime.exported`).
 
-Activations are kept as [batch * tokens, width]: that lets a product and its bias be one node, and keeps ONNX Runtime
-from turning every `Add` + `LayerNormalization` into its `SkipLayerNormalization`, which is 5.6 times slower.
+Decoders take keys and values of earlier calls and give them back with those of the new tokens, so that one graph reads
+a prompt (with nothing before it) and goes on from there token by token. Their names are those that optimum,
+transformers.js and onnxruntime-genai use.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from onnx import TensorProto
 
@@ -31,27 +31,24 @@ from autolite.parts import (
     layers_of,
 )
 from autolite.runtime import exported
-from autolite.runtime.blocks import (
-    BeyondError,
-    Heads,
-    Part,
-    activate,
-    add_and_normalize,
-    attend,
-    attend_first,
-    normalize,
-    project,
-    rotate,
-)
-from autolite.runtime.graph import Graph, Input
+from autolite.runtime.attention import Heads, Part, attend, attend_cached, attend_first, rotate
+from autolite.runtime.blocks import BeyondError, activate, add_and_normalize, normalize, project
+from autolite.runtime.graph import Graph, Output
 from autolite.runtime.linear import Weights, decoded, encoded_of, lookup, product, products, weights_of
+from autolite.runtime.sequences import Sequences
 from autolite.runtime.variants import Choices, Place, usual
 from autolite.techniques.base import Student
 
 FILE = "model.onnx"
 
 
-def emit(student: Student, folder: Path, workload: Workload | None = None, choices: Choices = usual) -> list[Path]:
+def emit(
+    student: Student,
+    folder: Path,
+    workload: Workload | None = None,
+    choices: Choices = usual,
+    cache: bool = True,
+) -> list[Path]:
     """Write `model.onnx` (and, above 2 GiB, its data file) into `folder` and return the files.
 
     Args:
@@ -59,6 +56,7 @@ def emit(student: Student, folder: Path, workload: Workload | None = None, choic
         folder: where to; made if it is not there.
         workload: the call that the graph should be fast at; any other is computed as well.
         choices: which option to take at each place where equivalent nodes can stand.
+        cache: whether a decoder of the map goes on from the keys and values of earlier calls.
 
     Raises:
         ModelError: if the model has a part that cannot be emitted, such as positions that change with the length.
@@ -66,7 +64,7 @@ def emit(student: Student, folder: Path, workload: Workload | None = None, choic
     """
     if student.shape.unmapped is None:
         with suppress(BeyondError), torch.no_grad():
-            return _Emitter.of(student, workload or Workload(), choices).emit(folder / FILE)
+            return _Emitter.of(student, workload or Workload(), choices, cache).emit(folder / FILE)
     return exported.emit(student, folder / FILE, workload, choices)
 
 
@@ -76,49 +74,50 @@ class _Emitter:
 
     student: Student
     graph: Graph
-    inputs: dict[str, Input]
+    sequences: Sequences
     head: HeadParts
     layers: list[LayerParts]
     causal: bool
     pre_norm: bool
     activation: str
-    batch: int
-    tokens: int
+    generated: int
     choices: Choices
     unsigned: bool
+    presents: list[Output]
 
     @classmethod
-    def of(cls, student: Student, workload: Workload, choices: Choices) -> _Emitter:
+    def of(cls, student: Student, workload: Workload, choices: Choices, cache: bool) -> _Emitter:
         model = student.model
         family = family_of(model.config)
-        layers = layers_of(model)
+        layers, head = layers_of(model), head_of(model)
         for layer in layers:
             if layer.window is not None and layer.window < student.shape.positions:
                 raise BeyondError(f"layer {layer.index} attends to a sliding window of {layer.window} tokens")
+        graph = Graph()
+        tokens = student.shape.positions if family.patch else workload.tokens
+        generates = family.causal and head.pooling == "none"
         return cls(
             student=student,
-            graph=Graph(),
-            inputs={},
-            head=head_of(model),
+            graph=graph,
+            sequences=Sequences(graph, workload.batch, tokens, cached=cache and generates),
+            head=head,
             layers=layers,
             causal=family.causal,
             pre_norm=family.pre_norm,
             activation=str(getattr(model.config, family.activation)),
-            batch=workload.batch,
-            tokens=student.shape.positions if family.patch else workload.tokens,
+            generated=workload.generated,
             choices=choices,
             unsigned=choices(Place("int8")) == "uint8",
+            presents=[],
         )
 
     @property
-    def rows(self) -> int:
-        """Rows of the activations in the call that the graph is made for."""
-        return self.batch * self.tokens
+    def batch(self) -> int:
+        return self.sequences.batch
 
     @property
-    def mask(self) -> str:
-        """The input that tells padding from tokens; images have none."""
-        return "attention_mask" if "attention_mask" in self.inputs else ""
+    def rows(self) -> int:
+        return self.sequences.rows
 
     def emit(self, file: Path) -> list[Path]:
         with self.graph.scope("embedding"):
@@ -130,7 +129,7 @@ class _Emitter:
                 x = self.layer(layer, x, first_only)
         with self.graph.scope("head"):
             logits = self.logits(x)
-        return self.graph.save(file, self.inputs, logits)
+        return self.graph.save(file, self.sequences.inputs, logits, *self.presents)
 
     def embedding(self, parts: EmbeddingParts) -> str:
         """Return the first hidden state, [batch * tokens, hidden]."""
@@ -138,16 +137,13 @@ class _Emitter:
         if parts.patch is not None:
             return self.patches(parts, parts.patch)
         assert parts.word is not None
-        for name in ("input_ids", "attention_mask"):
-            self.inputs[name] = (np.dtype(np.int64), ["batch", "tokens"])
-        x = self.lookup(self.flat("input_ids"), parts.word)
+        x = self.lookup(self.sequences.take_text(), parts.word)
         if parts.factor is not None:
             x = self.thin(x, parts.factor)
         if parts.token_type is not None:
             types = parts.token_type
             if types.weight.shape[0] > 1:
-                self.inputs["token_type_ids"] = self.inputs["input_ids"]
-                x = graph.op("Add", x, self.lookup(self.flat("token_type_ids"), types))
+                x = graph.op("Add", x, self.lookup(self.sequences.take_types(), types))
             else:
                 x = graph.op("Add", x, graph.constant(types.weight[0]))
         if parts.position is not None and parts.positions_after_padding:
@@ -158,8 +154,9 @@ class _Emitter:
             ids = graph.op("Reshape", graph.op("Add", count, offset), graph.constant([-1]))
             x = graph.op("Add", x, self.lookup_positions(ids, parts.position))
         elif parts.position is not None:
-            positions = self.lookup_positions(self.positions(), parts.position)
-            x = self.flatten(graph.op("Add", self.per_sequence(x, parts.position.weight.shape[1]), positions))
+            positions = self.lookup_positions(self.sequences.positions(), parts.position)
+            apart = self.sequences.apart(x, parts.position.weight.shape[1])
+            x = self.sequences.flatten(graph.op("Add", apart, positions))
         if parts.norm is not None:
             x = normalize(graph, x, parts.norm)
         return x if parts.projection is None else self.product(x, (parts.projection,), self.rows)
@@ -169,27 +166,27 @@ class _Emitter:
         graph, config = self.graph, self.student.model.config
         side, channels, size = config.image_size, config.num_channels, config.patch_size
         count = side // size
-        self.inputs["pixel_values"] = (np.dtype(np.float32), ["batch", channels, side, side])
-        x = graph.op("Reshape", "pixel_values", graph.constant([-1, channels, count, size, count, size]))
+        images = self.sequences.take_images(channels, side)
+        x = graph.op("Reshape", images, graph.constant([-1, channels, count, size, count, size]))
         x = graph.op("Transpose", x, perm=(0, 2, 4, 1, 3, 5))
         x = graph.op("Reshape", x, graph.constant([-1, channels * size * size]))
         x = self.product(x, (patch,), self.batch * count * count)
         hidden = patch.weight.shape[0]
         x = graph.op("Reshape", x, graph.constant([-1, count * count, hidden]))
         if parts.class_token is not None:
-            batch = graph.op("Shape", "pixel_values", start=0, end=1)
+            batch = graph.op("Shape", images, start=0, end=1)
             shape = graph.op("Concat", batch, graph.constant([1, hidden]), axis=0)
             x = graph.op("Concat", graph.op("Expand", graph.constant(parts.class_token), shape), x, axis=1)
         if parts.position is not None:
             x = graph.op("Add", x, graph.constant(parts.position.weight))
-        return self.flatten(x)
+        return self.sequences.flatten(x)
 
     def layer(self, layer: LayerParts, x: str, first_only: bool) -> str:
         """Return the next hidden state: [batch * tokens, hidden], or [batch, hidden] with `first_only`."""
         graph = self.graph
         with graph.scope("attention"):
             source = normalize(graph, x, layer.attention_norm) if self.pre_norm else x
-            x = self.first(x) if first_only else x
+            x = self.sequences.first(x, self.hidden) if first_only else x
             mixed = self.attention(layer, source, first_only)
             x = graph.op("Add", x, mixed) if self.pre_norm else self.add_norm(x, mixed, layer.attention_norm)
         with graph.scope("ffn"):
@@ -208,27 +205,45 @@ class _Emitter:
         query, key, value = self.query_key_value(layer, x, width, kv)
         query, key = self.head_norm(query, layer.query_norm, width), self.head_norm(key, layer.key_norm, kv)
         query, key = self.rotate(query), self.rotate(key)
-        place = Place("attention", sizes=(self.batch, self.tokens, layer.heads, layer.kv_heads, dim, int(self.causal)))
-        mixed = attend(graph, query, key, value, self.mask, heads, self.choices(place))
+        mixed = (self.attend_cached if self.sequences.cached else self.attend)(layer.index, query, key, value, heads)
         # Not Flatten: what shape inference makes of the operator Attention is no use to it.
         return self.product(graph.op("Reshape", mixed, graph.constant([-1, width])), (layer.out,), self.rows)
 
+    def attend(self, layer: int, query: str, key: str, value: str, heads: Heads) -> str:
+        sizes = (self.batch, self.sequences.tokens, heads.heads, heads.kv_heads, heads.dim, int(heads.causal))
+        option = self.choices(Place("attention", sizes=sizes))
+        return attend(self.graph, query, key, value, self.sequences.mask, heads, option)
+
+    def attend_cached(self, layer: int, query: str, key: str, value: str, heads: Heads) -> str:
+        past = self.sequences.take_past(layer, heads.kv_heads, heads.dim)
+        # One option for all layers, that of the widest: whoever calls the model has one way to keep what it gives.
+        widest = max(self.layers, key=lambda each: (each.heads, each.kv_heads))
+        sizes = (self.batch, self.sequences.tokens, self.generated, widest.heads, widest.kv_heads, widest.head_dim)
+        option = self.choices(Place("cached", sizes=sizes))
+        mask, tokens = self.sequences.mask, self.sequences.count()
+        mixed, *presents = attend_cached(self.graph, query, key, value, mask, tokens, past, heads, option)
+        dims: list[str | int] = ["batch", heads.kv_heads, "past + tokens", heads.dim]
+        self.presents.extend(
+            (each, f"present.{layer}.{part}", dims) for part, each in zip(("key", "value"), presents, strict=True)
+        )
+        return mixed
+
     def query_key_value(self, layer: LayerParts, x: str, width: int, kv: int) -> tuple[str, str, str]:
         """Project [rows, hidden] to queries [batch, tokens, width], keys and values [batch, tokens, kv]."""
-        if not self.apart(layer):
+        if not self.separate(layer):
             merged = self.merged(layer)
             found = project(self.graph, x, merged, self.kernel(merged, self.rows), (width, kv, kv))
         else:
             parts = [self.weights((m,)) for m in (layer.query, layer.key, layer.value)]
             kernel = self.choices(Place("product", parts[0].format, (self.rows, parts[0].k, width + 2 * kv)))
             whole = kernel != "float" and parts[0].delta is None
-            found = products(self.graph, self.per_sequence(x, parts[0].k) if whole else x, parts, kernel)
+            found = products(self.graph, self.sequences.apart(x, parts[0].k) if whole else x, parts, kernel)
             if whole:
                 return found[0], found[1], found[2]
-        query, key, value = found
-        return self.per_sequence(query, width), self.per_sequence(key, kv), self.per_sequence(value, kv)
+        query, key, value = (self.sequences.apart(x, n) for x, n in zip(found, (width, kv, kv), strict=True))
+        return query, key, value
 
-    def apart(self, layer: LayerParts) -> bool:
+    def separate(self, layer: LayerParts) -> bool:
         """Whether query, key and value are products of their own: because that is faster, or because each has a
         low-rank difference. Layers that share them agree in this."""
         if layer.qkv is None and layer.query.delta is not None:
@@ -243,19 +258,21 @@ class _Emitter:
     def attention_of_first(self, layer: LayerParts, x: str, heads: Heads) -> str:
         """Return what the first token of each sequence attends to, [batch, width]."""
         graph, width, hidden = self.graph, layer.heads * layer.head_dim, layer.query.weight.shape[1]
-        separate = self.apart(layer)
+        separate = self.separate(layer)
         q = self.weights((layer.query,)) if separate else self.merged(layer)
-        query = product(graph, self.first(x), q, self.kernel(q, self.batch), None if separate else (0, width))
+        one = self.sequences.first(x, hidden)
+        query = product(graph, one, q, self.kernel(q, self.batch), None if separate else (0, width))
         keys: Part = (self.weights((layer.key,)), None) if separate else (self.merged(layer), (width, 2 * width))
         values: Part = (
             (self.weights((layer.value,)), None) if separate else (self.merged(layer), (2 * width, 3 * width))
         )
-        sizes = (self.batch, self.tokens, layer.heads, layer.head_dim, hidden)
+        tokens = self.sequences.tokens
+        sizes = (self.batch, tokens, layer.heads, layer.head_dim, hidden)
         option = self.choices(Place("first", q.format, sizes))
-        place = Place("attention", sizes=(self.batch, self.tokens, layer.heads, layer.kv_heads, layer.head_dim, 0))
+        place = Place("attention", sizes=(self.batch, tokens, layer.heads, layer.kv_heads, layer.head_dim, 0))
         kernels = self.kernel(keys[0], self.rows), self.choices(place)
-        whole = self.per_sequence(x, hidden)
-        return attend_first(graph, query, whole, keys, values, self.mask, heads, option, kernels)
+        whole, mask = self.sequences.apart(x, hidden), self.sequences.mask
+        return attend_first(graph, query, whole, keys, values, mask, heads, option, kernels)
 
     def feed_forward(self, layer: LayerParts, x: str, rows: int) -> str:
         down = self.weights((layer.ffn_out,))
@@ -272,13 +289,15 @@ class _Emitter:
             inner = self.graph.op("Mul", activate(self.graph, gate, self.activation, gelu), value)
         return product(self.graph, inner, down, self.kernel(down, rows))
 
-    def logits(self, x: str) -> tuple[str, str, list[str | int]]:
-        """Return the output for `Graph.save`: [batch, labels] or [batch, tokens, vocab]."""
+    def logits(self, x: str) -> Output:
+        """Return the first output: [batch, labels], or [batch, tokens, vocab], of as many tokens as are asked for."""
         head = self.head
         if not head.dense:
             raise ModelError(f"{type(self.student.model).__name__} has no head, so there are no logits to emit")
         if head.pooling == "last":
-            x = self.last(x)
+            x = self.sequences.last(x, self.hidden, self.padding())
+        elif self.sequences.cached:
+            x = self.sequences.kept(x, self.hidden)
         if head.final_norm is not None:
             x = normalize(self.graph, x, head.final_norm)
         for matrix, activation in head.dense:
@@ -289,10 +308,15 @@ class _Emitter:
             x = activate(self.graph, x, activation) if activation else x
         outputs = self.student.shape.outputs
         if head.pooling == "none":
-            return self.per_sequence(x, outputs), "logits", ["batch", "tokens", outputs]
+            tokens = "kept" if self.sequences.cached else "tokens"
+            return self.sequences.logits(x, outputs), "logits", ["batch", tokens, outputs]
         return x, "logits", ["batch", outputs]
 
     # Small pieces
+
+    @property
+    def hidden(self) -> int:
+        return self.student.shape.stacks[0].hidden
 
     def weights(self, matrices: Sequence[Matrix], table: bool = False) -> Weights:
         return weights_of(matrices, self.student.encoded, self.student.ranges, table, self.unsigned)
@@ -335,26 +359,17 @@ class _Emitter:
         if norm is None:
             return x
         heads = self.graph.op("Reshape", x, self.graph.constant([-1, norm.weight.shape[0]]))
-        return self.per_sequence(normalize(self.graph, heads, norm), width)
+        return self.sequences.apart(normalize(self.graph, heads, norm), width)
 
     def rotate(self, x: str) -> str:
         """Turn the heads of `x` [batch, tokens, width] by their positions, if the model does."""
         model = self.student.model
         path = family_of(model.config).rotary
-        return rotate(self.graph, x, self.positions(), model.base_model.get_submodule(path)) if path else x
-
-    def dims(self, *rest: int) -> str:
-        """Return the shape [batch, tokens, *rest] as a value."""
-        if "pixel_values" in self.inputs:
-            return self.graph.constant([-1, self.tokens, *rest])
-        return self.graph.op("Concat", self.graph.op("Shape", "input_ids"), self.graph.constant(rest), axis=0)
-
-    def positions(self) -> str:
-        """Return 0, 1, ..., tokens - 1."""
-        graph = self.graph
-        tokens = graph.op("Squeeze", graph.op("Shape", "input_ids", start=1, end=2))
-        zero, one = (graph.constant(torch.tensor(i)) for i in (0, 1))
-        return graph.op("Range", zero, tokens, one)
+        if not path:
+            return x
+        # All places, where ONNX Runtime would do with the first: OpenVINO reads that as the position of every token.
+        rows = self.graph.op("Expand", self.sequences.places(), self.graph.op("Shape", "input_ids"))
+        return rotate(self.graph, x, self.sequences.positions(), rows, model.base_model.get_submodule(path))
 
     def padding(self) -> str:
         pad = self.student.model.config.pad_token_id
@@ -363,27 +378,3 @@ class _Emitter:
                 "the model's configuration has no pad_token_id, which finding its last token needs; set it"
             )
         return self.graph.constant(torch.tensor(int(pad)))
-
-    def flat(self, ids: str) -> str:
-        return self.graph.op("Reshape", ids, self.graph.constant([-1]))
-
-    def flatten(self, x: str) -> str:
-        """[batch, tokens, width] -> [batch * tokens, width]."""
-        return self.graph.op("Flatten", x, axis=2)
-
-    def per_sequence(self, x: str, width: int) -> str:
-        """[batch * tokens, width] -> [batch, tokens, width]."""
-        return self.graph.op("Reshape", x, self.dims(width))
-
-    def first(self, x: str) -> str:
-        """Return the first token of each sequence: [batch * tokens, hidden] -> [batch, hidden]."""
-        hidden = self.per_sequence(x, self.student.shape.stacks[0].hidden)
-        return self.graph.op("Gather", hidden, self.graph.constant(torch.tensor(0)), axis=1)
-
-    def last(self, x: str) -> str:
-        """Return the last token of each sequence that is not padding, as transformers finds it: by its id."""
-        graph = self.graph
-        pad = graph.op("Equal", "input_ids", self.padding())
-        place = graph.op("Where", pad, graph.constant(torch.tensor(0)), self.positions())
-        index = graph.op("ArgMax", place, axis=1, keepdims=1)
-        return graph.op("GatherND", self.per_sequence(x, self.student.shape.stacks[0].hidden), index, batch_dims=1)

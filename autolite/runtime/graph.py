@@ -34,6 +34,7 @@ _TYPES = {
 }
 
 Input = tuple[np.dtype[Any], Sequence[str | int | None]]  # an array's dtype and dimensions
+Output = tuple[str, str, Sequence[str | int] | None]  # name in the graph, name to the outside, dimensions; float32
 
 
 class Graph:
@@ -45,6 +46,7 @@ class Graph:
         self._stored: dict[tuple[Any, ...], str] = {}
         self._computed: dict[tuple[Any, ...], list[str]] = {}
         self._uses: dict[str, int] = {}
+        self._defaults: dict[str, Input] = {}
         self._scope = ""
 
     @contextmanager
@@ -72,6 +74,13 @@ class Graph:
             name = self._stored[key] = f"w{len(self._tensors)}"
             self._tensors.append(Tensor(name, kind, dims, array))
         return self._stored[key]
+
+    def default(self, name: str, value: np.ndarray) -> str:
+        """Add an input that takes this value where a caller does not give it, and return its name."""
+        if name not in self._defaults:
+            self._defaults[name] = (value.dtype, value.shape)
+            self._tensors.append(Tensor(name, _TYPES[value.dtype], value.shape, value))
+        return name
 
     def op(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
         """Add a node with one output, and return its name; "" is an input that is left out."""
@@ -101,22 +110,24 @@ class Graph:
         uses = self._uses[value] = self._uses.get(value, -1) + 1
         return self.slice(value, (0, LARGEST - uses), axis) if uses else value
 
-    def save(
-        self, file: Path, inputs: Mapping[str, Input], output: tuple[str, str, Sequence[str | int] | None]
-    ) -> list[Path]:
-        """Write the model and return its files, `file` first. `output` is (name in the graph, name to the outside,
-        dimensions), float32.
+    def save(self, file: Path, inputs: Mapping[str, Input], *outputs: Output) -> list[Path]:
+        """Write the model and return its files, `file` first.
 
         Raises:
             StorageError: if the files cannot be written.
         """
-        value, name, dims = output
-        self._nodes.append(helper.make_node("Identity", [value], [name], "output"))
+        outside = {value: name for value, name, _ in outputs}
+        for node in self._nodes:
+            for names in (node.input, node.output):
+                names[:] = [outside.get(name, name) for name in names]
         graph = helper.make_graph(
             self._nodes,
             "autolite",
-            [helper.make_tensor_value_info(n, _TYPES[np.dtype(t)], d) for n, (t, d) in inputs.items()],
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)],
+            [
+                helper.make_tensor_value_info(n, _TYPES[np.dtype(t)], d)
+                for n, (t, d) in {**inputs, **self._defaults}.items()
+            ],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for _, name, dims in outputs],
         )
         model = onnx.ModelProto(ir_version=IR_VERSION, producer_name="autolite", graph=graph)
         model.opset_import.extend([helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from autolite.errors import ModelError
+
+PAST = "past"  # the dimension that has so many tokens as were in earlier calls
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Takes:
 
 
 def fitted(takes: Sequence[Takes], inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the arrays that a model takes, by name; others are left out, and token types that are not given are zero.
+    """Return the arrays that a model takes, by name; others are left out. Token types that are not given are zero, and
+    keys and values of earlier calls there are none.
 
     Whole numbers of another width are converted if all of them fit.
 
@@ -37,6 +41,11 @@ def fitted(takes: Sequence[Takes], inputs: Mapping[str, np.ndarray]) -> dict[str
         array = inputs.get(wanted.name)
         if array is None and wanted.name == "token_type_ids" and "input_ids" in found:
             array = np.zeros_like(found["input_ids"])
+        if array is None and PAST in wanted.dims:
+            known = {**sizes, PAST: 0}
+            shape = tuple(known.get(dim, 1) if isinstance(dim, str) else dim or 1 for dim in wanted.dims)
+            found[wanted.name] = _nothing(shape, wanted.dtype)
+            continue
         if array is None:
             raise ModelError(
                 f"the input {wanted.name} is missing: the model takes {', '.join(map(str, takes))}, and was given "
@@ -57,7 +66,22 @@ def fitted(takes: Sequence[Takes], inputs: Mapping[str, np.ndarray]) -> dict[str
                     + (f" with {dim} = {expected} as in the inputs before it" if isinstance(dim, str) else "")
                 )
         found[wanted.name] = array
+    _check_sums(sizes)
     return found
+
+
+@cache  # a call takes two for each layer
+def _nothing(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+def _check_sums(sizes: Mapping[str, int]) -> None:
+    """Check that a dimension whose name is a sum, as in "past + tokens", has that size."""
+    for dim, size in sizes.items():
+        parts = dim.split(" + ")
+        if len(parts) > 1 and size != (total := sum(sizes.get(part, 0) for part in parts)):
+            told = ", ".join(f"{part} = {sizes.get(part, 0)}" for part in parts)
+            raise ModelError(f"{dim} is {size} in one input, but {total} by the others: {told}")
 
 
 def _converted(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:

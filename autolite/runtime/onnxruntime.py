@@ -14,7 +14,8 @@ from autolite.errors import ModelError, first_line
 from autolite.formats import FORMATS
 from autolite.measure import Workload
 from autolite.runtime import emit, requirements
-from autolite.runtime.inputs import Takes, fitted
+from autolite.runtime.inputs import PAST, Takes, fitted
+from autolite.runtime.reading import PRESENT, Reading
 from autolite.runtime.session import opened
 from autolite.techniques.base import Student
 
@@ -103,7 +104,8 @@ _TYPES = {"float": "float32", "double": "float64", "bool": "bool"} | {
 
 
 class OrtRunner:
-    """A loaded model. Inputs that it does not have are left out; token types that are not given are zero.
+    """A loaded model. Inputs that it does not have are left out; token types that are not given are zero, and keys and
+    values of earlier calls there are none.
 
     Attributes:
         overflow: its products of signed 8-bit weights may overflow on this processor, since ONNX Runtime cannot
@@ -113,13 +115,22 @@ class OrtRunner:
     def __init__(self, session: Any, overflow: bool = False) -> None:
         self.overflow = overflow
         self._session = session
-        self._outputs = [o.name for o in session.get_outputs()]
+        self._outputs = [o.name for o in session.get_outputs() if not o.name.startswith(PRESENT)]
         self._takes = [Takes(i.name, _dtype(i.type), i.shape) for i in session.get_inputs()]
 
     @property
     def inputs(self) -> dict[str, tuple[str, list[int | str | None]]]:
         """What the model takes: for each name the type, as in "tensor(int64)", and the dimensions, open ones named."""
         return {i.name: (i.type, i.shape) for i in self._session.get_inputs()}
+
+    @property
+    def cached(self) -> bool:
+        """Whether it can go on from the keys and values of earlier calls."""
+        return any(PAST in each.dims for each in self._takes)
+
+    def reading(self, limit: int) -> Reading:
+        """Begin to read a sequence of at most `limit` tokens piece by piece, if the model is `cached`."""
+        return Reading(self._session, limit)
 
     def end_trace(self) -> Path:
         """Stop recording and return the file of ONNX Runtime's trace."""

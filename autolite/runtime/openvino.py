@@ -69,7 +69,7 @@ class OpenVino:
         """
         ov = imported()
         with tempfile.TemporaryDirectory() as scratch:
-            file, *_ = emit.emit(student, Path(scratch), workload, _choose)
+            file, *_ = emit.emit(student, Path(scratch), workload, _choose, cache=False)
             try:
                 model = ov.Core().read_model(file)
             except RuntimeError as error:

@@ -28,6 +28,7 @@ _OPSETS = {20: "1.17.0", 21: "1.18.0", 22: "1.21.0", 23: "1.23.0", 24: "1.24.1",
 _OPERATORS = {
     "Attention": "1.23.1",  # 1.23.0 mixes up the heads where several query heads read one key/value head
     "GatherBlockQuantized": "1.23.0",  # of uint8 codes
+    "GroupQueryAttention": "1.23.0",  # what is added to the scores; older releases do not have the opset
     "MatMulNBits": "1.19.0",  # a bias; right results with accuracy level 4
     "MultiHeadAttention": "1.17.0",  # a mask by token; causal
     "RotaryEmbedding": "1.16.0",

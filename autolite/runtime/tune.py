@@ -23,9 +23,12 @@ from autolite.formats import FORMATS, encode
 from autolite.machine import cpu_name
 from autolite.measure import time_interleaved
 from autolite.parts import Matrix, Norm
-from autolite.runtime.blocks import Heads, activate, add_and_normalize, attend, attend_first, project
+from autolite.runtime.attention import Heads, attend, attend_cached, attend_first
+from autolite.runtime.blocks import activate, add_and_normalize, project
 from autolite.runtime.graph import Graph, Input
 from autolite.runtime.linear import Weights, lookup, product, products, weights_of
+from autolite.runtime.reading import Reading
+from autolite.runtime.sequences import Sequences
 from autolite.runtime.variants import FEW_ROWS, Choices, Place, usual
 from autolite.saturation import saturates
 from autolite.store import Store
@@ -38,6 +41,7 @@ TOLERANCE = {"float": 1e-4, "dynamic": 2e-3, "static": 2e-3, "any": 0.05}
 TOLERANCE_FIRST = 0.05
 REVISION = 3  # of the probes: what another one measured is not read
 
+_WORDS = 1000  # rows of the probes' tables
 PREFIX = "variant "  # of the facts in the store
 
 Feed = dict[str, np.ndarray]
@@ -62,13 +66,13 @@ def bucket(place: Place) -> Place:
     >>> bucket(Place("gelu", "int8", (130, 1500))).sizes
     (128, 1536)
     """
-    exact = {"attention": (0, 2, 3, 4, 5), "first": (0, 2, 3)}.get(place.kind, ())
+    exact = {"attention": (0, 2, 3, 4, 5), "cached": (0, 3, 4, 5), "first": (0, 2, 3)}.get(place.kind, ())
     return replace(place, sizes=tuple(n if i in exact else _rounded(n) for i, n in enumerate(place.sizes)))
 
 
 def _rounded(n: int) -> int:
     step = max(1, 1 << n.bit_length() >> 3)
-    return max(1, round(n / step)) * step
+    return round(n / step) * step
 
 
 def tuned(threads: int, store: Store | None = None) -> Choices:
@@ -149,13 +153,8 @@ def fastest(place: Place, found: list[Found]) -> str:
 def measure(place: Place, threads: int) -> list[Found]:
     """Time every option of a place on random values of its sizes, interleaved, and compare what they compute."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        runners = {}
-        for option in place.options:
-            inputs, feed = _feed(place)
-            graph = Graph()
-            value = _build(graph, place, option)
-            (file,) = graph.save(Path(folder) / f"{option}.onnx", inputs, (value, "result", None))
-            runners[option] = _Fixed(file, feed, threads)
+        load = _generating if place.kind == "cached" else _fixed
+        runners = {option: load(place, option, Path(folder) / f"{option}.onnx", threads) for option in place.options}
         outputs = {option: runner.run({})["result"].astype(np.float64) for option, runner in runners.items()}
         timings = time_interleaved(runners, {}, SECONDS * len(runners), warmup=0.01)
     reference = outputs[place.options[0]]
@@ -168,20 +167,55 @@ def measure(place: Place, threads: int) -> list[Found]:
     return found
 
 
-class _Fixed:
-    """A session with its inputs: what `measure` times."""
+@dataclass(frozen=True)
+class _Probe:
+    """A loaded model that is always called in the same way: what `measure` times."""
 
-    def __init__(self, file: Path, feed: Feed, threads: int) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        self._feed = feed
+    call: Callable[[], np.ndarray]
 
     def run(self, inputs: Any) -> dict[str, np.ndarray]:
-        return {"result": self._session.run(None, self._feed)[0]}
+        return {"result": self.call()}
+
+
+def _session(file: Path, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def _fixed(place: Place, option: str, file: Path, threads: int) -> _Probe:
+    inputs, feed = _feed(place)
+    graph = Graph()
+    graph.save(file, inputs, (_build(graph, place, option), "result", None))
+    session = _session(file, threads)
+    return _Probe(lambda: np.asarray(session.run(None, feed)[0]))
+
+
+def _generating(place: Place, option: str, file: Path, threads: int) -> _Probe:
+    """A layer that reads a prompt, and then token after token."""
+    batch, tokens, generated, heads, kv_heads, dim = place.sizes
+    graph, rng = Graph(), np.random.default_rng(0)
+    sequences = Sequences(graph, batch, tokens, cached=True)
+    sequences.take_text()
+    tables = (rng.standard_normal((_WORDS, width * dim), dtype=np.float32) for width in (heads, kv_heads, kv_heads))
+    query, key, value = (graph.op("Gather", graph.constant(table), "input_ids") for table in tables)
+    past, division = sequences.take_past(0, kv_heads, dim), Heads(heads, kv_heads, dim, dim**-0.5, causal=True)
+    mask, count = sequences.mask, sequences.count()
+    found = attend_cached(graph, query, key, value, mask, count, past, division, option)
+    names = ("logits", "present.0.key", "present.0.value")
+    outputs = [(value, name, None) for value, name in zip(found, names, strict=True)]
+    graph.save(file, sequences.inputs, *outputs)
+    session, prompt = _session(file, threads), rng.integers(0, _WORDS, (batch, tokens))
+    steps = rng.integers(0, _WORDS, (generated, batch, 1))
+
+    def call() -> np.ndarray:
+        reading = Reading(session, tokens + generated, batch)
+        return np.stack([reading.read(prompt), *map(reading.read, steps)])
+
+    return _Probe(call)
 
 
 def _feed(place: Place) -> tuple[dict[str, Input], Feed]:
@@ -204,7 +238,7 @@ def _feed(place: Place) -> tuple[dict[str, Input], Feed]:
         case "norm":
             feed = {"x": normal(*sizes), "other": normal(*sizes)}
         case "lookup":
-            feed = {"x": rng.integers(0, 1000, sizes[0])}
+            feed = {"x": rng.integers(0, _WORDS, sizes[0])}
         case _:  # rows and width come first
             feed = {"x": normal(*sizes[:2])}
     return {name: (a.dtype, [None] * a.ndim) for name, a in feed.items()}, feed
@@ -266,5 +300,5 @@ def _norm(graph: Graph, place: Place, option: str) -> str:
 
 
 def _lookup(graph: Graph, place: Place, option: str) -> str:
-    weight = torch.randn(1000, place.sizes[1], generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(_WORDS, place.sizes[1], generator=torch.Generator().manual_seed(0))
     return lookup(graph, "x", Matrix("w", weight), {"w": encode(weight, place.format)}, option=option)

@@ -24,6 +24,7 @@ class Place:
     product     rows, k, n                                     the kernels of the format (`autolite.runtime.linear`)
     qkv         rows, hidden, query width, key width           merged, separate
     attention   batch, tokens, heads, kv heads, dim, causal    Attention, MultiHeadAttention, plain
+    cached      batch, tokens, generated, heads, kv heads, dim Attention, GroupQueryAttention, plain: with a cache
     first       batch, tokens, heads, dim, hidden              products, absorbed: attention of the first token alone
     gelu        rows, width                                    erf, tanh
     norm        rows, width                                    add, skip
@@ -46,6 +47,8 @@ class Place:
                 return ("merged", "separate")
             case "attention":
                 return ("plain", "Attention", "MultiHeadAttention")
+            case "cached":
+                return ("plain", "Attention", "GroupQueryAttention")
             case "first":
                 return ("products", "absorbed")
             case "gelu":  # the approximation errs by 0.0005: less than a step of 8-bit activations, more than float32's
@@ -68,6 +71,10 @@ def usual(place: Place) -> str:
             return "blocks" if few and "blocks" in place.options else "int8"
         case "qkv":
             return "merged"
+        case "cached":
+            # The latter reads a prompt slower, but copies no cache; where heads share theirs, there is little to copy.
+            _, tokens, generated, heads, kv_heads, _ = place.sizes
+            return "GroupQueryAttention" if heads == kv_heads and 8 * generated >= tokens else "Attention"
     preferred = {
         "int8": "int8",
         "attention": "Attention",

@@ -110,6 +110,7 @@ OPTIONS = [
         "int8": ("uint8",),
         "qkv": ("separate",),
         "attention": ("MultiHeadAttention", "plain"),
+        "cached": ("GroupQueryAttention", "plain"),
         "first": ("absorbed", "products"),
         "gelu": ("erf",),
         "norm": ("skip",),

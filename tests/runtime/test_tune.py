@@ -21,6 +21,8 @@ PLACES = [
     Place("qkv", "int8-static", (8, 32, 32, 32)),
     Place("attention", sizes=(2, 8, 4, 2, 8, 1)),
     Place("attention", sizes=(1, 8, 4, 4, 8, 0)),
+    Place("cached", sizes=(2, 8, 3, 4, 2, 8)),
+    Place("cached", sizes=(1, 8, 0, 4, 4, 8)),
     Place("first", "fp32", (2, 8, 4, 8, 32)),
     Place("first", "int8", (2, 8, 4, 8, 32)),
     Place("gelu", "int8", (8, 32)),
