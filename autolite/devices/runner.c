@@ -29,7 +29,7 @@
 enum {
     GetErrorMessage = 2, CreateEnv = 3, CreateSession = 7, Run = 9, CreateSessionOptions = 10,
     SetSessionExecutionMode = 13, SetSessionLogSeverityLevel = 22, SetIntraOpNumThreads = 24, SetInterOpNumThreads = 25,
-    SessionGetInputCount = 30, SessionGetOutputCount = 31, SessionGetInputName = 36, SessionGetOutputName = 37,
+    SessionGetInputCount = 30, SessionGetInputName = 36, SessionGetOutputName = 37,
     CreateTensorWithDataAsOrtValue = 49, GetTensorMutableData = 51, GetTensorElementType = 60, GetDimensionsCount = 61,
     GetDimensions = 62, GetTensorTypeAndShape = 65, CreateCpuMemoryInfo = 69, GetAllocatorWithDefaultOptions = 78,
     ReleaseValue = 96, ReleaseTensorTypeAndShapeInfo = 99, ReleaseSessionOptions = 100, AddSessionConfigEntry = 130,
@@ -46,9 +46,9 @@ static const int64_t SECOND = 1000000000;            /* of nanoseconds */
 typedef struct {
     char *name, *file, *inputs; /* the name is JSON already */
     void *session;
-    size_t takes, gives;
-    char **input_names, **output_names;
-    void **values, **outputs;
+    size_t takes;
+    char **input_names, *output_name; /* of the first: others, such as a cache, need not be given */
+    void **values, *output;
 } Model;
 
 static void *const *api;
@@ -346,17 +346,12 @@ static void load_model(Model *model) {
     if (!model->session)
         model->session = opened(model->file);
     check(ORT(SessionGetInputCount, void *, size_t *)(model->session, &model->takes));
-    check(ORT(SessionGetOutputCount, void *, size_t *)(model->session, &model->gives));
     model->input_names = room(model->takes, sizeof(char *));
     model->values = room(model->takes, sizeof(void *));
-    model->output_names = room(model->gives, sizeof(char *));
-    model->outputs = room(model->gives, sizeof(void *));
     for (size_t i = 0; i < model->takes; i++)
         check(ORT(SessionGetInputName, void *, size_t, void *, char **)(model->session, i, allocator,
                                                                         &model->input_names[i]));
-    for (size_t i = 0; i < model->gives; i++)
-        check(ORT(SessionGetOutputName, void *, size_t, void *, char **)(model->session, i, allocator,
-                                                                         &model->output_names[i]));
+    check(ORT(SessionGetOutputName, void *, size_t, void *, char **)(model->session, 0, allocator, &model->output_name));
     read_inputs(model);
 }
 
@@ -366,16 +361,14 @@ static void load_models(void) {
 }
 
 static void forget(Model *model) {
-    for (size_t i = 0; i < model->gives; i++) {
-        RELEASE(ReleaseValue, model->outputs[i]);
-        model->outputs[i] = NULL;
-    }
+    RELEASE(ReleaseValue, model->output);
+    model->output = NULL;
 }
 
 static void run(Model *model) {
     check(ORT(Run, void *, void *, char **, void **, size_t, char **, size_t, void **)(
-        model->session, NULL, model->input_names, model->values, model->takes, model->output_names, model->gives,
-        model->outputs));
+        model->session, NULL, model->input_names, model->values, model->takes, &model->output_name, 1,
+        &model->output));
 }
 
 static void call(Model *model) {
@@ -572,14 +565,14 @@ static void tell_outputs(void) {
         size_t rank;
         int64_t dimensions[MOST_RANK];
         run(&models[i]);
-        check(ORT(GetTensorTypeAndShape, void *, void **)(models[i].outputs[0], &shape));
+        check(ORT(GetTensorTypeAndShape, void *, void **)(models[i].output, &shape));
         check(ORT(GetTensorElementType, void *, int *)(shape, &type));
         check(ORT(GetDimensionsCount, void *, size_t *)(shape, &rank));
         if (rank > MOST_RANK || type < FLOAT || type > UINT64 || (type > INT64 && type < DOUBLE && type != BOOL))
-            fail("its first output is of a kind that cannot be shown: ", models[i].output_names[0]);
+            fail("its first output is of a kind that cannot be shown: ", models[i].output_name);
         check(ORT(GetDimensions, void *, int64_t *, size_t)(shape, dimensions, rank));
         RELEASE(ReleaseTensorTypeAndShapeInfo, shape);
-        check(ORT(GetTensorMutableData, void *, void **)(models[i].outputs[0], &data));
+        check(ORT(GetTensorMutableData, void *, void **)(models[i].output, &data));
         printf("{\"model\": %s, \"output\": ", models[i].name);
         tell_nested(data, type, dimensions, rank);
         printf("}");

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from autolite.devices.base import ConnectionLost, Device, answers, health_of
-from autolite.errors import DeviceError
+from autolite.errors import DeviceError, ModelError
 from autolite.measure import Inputs, Timing
 
 MIN_ROUNDS = 15
@@ -97,7 +97,7 @@ def time_on(
     spec |= {"warmup": warmup, "min_rounds": MIN_ROUNDS}
     with tempfile.TemporaryDirectory() as folder, device.alone(say):
         inputs = {
-            name: saved(each.inputs, Path(folder) / f"{i}.npz") for i, (name, each) in enumerate(artifacts.items())
+            name: saved(_whole(each), Path(folder) / f"{i}.npz") for i, (name, each) in enumerate(artifacts.items())
         }
         for attempt in range(1, _ATTEMPTS + 1):
             try:
@@ -128,6 +128,20 @@ def time_on(
     bursts = [found for _, found in sorted(so_far.rounds.items())]
     timings = {name: Timing(tuple(found[name] for found in bursts)) for name in artifacts}
     return Session(timings, so_far.peaks, so_far.states, so_far.runtime)
+
+
+def _whole(artifact: Artifact) -> Inputs:
+    """The inputs of a call, and of a model that goes on from earlier calls, that there were none."""
+    from autolite.runtime.modelfile import read_inputs
+
+    file, takes = artifact.files[0], {}
+    if file.suffix == ".onnx":
+        with suppress(ModelError):  # what is damaged is the device's to refuse
+            takes = read_inputs(file)
+    open_ones = {"past": 0, "batch": len(next(iter(artifact.inputs.values()), ()))}
+    missing = {name: dims for name, dims in takes.items() if "past" in dims and name not in artifact.inputs}
+    past = {name: [open_ones[d] if isinstance(d, str) else d for d in dims] for name, dims in missing.items()}
+    return {**artifact.inputs, **{name: np.zeros(dims, np.float32) for name, dims in past.items()}}
 
 
 class _Progress:

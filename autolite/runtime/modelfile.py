@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +21,7 @@ PAGE = 4096  # where tensors of a data file begin, so that runtimes can map them
 
 _NUMBER, _BYTES = 0, 2  # wire types; nothing else is in a ModelProto
 _GRAPH = ModelProto.DESCRIPTOR.fields_by_name["graph"].number
+_INPUT = GraphProto.DESCRIPTOR.fields_by_name["input"].number
 _INITIALIZER = GraphProto.DESCRIPTOR.fields_by_name["initializer"].number
 _RAW_DATA = TensorProto.DESCRIPTOR.fields_by_name["raw_data"].number
 
@@ -75,22 +76,12 @@ def read_head(file: Path) -> ModelProto:
     Raises:
         ModelError: if the file is empty, truncated, or no ONNX model.
     """
-    size, found = file.stat().st_size, bytearray()
+    found = bytearray()
     with file.open("rb") as stream:
-        while (start := stream.tell()) < size:
-            tag = _read_varint(stream)
-            value = _read_varint(stream) if tag & 7 in (_NUMBER, _BYTES) else -1
-            end = stream.tell() + (value if tag & 7 == _BYTES else 0)
-            if min(tag, value) < 0:
-                raise ModelError(f"cannot load {file}: it is not an ONNX model, or a damaged one; export it again")
-            if end > size:
-                raise ModelError(
-                    f"cannot load {file}: it is truncated, {size:,} of at least {end:,} bytes; export or copy it again"
-                )
-            if tag >> 3 != _GRAPH:
+        for number, start, _, end in _fields(stream, file.stat().st_size, file):
+            if number != _GRAPH:
                 stream.seek(start)
                 found += stream.read(end - start)
-            stream.seek(end)
     model = ModelProto()
     try:
         model.ParseFromString(bytes(found))
@@ -99,6 +90,28 @@ def read_head(file: Path) -> ModelProto:
     if not model.opset_import:
         raise ModelError(f"cannot load {file}: it is not an ONNX model, or a damaged one; export it again")
     return model
+
+
+def read_inputs(file: Path) -> dict[str, list[int | str]]:
+    """Return the dimensions of a model's inputs, open ones by their name ("" if they have none). Weights are not read.
+
+    Raises:
+        ModelError: if the file is no ONNX model.
+    """
+    found, content = GraphProto(), bytearray()
+    with file.open("rb") as stream:
+        graphs = [(start, end) for n, _, start, end in _fields(stream, file.stat().st_size, file) if n == _GRAPH]
+        for begin, until in graphs:
+            stream.seek(begin)
+            for number, start, _, end in _fields(stream, until, file):
+                if number == _INPUT:
+                    stream.seek(start)
+                    content += stream.read(end - start)
+    try:
+        found.ParseFromString(bytes(content))
+    except Exception as error:  # protobuf's
+        raise ModelError(f"cannot load {file}: it is not an ONNX model, or a damaged one; export it again") from error
+    return {i.name: [d.dim_value or d.dim_param for d in i.type.tensor_type.shape.dim] for i in found.input}
 
 
 def data_files(file: Path) -> list[Path]:
@@ -116,6 +129,28 @@ def data_files(file: Path) -> list[Path]:
     if missing := next((each for each in found if not each.is_file()), None):
         raise ModelError(f"{file} has weights in {missing}, which is not there: copy it beside the model")
     return found
+
+
+def _fields(stream: BinaryIO, until: int, file: Path) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the fields of a message from where `stream` is until a position in it: the number of each, where it begins,
+    where its content does, and where it ends.
+
+    Raises:
+        ModelError: if `file` is no protobuf, or truncated.
+    """
+    while (start := stream.tell()) < until:
+        tag = _read_varint(stream)
+        value = _read_varint(stream) if tag & 7 in (_NUMBER, _BYTES) else -1
+        content = stream.tell()
+        end = content + (value if tag & 7 == _BYTES else 0)
+        if min(tag, value) < 0:
+            raise ModelError(f"cannot load {file}: it is not an ONNX model, or a damaged one; export it again")
+        if end > until:
+            raise ModelError(
+                f"cannot load {file}: it is truncated, {until:,} of at least {end:,} bytes; export or copy it again"
+            )
+        yield tag >> 3, start, content, end
+        stream.seek(end)
 
 
 def _write_model(file: Path, model: ModelProto, tensors: Sequence[tuple[TensorProto, np.ndarray | None]]) -> None:

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from autolite import registry
+from autolite.architecture import shape_of
 from autolite.contracts import tiny_context
 from autolite.devices import adb, connected, ssh, timing
 from autolite.devices.adb import SOURCE, Adb
@@ -27,6 +28,8 @@ from autolite.devices.ssh import Ssh
 from autolite.devices.timing import Artifact
 from autolite.measure import Workload, random_texts
 from autolite.runtime.onnxruntime import OnnxRuntime
+from autolite.techniques.base import Student
+from autolite.testing import VOCAB, tiny_model
 from tests.devices.fake_adbd import FakePhone
 
 
@@ -225,3 +228,11 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
         files = OnnxRuntime().emit(teacher, tmp_path_factory.mktemp(name))
         found[name] = Artifact(files, inputs)
     return found
+
+
+@pytest.fixture(scope="session")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """An artifact that goes on from earlier calls."""
+    model = tiny_model("llama", "language-modeling")
+    (inputs,) = random_texts(VOCAB, Workload(2, 8), count=1)
+    return Artifact(OnnxRuntime().emit(Student(model, shape_of(model)), tmp_path_factory.mktemp("decoder")), inputs)

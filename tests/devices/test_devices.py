@@ -58,6 +58,13 @@ def test_a_model_that_does_not_run_is_an_error_of_its_own(
         time_on(device, {"broken": Artifact([broken], {})}, threads=1, seconds=0.0)
 
 
+def test_a_decoder_is_given_that_there_were_no_earlier_calls(device: Device, decoder: Artifact) -> None:
+    assert set(decoder.inputs) == {"input_ids", "attention_mask", "token_type_ids"}
+    found = time_on(device, {"decoder": decoder}, threads=1, seconds=0.0, warmup=0.0)
+    assert found.timings["decoder"].samples
+    assert found.peak_bytes["decoder"]
+
+
 def test_inputs_that_a_model_does_not_have_are_left_out(device: Device, artifacts: dict[str, Artifact]) -> None:
     one = artifacts["one"]
     more = replace(one, inputs={**one.inputs, "unheard": np.zeros(3)})
