@@ -1,9 +1,9 @@
-"""Run a candidate's folder the way a transformers pipeline runs a model: text in, labels or probabilities out."""
+"""Run a candidate's folder the way a transformers pipeline runs a model: text in, labels, probabilities or text out."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from autolite import registry
 from autolite.errors import AutoliteError, InputError, ModelError, first_line
+from autolite.generation import Sampling, pieces, tokens
 from autolite.machine import processors
 from autolite.measure import Runner, Workload
 from autolite.tasks.base import DataSpec
@@ -25,6 +26,9 @@ SCHEMA = 1  # of the manifest
 FALLBACK = {"runtime": "onnxruntime", "files": ["model.onnx"]}
 
 Text = str | Mapping[str, str]
+Chat = Sequence[Mapping[str, str]]  # of {"role", "content"}
+
+NEW_TOKENS = 256  # that follow a prompt, if nobody says how many
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Pipeline:
     tokenizer: PreTrainedTokenizerBase
     config: Any
     limit: int  # tokens the model can take; longer texts are cut there
+    ends: frozenset[int]  # tokens that end a text which is generated
 
     def run(self, text: Text) -> np.ndarray:
         """Return the logits of one text, or of a pair as {"text", "text_pair"}: float32 [labels] or [tokens, vocab].
@@ -92,7 +97,107 @@ class TextClassificationPipeline(Pipeline):
 
 
 class LanguageModelingPipeline(Pipeline):
-    """Called with a text, it returns the most probable next tokens."""
+    """Continues texts as `transformers.pipeline("text-generation")` does, but draws nothing unless it is asked to."""
+
+    def __call__(self, inputs: Any, *, return_full_text: bool = True, **how: Any) -> Any:
+        """Continue a text, or a chat as a list of {"role", "content"}; a list of them gives a list of answers.
+
+        Args:
+            inputs: text, chat, or a list of either.
+            return_full_text: whether the text, or the chat, stands before what was generated.
+            how: as in `stream`.
+
+        Returns:
+            `[{"generated_text": ...}]`: a text, or for a chat its messages with the answer behind them.
+
+        Raises:
+            InputError: as `stream`.
+        """
+        if isinstance(inputs, list | tuple) and inputs and not isinstance(inputs[0], Mapping):
+            return [self(each, return_full_text=return_full_text, **how) for each in inputs]
+        found = "".join(self.stream(inputs, **how))
+        if not return_full_text:
+            return [{"generated_text": found}]
+        whole = inputs + found if isinstance(inputs, str) else [*inputs, {"role": "assistant", "content": found}]
+        return [{"generated_text": whole}]
+
+    def stream(
+        self,
+        inputs: str | Chat,
+        *,
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_strings: str | Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Return the pieces of what follows a text or a chat, each as soon as it is found.
+
+        Args:
+            inputs: the text, or the chat as a list of {"role", "content"}, which the tokenizer's template writes out.
+            max_new_tokens: how many tokens at most; by default 256, or what the model has room for.
+            do_sample: draw tokens by their probability, instead of taking the most probable; by default, if anything
+                of what follows is given.
+            temperature: divides the logits before tokens are drawn; 0 takes the most probable one.
+            top_k: draw from so many of the most probable tokens; 0 for all.
+            top_p: draw from the most probable tokens that have this probability together.
+            seed: equal seeds draw equal texts.
+            stop_strings: the text ends behind the first of these.
+
+        Raises:
+            InputError: if there is nothing to continue, it is too long for the model, a number is out of its range, or
+                there is a chat and no template.
+        """
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        draws = sampling != Sampling() if do_sample is None else do_sample
+        stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        if "" in stops:
+            raise InputError("an empty stop string would end every text at once; leave it out")
+        prompt = self._prompt(inputs)
+        count = self._count(len(prompt), max_new_tokens)
+        choose = (sampling if draws else Sampling(temperature=0)).chooser()
+        return pieces(self.tokenizer, prompt, tokens(self.runner, prompt, count, choose, self.ends), stops)
+
+    def _prompt(self, inputs: str | Chat) -> list[int]:
+        if isinstance(inputs, str):
+            ids = self.tokenizer(inputs, verbose=False)["input_ids"]
+        elif not isinstance(inputs, list | tuple) or not all(_is_message(each) for each in inputs):
+            raise InputError(f'give a text, or a chat as a list of {{"role": ..., "content": ...}}, not {inputs!r:.80}')
+        elif self.tokenizer.chat_template is None:
+            raise InputError("the tokenizer has no chat template, so the model was not made for chats; give a text")
+        else:
+            try:
+                template: Any = self.tokenizer.apply_chat_template  # its type has every form of its answer
+                ids = template(list(inputs), add_generation_prompt=True, return_dict=True)["input_ids"]
+            except Exception as error:  # jinja2's, and whatever a template raises, as of roles that it does not know
+                raise InputError(f"the chat template refuses these messages: {first_line(error)}") from error
+        if not ids:
+            raise InputError(f"{inputs!r:.80} has no tokens; give a text that is not empty")
+        return list(ids)
+
+    def _count(self, prompt: int, asked: int | None) -> int:
+        """Return how many tokens can follow a prompt of so many."""
+        room = self.limit - prompt
+        if asked is not None and asked < 1:
+            raise InputError(f"max_new_tokens={asked} is too few; give 1 at least")
+        if room < 1:
+            raise InputError(
+                f"the text has {prompt} tokens, but the model takes {self.limit} at most, those that follow included; "
+                "give a shorter one"
+            )
+        if asked is not None and asked > room:
+            raise InputError(
+                f"the text has {prompt} tokens and max_new_tokens={asked} are to follow, but the model takes "
+                f"{self.limit} at most; give a shorter text, or max_new_tokens={room}"
+            )
+        return min(room, NEW_TOKENS) if asked is None else asked
+
+    def next_tokens(self, text: str) -> list[dict[str, Any]]:
+        """Return the five most probable next tokens, `[{"token", "score"}]`."""
+        found: list[dict[str, Any]] = super().__call__(text)
+        return found
 
     def logits(self, text: str) -> np.ndarray:
         """Return float32 [tokens, vocab]; row t predicts token t + 1."""
@@ -116,6 +221,10 @@ class LanguageModelingPipeline(Pipeline):
         return float(task.summary(total[0] / total[1]))
 
 
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"role", "content"} <= set(value)
+
+
 _KINDS: dict[str, type[Pipeline]] = {  # by the task's `pipeline_tag`
     "text-classification": TextClassificationPipeline,
     "text-generation": LanguageModelingPipeline,
@@ -126,7 +235,7 @@ def pipeline(task: str | Path, folder: str | Path | None = None, threads: int | 
     """Load a candidate's folder: `pipeline(folder)`, or `pipeline(task, folder)` to insist on its task.
 
     Args:
-        task: the folder, or the name of a task if the folder follows.
+        task: the folder, or if the folder follows, the name of a task, or of transformers' pipeline for it.
         folder: what `autolite search` or `export` wrote.
         threads: processor threads one call uses; by default those of the workload that the candidate was made for, as
             far as this machine has them.
@@ -137,20 +246,21 @@ def pipeline(task: str | Path, folder: str | Path | None = None, threads: int | 
     wanted, place = (None, Path(task)) if folder is None else (str(task), Path(folder))
     manifest = read_manifest(place)
     name = str(manifest["task"])
-    if wanted is not None and wanted != name:
-        raise ModelError(f"{place} was made for the task '{name}', not '{wanted}'; leave the task out or ask for that")
     known = registry.names("task")
     if name not in known:
         raise ModelError(f"{place} is for the task '{name}', which is not installed; known are {', '.join(known)}")
+    tag = registry.get("task", name).pipeline_tag
+    if wanted not in (None, name, tag):
+        raise ModelError(f"{place} was made for the task '{name}', not '{wanted}'; leave the task out or ask for that")
     artifact = (manifest.get("artifacts") or [FALLBACK])[0]
     try:
         runtime, file = registry.get("runtime", artifact["runtime"]), place / artifact["files"][0]
     except (AutoliteError, KeyError, IndexError, TypeError) as error:
         raise ModelError(f"{place / MANIFEST} names no artifact that can be run: {artifact!r}") from error
     runner = runtime.load(file, threads or _threads(place, manifest))
-    tokenizer, config = _load_rest(place)
+    tokenizer, config, ends = _load_rest(place)
     limit = max_tokens(DataSpec(None), tokenizer, config, 10**9)
-    return _KINDS.get(registry.get("task", name).pipeline_tag, Pipeline)(name, runner, tokenizer, config, limit)
+    return _KINDS.get(tag, Pipeline)(name, runner, tokenizer, config, limit, ends)
 
 
 def _threads(folder: Path, manifest: Mapping[str, Any]) -> int:
@@ -184,14 +294,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _load_rest(folder: Path) -> tuple[PreTrainedTokenizerBase, Any]:
-    from transformers import AutoConfig, AutoTokenizer
+def _load_rest(folder: Path) -> tuple[PreTrainedTokenizerBase, Any, frozenset[int]]:
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     if not (folder / "config.json").is_file():
         raise ModelError(f"there is no config.json in {folder}; export the candidate again")
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        settings = config
+        if (folder / "generation_config.json").is_file():
+            settings = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # whatever a configuration or tokenizer file can do wrong
         raise ModelError(f"the configuration or tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
-    return tokenizer, config
+    end = getattr(settings, "eos_token_id", None)
+    end = tokenizer.eos_token_id if end is None else end
+    return tokenizer, config, frozenset(end if isinstance(end, list | tuple) else [] if end is None else [end])

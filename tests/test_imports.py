@@ -49,6 +49,7 @@ LAYERS = [
     "tasks",
     "techniques",
     "runtime",
+    "generation",
     "inference",
     "artifact",
     "profiling",

@@ -123,7 +123,7 @@ def test_language_models_give_logits_and_perplexity(language_model: Path) -> Non
         expected = model(ids, labels=ids)
     np.testing.assert_allclose(run.logits(text), expected.logits[0].numpy(), atol=1e-4)
     assert run.perplexity(text) == pytest.approx(math.exp(expected.loss), rel=1e-4)
-    assert [round(token["score"], 4) for token in run(text)] == [
+    assert [round(token["score"], 4) for token in run.next_tokens(text)] == [
         round(float(p), 4) for p in expected.logits[0, -1].softmax(-1).topk(5).values
     ]
 

@@ -38,6 +38,7 @@ for command in (
     search.export,
     models.measure,
     models.profile,
+    models.chat,
     targets.targets,
     targets.device,
     targets.calibrate,

@@ -1,13 +1,16 @@
-"""Look at a model: how long it takes, and where."""
+"""Look at a model: how long it takes, and where, and what it says."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import click
 
 from autolite.cli.terminal import numbers, reported, terminal, told
+from autolite.errors import InputError, ModelError
 
 
 @click.command()
@@ -106,3 +109,76 @@ def variants(threads: int, as_json: bool) -> None:
         terminal().print(variants_table([(place, options, fastest(place, options)) for place, options in rows]))
     else:
         click.echo(f"nothing was timed on {threads} threads yet: a search with --target local does it where it matters")
+
+
+@click.command()
+@click.argument("path", metavar="DIR", type=click.Path(path_type=str))
+@click.option("--prompt", help="Answer this and end.  [default: ask for one after another]")
+@click.option("--system", help="What the model is told first; needs a tokenizer with a chat template.")
+@click.option("--max-new-tokens", type=int, help="Of an answer.  [default: 256, or what the model has room for]")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0: the most probable token, always.")
+@click.option("--top-k", type=int, default=0, help="Draw from so many of the most probable tokens.  [default: all]")
+@click.option("--top-p", type=float, default=1.0, help="Draw from those with this probability together.  [default: 1]")
+@click.option("--seed", type=int, help="Equal seeds draw equal answers.")
+@reported
+def chat(path: str, prompt: str | None, system: str | None, **how: Any) -> None:
+    r"""Talk with a language model.
+
+    DIR is a candidate's folder. With a chat template the conversation is remembered; without one, each text is
+    continued. Ctrl-C ends an answer, and Ctrl-D the conversation.
+
+    \b
+    Examples:
+      autolite chat deploy/
+      autolite chat deploy/ --temperature 0.8 --top-p 0.95 --seed 1
+      autolite chat deploy/ --prompt "Once upon a time" --max-new-tokens 60
+    """
+    from autolite.inference import LanguageModelingPipeline, pipeline
+
+    model = pipeline(path)
+    if not isinstance(model, LanguageModelingPipeline):
+        raise ModelError(f"{path} was made for the task '{model.task}'; give the folder of a language model")
+    template = model.tokenizer.chat_template is not None
+    if system is not None and not template:
+        raise InputError("--system needs a chat template, which the tokenizer does not have; leave it out")
+    first = [] if system is None else [{"role": "system", "content": system}]
+
+    def answer(messages: list[dict[str, str]]) -> str:
+        return _shown(model.stream(messages if template else messages[-1]["content"], **how))
+
+    if prompt is not None:
+        answer([*first, {"role": "user", "content": prompt}])
+    else:
+        _converse(first, answer)
+
+
+def _converse(first: list[dict[str, str]], answer: Callable[[list[dict[str, str]]], str]) -> None:
+    said = list(first)
+    for text in _asked():
+        said.append({"role": "user", "content": text})
+        try:
+            said.append({"role": "assistant", "content": answer(said)})
+        except InputError as error:  # most likely the conversation has become too long
+            told(f"error: {error}. The conversation begins anew")
+            said = list(first)
+
+
+def _asked() -> Iterator[str]:
+    """Yield what the user says, until Ctrl-D, or Ctrl-C at the prompt."""
+    console = terminal()
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            if text := console.input("[bold]> [/bold]").strip():
+                yield text
+    click.echo()
+
+
+def _shown(pieces: Iterator[str]) -> str:
+    """Write pieces as they come, and return the whole; Ctrl-C ends it early."""
+    found = []
+    with suppress(KeyboardInterrupt):
+        for piece in pieces:
+            found.append(piece)
+            click.echo(piece, nl=False)
+    click.echo()
+    return "".join(found)
