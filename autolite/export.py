@@ -16,7 +16,9 @@ from autolite.front import Candidate, write_json
 from autolite.inference import MANIFEST, SCHEMA
 from autolite.parts import embeddings_of, matrices_of
 from autolite.reload import save_student
+from autolite.runtime.modelfile import read_inputs
 from autolite.runtime.requirements import CODES, SIGNED, metadata_of, required
+from autolite.runtime.sequences import BEFORE
 from autolite.surgery import clone
 from autolite.tasks.base import Task
 from autolite.techniques.base import Student
@@ -51,7 +53,7 @@ def decoded(student: Student) -> PreTrainedModel:
 
 
 def inputs_of(student: Student) -> list[str]:
-    """Return the names of the artifact's inputs, each int64 [batch, tokens]."""
+    """Return the names of the artifact's inputs that are not a cache, each int64 [batch, tokens]."""
     if student.shape.unmapped is not None:
         return unmapped.inputs_of(student.model)
     types = embeddings_of(student.model).token_type
@@ -68,7 +70,8 @@ def write_candidate(folder: Path, student: Student, candidate: Candidate, made: 
     vocabulary = student.vocabulary
     tokenizer = made.tokenizer if vocabulary is None else trimmed(made.tokenizer, vocabulary)
     save_student(decoded(student), student.shape, folder, tokenizer)
-    (folder / "README.md").write_text(_card(folder, candidate, made, inputs_of(student)), encoding="utf-8")
+    inputs = [*inputs_of(student), *_caches(folder / candidate.artifacts[0]["files"][0])]
+    (folder / "README.md").write_text(_card(folder, candidate, made, inputs), encoding="utf-8")
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
@@ -82,7 +85,7 @@ def write_candidate(folder: Path, student: Student, candidate: Candidate, made: 
         "workload": made.workload,
         "data": made.data_fingerprint,
         "artifacts": [{**one, **_needs(folder / one["files"][0])} for one in candidate.artifacts],
-        "inputs": inputs_of(student),
+        "inputs": inputs,
         "quality": candidate.to_json()["quality"],
         "versions": made.versions,
         "sha256": {file.relative_to(folder).as_posix(): sha256(file) for file in files},
@@ -104,9 +107,16 @@ def _needs(file: Path) -> dict[str, Any]:
     return {"requires": required(file)} if file.suffix == ".onnx" else {}
 
 
+def _caches(file: Path) -> list[str]:
+    """Return the names of the inputs that take keys and values of earlier calls."""
+    return [name for name in read_inputs(file) if name.startswith(BEFORE)] if file.suffix == ".onnx" else []
+
+
 def _session(file: Path, inputs: list[str]) -> str:
     """Return the lines that load an artifact in its plain runtime."""
-    takes = f"  # int64 {', '.join(inputs)} -> float32 logits"
+    takes = f"  # int64 {', '.join(name for name in inputs if not name.startswith(BEFORE))} -> float32 logits"
+    if any(name.startswith(BEFORE) for name in inputs):
+        takes += "\n# and float32 past_key_values.*, [batch, heads, 0, width] at first -> present.*, for the next call"
     if file.suffix == ".xml":
         return f'import openvino\n\nmodel = openvino.compile_model("{file.name}", "CPU"){takes}'
     if file.suffix != ".onnx" or metadata_of(file).get(CODES) != SIGNED:

@@ -11,12 +11,17 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+import torch
 
 import autolite
 from autolite import contracts, registry
+from autolite.architecture import shape_of
 from autolite.cli import main
+from autolite.runtime.emit import emit
 from autolite.space import load_space
 from autolite.tasks.custom import CustomTask
+from autolite.techniques.base import Student
+from autolite.testing import tiny_model
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -73,6 +78,22 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys.modules["autolite.search"], "DEMO_BUDGET", "4trials")
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "deploy" / "model.onnx").is_file()
+
+
+def test_the_loop_over_a_cache_generates_what_transformers_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8"), flags=re.S)
+    model = tiny_model("llama", "language-modeling", vocab_size=500)
+    emit(Student(model, shape_of(model)), tmp_path / "deploy")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code, "deploy.md", "exec"), names)
+    prompt = torch.tensor([[1, 403, 407]])
+    expected = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False, eos_token_id=None
+    )
+    assert names["tokens"] == expected[0, 3:].tolist()
 
 
 def test_the_functions_of_the_guide_keep_their_promises(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

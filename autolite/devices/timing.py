@@ -132,16 +132,13 @@ def time_on(
 
 def _whole(artifact: Artifact) -> Inputs:
     """The inputs of a call, and of a model that goes on from earlier calls, that there were none."""
-    from autolite.runtime.modelfile import read_inputs
+    from autolite.runtime.inputs import nothing_before
 
-    file, takes = artifact.files[0], {}
-    if file.suffix == ".onnx":
+    file, past = artifact.files[0], {}
+    if file.suffix == ".onnx" and artifact.inputs:
         with suppress(ModelError):  # what is damaged is the device's to refuse
-            takes = read_inputs(file)
-    open_ones = {"past": 0, "batch": len(next(iter(artifact.inputs.values()), ()))}
-    missing = {name: dims for name, dims in takes.items() if "past" in dims and name not in artifact.inputs}
-    past = {name: [open_ones[d] if isinstance(d, str) else d for d in dims] for name, dims in missing.items()}
-    return {**artifact.inputs, **{name: np.zeros(dims, np.float32) for name, dims in past.items()}}
+            past = nothing_before(file, len(next(iter(artifact.inputs.values()))))
+    return {**past, **artifact.inputs}
 
 
 class _Progress:

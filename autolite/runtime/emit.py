@@ -35,7 +35,7 @@ from autolite.runtime.attention import Heads, Part, attend, attend_cached, atten
 from autolite.runtime.blocks import BeyondError, activate, add_and_normalize, normalize, project
 from autolite.runtime.graph import Graph, Output
 from autolite.runtime.linear import Weights, decoded, encoded_of, lookup, product, products, weights_of
-from autolite.runtime.sequences import Sequences
+from autolite.runtime.sequences import PRESENT, Sequences
 from autolite.runtime.variants import Choices, Place, usual
 from autolite.techniques.base import Student
 
@@ -224,7 +224,7 @@ class _Emitter:
         mixed, *presents = attend_cached(self.graph, query, key, value, mask, tokens, past, heads, option)
         dims: list[str | int] = ["batch", heads.kv_heads, "past + tokens", heads.dim]
         self.presents.extend(
-            (each, f"present.{layer}.{part}", dims) for part, each in zip(("key", "value"), presents, strict=True)
+            (each, f"{PRESENT}{layer}.{part}", dims) for part, each in zip(("key", "value"), presents, strict=True)
         )
         return mixed
 

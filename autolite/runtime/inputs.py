@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from autolite.errors import ModelError
+from autolite.runtime.modelfile import read_inputs
 
 PAST = "past"  # the dimension that has so many tokens as were in earlier calls
 
@@ -82,6 +84,20 @@ def _check_sums(sizes: Mapping[str, int]) -> None:
         if len(parts) > 1 and size != (total := sum(sizes.get(part, 0) for part in parts)):
             told = ", ".join(f"{part} = {sizes.get(part, 0)}" for part in parts)
             raise ModelError(f"{dim} is {size} in one input, but {total} by the others: {told}")
+
+
+def nothing_before(file: Path, batch: int) -> dict[str, np.ndarray]:
+    """Return the inputs of an ONNX model that tell it that there were no earlier calls; none if it does not ask.
+
+    Raises:
+        ModelError: if the file is no ONNX model.
+    """
+    sizes = {PAST: 0, "batch": batch}
+    caches = {name: dims for name, dims in read_inputs(file).items() if PAST in dims}
+    return {
+        name: np.zeros([sizes[d] if isinstance(d, str) else d for d in dims], np.float32)
+        for name, dims in caches.items()
+    }
 
 
 def _converted(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:

@@ -15,7 +15,8 @@ from autolite.formats import FORMATS
 from autolite.measure import Workload
 from autolite.runtime import emit, requirements
 from autolite.runtime.inputs import PAST, Takes, fitted
-from autolite.runtime.reading import PRESENT, Reading
+from autolite.runtime.reading import Reading
+from autolite.runtime.sequences import PRESENT
 from autolite.runtime.session import opened
 from autolite.techniques.base import Student
 

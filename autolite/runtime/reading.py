@@ -11,10 +11,7 @@ import onnxruntime
 
 from autolite.errors import ModelError, first_line
 from autolite.runtime.requirements import REQUIRES
-from autolite.runtime.sequences import KEEP
-
-PRESENT = "present."
-_BEFORE = "past_key_values."
+from autolite.runtime.sequences import BEFORE, KEEP, PRESENT
 
 
 class Reading:
@@ -28,8 +25,8 @@ class Reading:
         self._session, self._read = session, 0
         self._batch, self._limit, self._last = batch, limit, np.array(1)
         self._in_place = _writes_in_place(session)
-        caches = [(one.name, one.shape) for one in session.get_inputs() if one.name.startswith(_BEFORE)]
-        self._names = {name: PRESENT + name.removeprefix(_BEFORE) for name, _ in caches}
+        caches = [(one.name, one.shape) for one in session.get_inputs() if one.name.startswith(BEFORE)]
+        self._names = {name: PRESENT + name.removeprefix(BEFORE) for name, _ in caches}
         self._binding = binding = session.io_binding()
         binding.bind_output("logits", "cpu")  # the first of the outputs from now on
         if any(one.name == KEEP for one in session.get_overridable_initializers()):

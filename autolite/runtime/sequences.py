@@ -14,6 +14,7 @@ import torch
 from autolite.runtime.graph import LARGEST, Graph, Input
 
 KEEP = "logits_to_keep"  # an input with a default; the name in transformers
+BEFORE, PRESENT = "past_key_values.", "present."  # what the names of keys and values begin with, going in and out
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ class Sequences:
 
     def take_past(self, layer: int, kv_heads: int, dim: int) -> tuple[str, str]:
         """Take what earlier calls left of the keys and values of a layer, each [batch, kv_heads, past, dim]."""
-        key, value = (f"past_key_values.{layer}.{part}" for part in ("key", "value"))
+        key, value = (f"{BEFORE}{layer}.{part}" for part in ("key", "value"))
         self.inputs[key] = self.inputs[value] = (np.dtype(np.float32), ["batch", kv_heads, "past", dim])
         return key, value
 

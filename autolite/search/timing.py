@@ -73,8 +73,7 @@ def measured(
 
     Returns:
         For each name, and for `BASELINE`, latency_ms, p90_ms and faster, and of language models ttft_ms; that alone
-        where something is generated, since the artifacts have no key/value cache yet. On a device memory_bytes too, if
-        it tells.
+        where something is generated: what is timed is one call. On a device memory_bytes too, if it tells.
 
     Raises:
         DeviceError: if one cannot run there, or the device goes away and stays away.

@@ -28,6 +28,7 @@ from autolite.contracts import tiny_context
 from autolite.export import decoded
 from autolite.reload import load_model
 from autolite.runtime import ortformat
+from autolite.runtime.inputs import nothing_before
 from autolite.runtime.onnxruntime import OnnxRuntime
 from autolite.tasks.demo import demo_model_path
 from autolite.techniques.base import Student
@@ -82,7 +83,7 @@ class Artifact:
         inputs = {"input_ids": ids, "attention_mask": (ids != PAD).astype(np.int64)}
         if "token_type_ids" in [i.name for i in onnx.load(file).graph.input]:
             inputs["token_type_ids"] = np.zeros_like(ids)
-        np.savez(folder / "inputs.npz", **inputs)
+        np.savez(folder / "inputs.npz", **inputs, **nothing_before(file, len(ids)))
         with torch.no_grad():
             exact = decoded(student)(**{name: torch.from_numpy(a) for name, a in inputs.items()}).logits.numpy()
         return cls(folder, file, form, exact)
