@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -96,10 +96,14 @@ def tokens(
         new = [token]
 
 
+class _Reading(Protocol):
+    def read(self, ids: np.ndarray) -> np.ndarray: ...
+
+
 def _reader(runner: Runner, limit: int) -> Callable[[Sequence[int]], np.ndarray]:
     """Return what reads further tokens, and gives the logits after the last."""
     if getattr(runner, "cached", False):
-        reading = runner.reading(limit)  # type: ignore[attr-defined]
+        reading: _Reading = runner.reading(limit)  # type: ignore[attr-defined]
         return lambda ids: np.asarray(reading.read(np.array([ids], np.int64))[0])
     so_far: list[int] = []
 
