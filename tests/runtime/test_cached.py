@@ -18,6 +18,7 @@ from autolite.architecture import shape_of
 from autolite.errors import ModelError
 from autolite.measure import Workload
 from autolite.runtime.emit import emit
+from autolite.runtime.inputs import nothing_before
 from autolite.runtime.onnxruntime import OnnxRuntime, OrtRunner
 from autolite.runtime.ortformat import convert
 from autolite.runtime.variants import Place, usual
@@ -221,6 +222,17 @@ def test_who_scores_gives_no_past_and_gets_logits_alone(tmp_path: Path) -> None:
         runner.run({**inputs, "attention_mask": np.ones((2, 7), np.int64)})
     past = {name: np.zeros((2, 2, 1, 8), np.float32) for name in runner.inputs if name.startswith("past")}
     runner.run({**inputs, **past, "attention_mask": np.ones((2, 7), np.int64)})
+
+
+def test_what_there_is_before_the_first_call_is_read_off_a_file(tmp_path: Path) -> None:
+    file = written(decoder("llama", layers=2), tmp_path)
+    found = nothing_before(file, 3)
+    assert list(found) == [f"past_key_values.{layer}.{part}" for layer in (0, 1) for part in ("key", "value")]
+    assert {(array.shape, str(array.dtype)) for array in found.values()} == {((3, 2, 0, 8), "float32")}
+    assert nothing_before(written(tiny_model("llama"), tmp_path / "classifier"), 3) == {}
+    (tmp_path / "broken.onnx").write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(ModelError, match="truncated"):
+        nothing_before(tmp_path / "broken.onnx", 1)
 
 
 def test_what_generates_nothing_has_no_cache(tmp_path: Path) -> None:
