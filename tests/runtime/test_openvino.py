@@ -145,13 +145,13 @@ ROUNDED = [
 @pytest.mark.parametrize(("family", "task", "form"), ROUNDED)
 def test_products_are_those_of_the_decoded_matrices(family: str, task: str, form: str, tmp_path: Path) -> None:
     """Tables are looked up in the formats that can be. Activations may be rounded by each call's range on processors
-    that multiply 8-bit integers."""
+    that multiply 8-bit integers, and to bfloat16, which has 8 bits of precision, on those that multiply these."""
     table = form if FORMATS[form].embedding else "bf16"
     student = calibrated(family, task, attention=form, ffn=form, embedding=table, head=form)
     inputs = random_inputs(student.model, 8, 21)
     wanted = real(expected(decoded(student), inputs), inputs)
     found = real(run(OpenVino().load(OpenVino().emit(student, tmp_path)[0]), inputs), inputs)
-    tolerance = 1e-5 if FORMATS[form].activations == "float" else 0.15
+    tolerance = 0.05 if form == "bf16" else 1e-5 if FORMATS[form].activations == "float" else 0.15
     assert np.square(found - wanted).mean() ** 0.5 <= tolerance * wanted.std()
 
 
