@@ -204,6 +204,24 @@ def faster(baseline: Timing, candidate: Timing) -> tuple[float, float, float]:
     return float(np.median(slow) / np.median(fast)), low, high
 
 
+def tokens_per_second(whole: Timing, prompt: Timing, tokens: int) -> tuple[float, float, float] | None:
+    """Return how many tokens a second are generated, and its 95 % interval: `tokens` (of all sequences together) in the
+    time by which whole calls are slower than those that only read the prompt, rounds resampled in pairs; None if that
+    is lost in noise.
+
+    Raises:
+        ValueError: if the two were not timed together (numbers of rounds differ).
+    """
+    if len(whole.rounds) != len(prompt.rounds):
+        raise ValueError(f"{len(whole.rounds)} and {len(prompt.rounds)} rounds: time both in one time_interleaved")
+    steps = whole.medians - prompt.medians
+    if np.median(steps) <= 0:
+        return None
+    resampled = np.median(steps[_resamples(len(steps))], axis=1)
+    low, high = _interval(1e3 * tokens / resampled[resampled > 0])
+    return float(1e3 * tokens / np.median(steps)), low, high
+
+
 def timing_to_measurements(timing: Timing, workload: Workload, runtime: str) -> dict[str, Measurement]:
     """Return latency_ms (the median) and p90_ms as measurements."""
     return {

@@ -22,6 +22,7 @@ from autolite.measure import (
     faster,
     time_interleaved,
     timing_to_measurements,
+    tokens_per_second,
 )
 
 
@@ -207,6 +208,16 @@ class TestStatistics:
         assert (value, low, high) == pytest.approx((3.0, 3.0, 3.0))
         apart = slow.median_interval()
         assert apart[1] / apart[0] > 1.2
+
+    def test_tokens_a_second_are_those_of_the_steps_behind_the_prompt(self) -> None:
+        load = np.random.default_rng(0).lognormal(0, 0.5, 25)  # other programs, for both calls of a round alike
+        prompt, whole = (Timing(tuple((float(base * x),) for x in load)) for base in (10.0, 74.0))
+        value, low, high = tokens_per_second(whole, prompt, 64) or (0, 0, 0)
+        assert value == pytest.approx(1000 / np.median(load))
+        assert low < value < high
+        assert tokens_per_second(prompt, whole, 64) is None  # lost in noise
+        with pytest.raises(ValueError, match="25 and 1 rounds"):
+            tokens_per_second(whole, Timing(((1.0,),)), 64)
 
     def test_timings_of_different_runs_cannot_be_compared(self) -> None:
         with pytest.raises(ValueError, match=r"baseline has 1 rounds, candidate 2: time both in one call"):

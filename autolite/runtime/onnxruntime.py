@@ -15,7 +15,7 @@ from autolite.formats import FORMATS
 from autolite.measure import Workload
 from autolite.runtime import emit, requirements
 from autolite.runtime.inputs import PAST, Takes, fitted
-from autolite.runtime.reading import Reading
+from autolite.runtime.reading import Generating, Reading
 from autolite.runtime.sequences import PRESENT
 from autolite.runtime.session import opened
 from autolite.techniques.base import Student
@@ -132,6 +132,10 @@ class OrtRunner:
     def reading(self, limit: int) -> Reading:
         """Begin to read a sequence of at most `limit` tokens piece by piece, if the model is `cached`."""
         return Reading(self._session, limit)
+
+    def generating(self, tokens: int) -> Generating:
+        """Return whole calls, in which so many tokens follow the prompt, if the model is `cached`."""
+        return Generating(self._session, tokens)
 
     def end_trace(self) -> Path:
         """Stop recording and return the file of ONNX Runtime's trace."""

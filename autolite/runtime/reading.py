@@ -4,6 +4,8 @@ them, and never become arrays."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -66,6 +68,26 @@ class Reading:
             for name, present in zip(self._names, presents, strict=True):
                 binding.bind_ortvalue_input(name, present)
         return np.asarray(logits.numpy()[:, -1])
+
+
+@dataclass(frozen=True)
+class Generating:
+    """A whole call of a language model, to be timed: it reads the prompt, and then so many single tokens."""
+
+    session: Any
+    tokens: int
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the logits after the last token, float32 [batch, vocab]; prompts are the `input_ids` int64 [batch,
+        tokens], and their tokens again are what follows."""
+        ids = inputs["input_ids"]
+        batch, prompt = ids.shape
+        reading = Reading(self.session, prompt + self.tokens, batch)
+        logits = reading.read(ids)
+        for step in range(self.tokens):
+            place = step % prompt
+            logits = reading.read(np.ascontiguousarray(ids[:, place : place + 1]))
+        return {"logits": logits}
 
 
 def _writes_in_place(session: Any) -> bool:

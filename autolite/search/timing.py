@@ -15,7 +15,18 @@ from autolite.devices.timing import Artifact, time_on
 from autolite.errors import InputError
 from autolite.front import Candidate
 from autolite.inference import MANIFEST
-from autolite.measure import Measurement, Timing, faster, random_texts, time_interleaved, timing_to_measurements
+from autolite.measure import (
+    Inputs,
+    Measurement,
+    Runner,
+    Timing,
+    Workload,
+    faster,
+    random_texts,
+    time_interleaved,
+    timing_to_measurements,
+    tokens_per_second,
+)
 from autolite.search.problem import Problem, provenance
 from autolite.store import Store
 
@@ -52,6 +63,8 @@ def seconds_together(problem: Problem, candidates: int) -> float:
     """Return how long `measured_together` is expected to take; 0 where nothing is timed."""
     if not problem.times_finalists:
         return 0.0
+    if problem.workload.generated:  # prompts are timed beside whole calls
+        candidates = 1 + 2 * candidates
     return (1 + candidates) * (SECONDS + (0.0 if problem.settings.measure_on is None else _FURTHER))
 
 
@@ -72,8 +85,9 @@ def measured(
         say: told in words what a device has to wait for.
 
     Returns:
-        For each name, and for `BASELINE`, latency_ms, p90_ms and faster, and of language models ttft_ms; that alone
-        where something is generated: what is timed is one call. On a device memory_bytes too, if it tells.
+        For each name, and for `BASELINE`, latency_ms, p90_ms and faster, and of language models ttft_ms. Where tokens
+        are generated, tokens_per_second too; but if that cannot be timed (on a device, or by a runtime without a cache)
+        ttft_ms alone. On a device memory_bytes too, if it tells.
 
     Raises:
         DeviceError: if one cannot run there, or the device goes away and stays away.
@@ -81,10 +95,11 @@ def measured(
     workload = problem.workload
     paths = {BASELINE: problem.baseline, **files}
     memory: Mapping[str, int | None] = {}
+    prompts: Mapping[str, Timing] = {}
     if device is None:
-        runners = {name: problem.runtime.load(each[0], threads=workload.threads) for name, each in paths.items()}
+        loaded = {name: problem.runtime.load(each[0], threads=workload.threads) for name, each in paths.items()}
         inputs = random_texts(vocab, workload, problem.settings.seed)
-        timings: Mapping[str, Timing] = time_interleaved(runners, inputs, SECONDS * len(runners))
+        timings, prompts = _timed(loaded, inputs, workload)
     else:
         (text,) = random_texts(vocab, workload, problem.settings.seed, count=1)
         artifacts = {name: Artifact(each, text) for name, each in paths.items()}
@@ -96,15 +111,35 @@ def measured(
         used = problem.runtime_of(each[0])
         title = f"{used.name} {used.version}" if device is None else f"{session.runtime} on {device.address}"
         numbers = timing_to_measurements(timings[name], workload, title)
+        tokens = workload.batch * workload.generated
+        if name in prompts and (rate := tokens_per_second(timings[name], prompts[name], tokens)):
+            numbers["tokens_per_second"] = Measurement("tokens_per_second", *rate, "measured", title, str(workload))
         if (peak := memory.get(name)) is not None:
             numbers["memory_bytes"] = Measurement("memory_bytes", peak, peak, peak, "measured", title, str(workload))
         ratio = faster(timings[BASELINE], timings[name])
         numbers["faster"] = Measurement("faster", *ratio, "measured", title, str(workload))
         if generates:  # a call with the whole prompt is the time to the first token
-            first = {"ttft_ms": replace(numbers["latency_ms"], metric="ttft_ms")}
-            numbers = first if workload.generated else numbers | first
+            prompt = timing_to_measurements(prompts.get(name, timings[name]), workload, title)["latency_ms"]
+            first = {"ttft_ms": replace(prompt, metric="ttft_ms")}
+            numbers = first if workload.generated and not prompts else numbers | first
         found[name] = numbers
     return found
+
+
+def _timed(
+    loaded: Mapping[str, Runner], inputs: Sequence[Inputs], workload: Workload
+) -> tuple[Mapping[str, Timing], Mapping[str, Timing]]:
+    """Time the workload's calls, and beside them, where tokens are generated and all can do so, their prompts."""
+    if not workload.generated or not all(getattr(each, "cached", False) for each in loaded.values()):
+        return time_interleaved(loaded, inputs, SECONDS * len(loaded)), {}
+    calls = {
+        (name, tokens): each.generating(tokens)  # type: ignore[attr-defined]  # it is cached
+        for name, each in loaded.items()
+        for tokens in (0, workload.generated)
+    }
+    found = time_interleaved({f"{name} {n}": call for (name, n), call in calls.items()}, inputs, SECONDS * len(calls))
+    whole, prompts = ({name: found[f"{name} {n}"] for name in loaded} for n in (workload.generated, 0))
+    return whole, prompts
 
 
 def measured_together(

@@ -261,3 +261,22 @@ def test_one_option_is_taken_for_all_layers_by_what_is_generated(tmp_path: Path)
         assert {place.sizes for place in asked} == {(1, 16, generated, 4, 4, 8)}
         kinds = [node.op_type for node in onnx.load(file).graph.node]
         assert kinds.count(operator) == 3
+
+
+@families
+@options
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_whole_call_reads_the_prompt_and_then_token_after_token(
+    family: str, option: str, batch: int, tmp_path: Path
+) -> None:
+    """The tokens behind the prompt are those of the prompt again: what torch makes of all of them in one call."""
+    model = decoder(family)
+    runner = OnnxRuntime().load(written(model, tmp_path, option))
+    ids = np.random.default_rng(0).integers(3, VOCAB, (batch, 4))
+    with torch.no_grad():
+        wanted = model(input_ids=torch.from_numpy(np.concatenate((ids, ids[:, :2]), axis=1))).logits[:, -1].numpy()
+    found = runner.generating(2).run({"input_ids": ids})["logits"]
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    alone = runner.generating(0).run({"input_ids": ids})["logits"]
+    every = runner.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"]
+    np.testing.assert_allclose(alone, every[:, -1], atol=1e-5)

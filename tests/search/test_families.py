@@ -18,6 +18,8 @@ import autolite
 from autolite import contracts, registry
 from autolite.errors import InputError
 from autolite.front import Result
+from autolite.hardware import load_target
+from autolite.search import problem, timing
 from autolite.testing import tiny_model, tiny_tokenizer
 from tests.conftest import sentences, write_jsonl
 
@@ -155,3 +157,28 @@ def test_language_models(family: str, config: dict[str, Any], tmp_path: Path) ->
         assert math.isclose(candidate.kept.value, 1 - rise, abs_tol=1e-9)
         assert candidate.ttft_ms is not None
         assert candidate.tokens_per_second is not None
+
+
+def test_what_a_language_model_generates_is_timed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(problem, "load_target", lambda *_: load_target("pixel8").model_copy(update={"name": "local"}))
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(" ".join(f"w{i * j % 60}" for j in range(12)) for i in range(200)), "utf-8")
+    result = autolite.search(
+        folder_of("llama", "language-modeling", tmp_path / "model"),
+        text,
+        target="local",
+        task="language-modeling",
+        workload="tokens=16,generated=8,threads=1",
+        space="quantize-only",
+        budget="3trials",
+        out=tmp_path / "r",
+    )
+    for candidate in result.front:
+        whole, first, rate = candidate.latency_ms, candidate.ttft_ms, candidate.tokens_per_second
+        assert first is not None
+        assert rate is not None
+        assert {each.source for each in (whole, first, rate, candidate.faster)} == {"measured"}
+        assert first.value < whole.value
+        # Medians of sums are not sums of medians, and this machine may be busy.
+        assert whole.value == pytest.approx(first.value + 8e3 / rate.value, rel=0.5)
