@@ -80,10 +80,12 @@ def _notes(profile: OperatorProfile) -> list[str]:
     call, operators = 1e3 * profile.call.median, profile.microseconds
     threads = f"{profile.workload.threads} thread{'s' if profile.workload.threads > 1 else ''}"
     taken = f"{len(profile.nodes)} nodes take {operators:,.0f} us, {operators / call:.0%} of a call"
+    given = {name: value for name, value in profile.inputs.items() if not name.startswith("past_key_values.")}
+    before = f"{count} keys and values of no earlier calls" if (count := len(profile.inputs) - len(given)) else ""
     if profile.disturbed:
         taken += "; other programs disturbed the calls, so run this again on a quiet machine"
     return [
-        "Inputs: " + ", ".join(f"{name} {value}" for name, value in profile.inputs.items()),
+        "Inputs: " + ", ".join(f"{name} {value}" for name, value in given.items()) + (before and f", {before}"),
         f"{taken}. A call of an empty model takes {1e3 * profile.empty:.0f} us.",
         f"Recorded, a call takes {profile.traced.median:.3g} ms: {profile.recording:.1f} us of recording are taken off "
         "each node.",
