@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import uuid
@@ -37,6 +38,11 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def parts_of(path: Path) -> list[Path]:
+    """Return what processes that were killed while they wrote `path` left; or what others are just writing."""
+    return sorted(path.parent.glob(f".{glob.escape(path.name)}.*.part"))
 
 
 def sha256(file: Path) -> str:

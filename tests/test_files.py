@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autolite.errors import StorageError
-from autolite.files import sha256, write_atomically
+from autolite.files import parts_of, sha256, write_atomically
 
 
 def test_a_file_is_written_with_its_folders_and_nothing_beside_it(tmp_path: Path) -> None:
@@ -50,3 +50,13 @@ def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
 def test_sha256_is_that_of_the_content(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
     assert sha256(tmp_path / "file") == hashlib.sha256(b"content").hexdigest()
+
+
+def test_what_killed_writers_left_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "a[1].bin"
+    write_atomically(file, b"whole")
+    assert parts_of(file) == []
+    left = tmp_path / ".a[1].bin.0123abcd.part"
+    left.write_bytes(b"who")
+    (tmp_path / ".a1.bin.0123abcd.part").write_bytes(b"another's")
+    assert parts_of(file) == [left]

@@ -20,8 +20,8 @@ BYTES = 4  # activations, norms and biases are fp32
 # and then 8-bit codes of it; and that unpack codes in two planes, or zero points.
 _GRAPH_BYTES = {"layer": 2500, "around": 2300, "decoding": 700, "coding": 800, "plane": 900, "zeros": 550}
 # A "thin" product is one of a low-rank difference, "codes" what decodes its 8-bit factor; "factor" is the second one of
-# an embedding table.
-_GRAPH_BYTES |= {"thin": 110, "codes": 140, "factor": 250}
+# an embedding table; "heads" are the norms of queries and keys by head.
+_GRAPH_BYTES |= {"heads": 750, "thin": 110, "codes": 140, "factor": 250}
 _STORED = {form: form for form in formats.FORMATS}  # each format is read as it is stored
 
 
@@ -291,7 +291,7 @@ def file_size(shape: ModelShape) -> int:
     floats += square * hidden + (shape.outputs if not family.causal else 0)
     layers = sum(len(stack.layers) for stack in shape.stacks)
     looked_up = (bool(shape.vocab) and not tied_head) + bool(family.position and not family.patch)
-    graph += layers * _GRAPH_BYTES["layer"] + _GRAPH_BYTES["around"]
+    graph += layers * (_GRAPH_BYTES["layer"] + bool(family.query_norm) * _GRAPH_BYTES["heads"]) + _GRAPH_BYTES["around"]
     graph += bool(shape.outputs) * _decoding(shape.head_format)
     graph += bool(family.embedding_projection or family.patch) * _decoding(shape.embedding_format)
     graph += looked_up * _decoding(shape.embedding_format, coded=False)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from autolite.front import Front
     from autolite.hardware.calibration import Calibrated
     from autolite.hardware.profile import ComputeUnit, Profile
+    from autolite.measure import Measurement
     from autolite.runtime.tune import Found
     from autolite.runtime.variants import Place
     from autolite.search.reprice import Repriced
@@ -49,9 +50,11 @@ def front_table(front: Front, was: Mapping[str, str] | None = None) -> Group:
     if where := front.target.get("measured_on"):
         source += f" on {where}"
     work, metric = front.workload, front.teacher["quality"]["metric"]
+    generated = f", {work['generated']} generated" if work["generated"] else ""
+    threads = f"{work['threads']} thread{'s' if work['threads'] > 1 else ''}"
     table = Table(
         title=f"{front.model['name']} on {front.target['name']}: latency {source}, batch {work['batch']}, "
-        f"{work['tokens']} tokens, {work['threads']} threads; intervals 95 %",
+        f"{work['tokens']} tokens{generated}, {threads}; intervals 95 %",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -61,7 +64,9 @@ def front_table(front: Front, was: Mapping[str, str] | None = None) -> Group:
     # An interrupted run has not seen the test split, nor has what another target brought back.
     scored = "test" if teacher["test"] and all(c.test for c in front) else "quality"
     columns = ["id"] if was is None else ["id", "was"]
-    for head in (*columns, f"{teacher[scored]['split']} {metric}", "kept", "latency ms", "faster", "size", "smaller"):
+    found = [f"{teacher[scored]['split']} {metric}", "kept", "latency ms", "faster", "size", "smaller"]
+    found += ["first ms", "tokens/s"] if generated else []
+    for head in (*columns, *found):
         # On a narrow terminal the intervals go below their values.
         table.add_column(
             head, justify="left" if head in columns else "right", no_wrap=head not in ("kept", "latency ms")
@@ -87,6 +92,7 @@ def front_table(front: Front, was: Mapping[str, str] | None = None) -> Group:
             f"{c.faster.value:.2f}x",
             size(c.size_bytes.value),
             f"{whole / c.size_bytes.value:.2f}x",
+            *([_value(c.ttft_ms), _value(c.tokens_per_second)] if generated else []),
         )
     notes = [f"{c.id}  {c.plan.describe()}" for c in front]
     for c in (each for each in front if each.kept_of_seeds):
@@ -98,6 +104,10 @@ def front_table(front: Front, was: Mapping[str, str] | None = None) -> Group:
     if basis := _basis(front):
         notes.append(basis)
     return Group(table, *map(Text, notes))
+
+
+def _value(found: Measurement | None) -> str:
+    return "" if found is None else f"{found.value:.3g}"
 
 
 def repriced_table(found: Repriced) -> Group:

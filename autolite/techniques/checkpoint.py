@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from autolite.errors import StorageError
-from autolite.files import write_atomically
+from autolite.files import parts_of, write_atomically
 
 SECONDS = 20.0  # between two writes; a run of a small model writes for about a hundredth of its time then
 
@@ -78,8 +78,10 @@ class Checkpoint:
         return step
 
     def remove(self) -> None:
-        """Forget the run."""
+        """Forget the run, and what a process that was killed while it wrote left of a checkpoint."""
         self.file.unlink(missing_ok=True)
+        for part in parts_of(self.file):
+            part.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -13,12 +14,15 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
 import autolite
 from autolite import contracts, registry
 from autolite.errors import InputError
 from autolite.front import Result
 from autolite.hardware import load_target
+from autolite.report.tables import front_table
+from autolite.runtime import tune
 from autolite.search import problem, timing
 from autolite.testing import tiny_model, tiny_tokenizer
 from tests.conftest import sentences, write_jsonl
@@ -161,6 +165,7 @@ def test_language_models(family: str, config: dict[str, Any], tmp_path: Path) ->
 
 def test_what_a_language_model_generates_is_timed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(tune, "SECONDS", 0.0)
     monkeypatch.setattr(problem, "load_target", lambda *_: load_target("pixel8").model_copy(update={"name": "local"}))
     text = tmp_path / "text.txt"
     text.write_text("\n".join(" ".join(f"w{i * j % 60}" for j in range(12)) for i in range(200)), "utf-8")
@@ -182,3 +187,8 @@ def test_what_a_language_model_generates_is_timed_here(tmp_path: Path, monkeypat
         assert first.value < whole.value
         # Medians of sums are not sums of medians, and this machine may be busy.
         assert whole.value == pytest.approx(first.value + 8e3 / rate.value, rel=0.5)
+    console = Console(width=200, file=io.StringIO())
+    console.print(front_table(result.front))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "16 tokens, 8 generated, 1 thread;" in shown
+    assert "tokens/s" in shown
