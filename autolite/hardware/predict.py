@@ -218,6 +218,8 @@ def _multiplied(shape: ModelShape) -> set[str]:
             used |= {factor_format(layer.ffn_format)} if layer.ffn_rank else set()
     if DESCRIBED[shape.family].embedding_projection or DESCRIBED[shape.family].patch:
         used.add(shape.embedding_format)
+    if shape.embedding_rank:
+        used.add(factor_format(shape.embedding_format))
     return used
 
 

@@ -197,6 +197,23 @@ def test_a_prompt_and_its_steps_take_the_kernel_that_suits_each() -> None:
     assert four["memory_bytes"].value > only["memory_bytes"].value
 
 
+def test_factors_of_an_embedding_table_take_the_kernel_that_suits_them() -> None:
+    profile = load_profile("a100")  # on which 8-bit weights are read as they are, or as 16 bits
+    shape = replace(llama_shape(), embedding_format="int4", head_format="int4", embedding_rank=32)
+    several = profile.formats["int8-weight"]
+    assert len(several) > 1
+    for workload in (Workload(64, 128, 1), Workload(1, 128, 1)):
+        alone = [
+            predict(
+                shape, profile.model_copy(update={"formats": {**profile.formats, "int8-weight": (kernel,)}}), workload
+            )
+            for kernel in several
+        ]
+        times = [each["latency_ms"].value for each in alone]
+        assert len(set(times)) > 1
+        assert predict(shape, profile, workload)["latency_ms"].value == min(times)
+
+
 def test_what_is_decoded_when_loaded_is_read_as_what_it_was_decoded_to() -> None:
     profile = load_profile("x86-avx512")
     shape = bert_shape(layers=12, hidden=768, heads=12, ffn=3072)
