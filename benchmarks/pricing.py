@@ -16,7 +16,7 @@ import click
 import numpy as np
 
 from autolite.architecture import LayerShape, ModelShape, Stack
-from autolite.hardware import blocks, footprint
+from autolite.hardware import blocks, footprint, pieces
 from autolite.hardware.predict import predict, predict_all
 from autolite.hardware.profile_files import load_profile
 from autolite.measure import Workload
@@ -42,8 +42,8 @@ def plans(count: int, seed: int) -> list[ModelShape]:
 
 def forget() -> None:
     """Let nothing be known from before."""
-    caches = blocks._attention, blocks._ffn, blocks._around
-    for each in (*caches, footprint.attention_read, footprint.ffn_read, footprint.read_as):
+    known = blocks.block_of, footprint.computed_by, footprint.stored, footprint.activations_of, footprint.read_as
+    for each in (*known, pieces._attention, pieces._feed_forward, pieces._around, pieces._firsts):
         each.cache_clear()
 
 

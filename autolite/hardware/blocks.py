@@ -1,36 +1,22 @@
-"""What a model computes in one pass, whatever the target: products, elements, bytes and operators, block by block.
-
-Equal layers are the same block, so that thousands of plans of one model are described in no time.
-"""
+"""What is computed of a piece in one pass, whatever the target: products, elements, bytes and operators."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autolite import formats
-from autolite.architecture import CrossAttention, ModelShape, Stack, factor_format
+from autolite.architecture import CrossAttention, factor_format
 from autolite.families import DESCRIBED
-from autolite.hardware.footprint import (
-    BYTES,
-    Attention,
-    Computed,
-    FeedForward,
-    Kernels,
-    Layer,
-    head_of_shape,
-    head_width,
-    read_as,
-    square_layers,
-)
+from autolite.hardware.footprint import BYTES, Computed, head_width, read_as, square_layers
+from autolite.hardware.pieces import Around, Attention, FeedForward, head_of_shape, is_pooled
+from autolite.hardware.segments import Array
 from autolite.products import matmuls
-
-Array = NDArray[np.float64]
 
 # What is counted beside products: elements, rows of softmax, bytes of activations, operators of layers and around them,
 # and calls.
@@ -42,7 +28,7 @@ _UNMAPPED_OPERATORS = {"layer": 60, "around": 40}  # most of them are about shap
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Block:
-    """A part of a pass.
+    """What is computed of a piece.
 
     Attributes:
         kernels: the kernel class of each product [products].
@@ -89,63 +75,36 @@ class Work:
         return Block(tuple(self._kernels), products, np.array([self._counts[kind] for kind in KINDS]))
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Pass:
-    """The blocks of a pass, and beside them one of `either`, where something can be computed in two ways."""
+class Role(IntEnum):
+    """What of a piece is needed in a pass."""
 
-    blocks: list[Block]
-    either: tuple[Block, ...] = ()
-
-
-def pass_of(computed: Computed, call: Call) -> Pass:
-    """Describe a pass of a model."""
-    shape = computed.shape
-    if shape.unmapped is not None:
-        return Pass([_without_map(computed, call)])
-    if len(shape.stacks) > 1:
-        return _of_two_stacks(computed, call)
-    head = head_of_shape(shape)
-    pooled = head is not None and head.pooling != "none"
-    around = _around(_Around.of(shape), _kernels_around(computed), pooled, call)
-    # Where only the first position is read, the last layer computes all but keys and values there alone.
-    if not pooled or shape.stacks[-1].causal or call.tokens == 1:
-        return Pass([around, *_layers(computed.layers, call)])
-    *others, (last, kernels) = computed.layers
-    both = tuple(_attention(last.attention, kernels, call, 1, absorbed) for absorbed in (False, True))
-    return Pass([around, *_layers(others, call), _ffn(last.ffn, kernels, call.batch)], both)
+    WHOLE = 0
+    LAST = 1  # of the last layer, if one token a sequence is read
+    ABSORBED = 2  # the same of its attention without keys and values, whose matrices multiply what is beside them
+    PREPARED = 3  # what the first of two stacks' pass has of it: keys and values that are kept, no head
 
 
-def _layers(layers: Iterable[tuple[Layer, Kernels]], call: Call) -> Iterator[Block]:
-    rows = call.batch * call.tokens
-    for layer, kernels in layers:
-        yield _attention(layer.attention, kernels, call, call.tokens, False)
-        yield _ffn(layer.ffn, kernels, rows)
+@lru_cache(maxsize=1 << 16)
+def block_of(computed: Computed, call: Call, role: int) -> Block:
+    """Describe what is computed of a piece in a pass, in its `Role`."""
+    piece = computed.piece
+    if isinstance(piece, Around):
+        chosen = dict(zip(piece.forms, computed.kernels, strict=True))
+        if piece.unmapped is not None:
+            return _without_map(piece, chosen, call)
+        return _around(piece, chosen, call, role)
+    if isinstance(piece, FeedForward):
+        return _ffn(piece, computed, call.batch * (call.tokens if role == Role.WHOLE else 1))
+    if role == Role.PREPARED:
+        return _kept(piece, computed, call)
+    return _attention(piece, computed, call, call.tokens if role == Role.WHOLE else 1, role == Role.ABSORBED)
 
 
-def _of_two_stacks(computed: Computed, call: Call) -> Pass:
-    """What the first stack reads, and the keys and values that the second one's cross-attention has of it; or a step of
-    the second."""
-    writing = [each for each in computed.layers if each[0].stack]
-    bare, around = _Around.of(computed.shape), _kernels_around(computed)
-    if call.source:
-        return Pass([_around(bare, around, False, call), *_layers(writing, call)])
-    reading = (each for each in computed.layers if not each[0].stack)
-    kept = [_kept(layer.attention, kernels, call) for layer, kernels in writing]
-    return Pass([_around(bare._replace(outputs=0), around, False, call), *_layers(reading, call), *kept])
-
-
-def _kernels_around(computed: Computed) -> tuple[str, str, str]:
-    shape, chosen = computed.shape, computed.chosen
-    form = shape.embedding_format
-    return chosen.get(form, ""), chosen.get(factor_format(form), ""), chosen.get(shape.head_format, "")
-
-
-def _without_map(computed: Computed, call: Call) -> Block:
+def _without_map(piece: Around, chosen: Mapping[str, str], call: Call) -> Block:
     """A pass of a model without an architecture map: the products are its own. What is between them is taken to be that
     of a transformer of the configuration's depth, width and heads: attention over all of the context, two norms and two
     residual sums a layer, and an activation of what the widening matrices of the feed-forward blocks give."""
-    shape, chosen, work = computed.shape, computed.chosen, Work()
-    other = shape.unmapped
+    shape, other, work = piece.shape, piece.unmapped, Work()
     assert other is not None
     rows, hidden, layers = call.batch * call.tokens, shape.stacks[0].hidden, other.layers
     work.add("copy", 7 * BYTES * rows * shape.embedding)  # two rows looked up, and their sum
@@ -170,57 +129,11 @@ def _without_map(computed: Computed, call: Call) -> Block:
     return work.done()
 
 
-class _Around(NamedTuple):
-    """All of a shape but its layers."""
-
-    family: str
-    hidden: tuple[int, ...]
-    vocab: int
-    embedding: int
-    outputs: int
-    tied: bool
-    embedding_format: str
-    head_format: str
-    embedding_rank: int
-
-    @classmethod
-    def of(cls, shape: ModelShape) -> _Around:
-        return cls(
-            shape.family,
-            tuple([stack.hidden for stack in shape.stacks]),
-            shape.vocab,
-            shape.embedding,
-            shape.outputs,
-            shape.tied,
-            shape.embedding_format,
-            shape.head_format,
-            shape.embedding_rank,
-        )
-
-    @property
-    def shape(self) -> ModelShape:
-        """A shape of this and no layers."""
-        return ModelShape(
-            self.family,
-            tuple(Stack("", hidden, ()) for hidden in self.hidden),
-            self.vocab,
-            self.embedding,
-            0,
-            self.outputs,
-            self.tied,
-            self.embedding_format,
-            self.head_format,
-            embedding_rank=self.embedding_rank,
-        )
-
-
-@lru_cache(maxsize=1 << 12)
-def _around(bare: _Around, kernels: tuple[str, ...], pooled: bool, call: Call) -> Block:
-    """All but the layers; `kernels` are those of the embedding's format, of its second factor's and of the head's."""
-    shape = bare.shape
-    family, work = DESCRIBED[shape.family], Work()
-    forms = (shape.embedding_format, factor_format(shape.embedding_format), shape.head_format)
-    chosen = dict(zip(forms, kernels, strict=True))
+def _around(piece: Around, chosen: Mapping[str, str], call: Call, role: int) -> Block:
+    """All but the layers."""
+    shape, family, work = piece.shape, DESCRIBED[piece.family], Work()
+    if role == Role.PREPARED:
+        shape = replace(shape, outputs=0)
     rows = call.batch * call.tokens
 
     def dense(form: str, rows: int, k: int, n: int) -> None:
@@ -235,7 +148,7 @@ def _around(bare: _Around, kernels: tuple[str, ...], pooled: bool, call: Call) -
         work.add("normalization", rows * shape.embedding)
     if family.embedding_projection or family.patch:
         dense(shape.embedding_format, rows, shape.embedding, shape.stacks[0].hidden)
-    read = call.batch if pooled else rows
+    read = call.batch if is_pooled(shape) else rows
     hidden = shape.stacks[-1].hidden
     if family.final_norm:
         work.add("normalization", read * hidden)
@@ -252,14 +165,13 @@ def _around(bare: _Around, kernels: tuple[str, ...], pooled: bool, call: Call) -
     return work.done()
 
 
-@lru_cache(maxsize=1 << 16)
-def _attention(part: Attention, kernels: Kernels, call: Call, read: int, absorbed: bool) -> Block:
+def _attention(part: Attention, computed: Computed, call: Call, read: int, absorbed: bool) -> Block:
     """The attention of a layer of which `read` tokens a sequence are needed; `absorbed` says that keys and values are
     not computed: their matrices, decoded, multiply what is on the other side of them."""
     work = Work()
     rows, needed = call.batch * call.tokens, call.batch * read
     query, kv = part.heads * part.head_dim, part.kv_heads * part.head_dim
-    merged, kernel, hidden, zeros = query + 2 * kv, kernels.attention, kernels.hidden, kernels.zeros
+    merged, kernel, hidden, zeros = query + 2 * kv, computed.kernels[0], part.hidden, computed.zeros
     nbytes = read_as(part.form, kernel, merged, hidden)
     rest = merged
     if read < call.tokens:
@@ -284,27 +196,26 @@ def _attention(part: Attention, kernels: Kernels, call: Call, read: int, absorbe
     work.add("copy", 3 * BYTES * needed * hidden)  # residual sum
     work.add("operators", _OPERATORS["attention"])
     if part.cross is not None:
-        _attend(work, part, part.cross, kernels, call)
-    for _, side, k, n, form in part.differences(kernels):
-        _difference(work, kernels.attention_factor, rows if side == "qkv.down" else needed, k, n, form)
+        _attend(work, part, part.cross, computed, call)
+    for _, side, k, n, form in part.differences():
+        _difference(work, computed.kernels[1], rows if side == "qkv.down" else needed, k, n, form)
     return work.done()
 
 
-@lru_cache(maxsize=1 << 16)
-def _ffn(part: FeedForward, kernels: Kernels, rows: int) -> Block:
+def _ffn(part: FeedForward, computed: Computed, rows: int) -> Block:
     """The feed-forward network of a layer, for so many tokens."""
-    work, kernel, gated, hidden = Work(), kernels.ffn, kernels.gated, kernels.hidden
+    work, kernel, zeros, gated, hidden = Work(), computed.kernels[0], computed.zeros, part.gated, part.hidden
     inner = part.ffn * (2 if gated else 1)
-    work.product(kernel, rows, hidden, inner, read_as(part.form, kernel, inner, hidden), kernels.zeros)
+    work.product(kernel, rows, hidden, inner, read_as(part.form, kernel, inner, hidden), zeros)
     rounded = formats.get(part.form).activations != "float" and not gated
     work.add("approximation" if rounded else "activation", rows * part.ffn)
     work.add("copy", (3 * part.ffn * 2 if gated else 0) * BYTES * rows)  # split, and product with the gate
-    work.product(kernel, rows, part.ffn, hidden, read_as(part.form, kernel, hidden, part.ffn), kernels.zeros)
+    work.product(kernel, rows, part.ffn, hidden, read_as(part.form, kernel, hidden, part.ffn), zeros)
     work.add("normalization", rows * hidden)
     work.add("copy", 3 * BYTES * rows * hidden)
     work.add("operators", _OPERATORS["gated" if gated else "ffn"])
-    for _, _, k, n, form in part.differences(kernels):
-        _difference(work, kernels.ffn_factor, rows, k, n, form)
+    for _, _, k, n, form in part.differences():
+        _difference(work, computed.kernels[1], rows, k, n, form)
     return work.done()
 
 
@@ -315,28 +226,27 @@ def _difference(work: Work, kernel: str, rows: int, k: int, n: int, form: str) -
     work.add("operators", 1)
 
 
-def _attend(work: Work, part: Attention, cross: CrossAttention, kernels: Kernels, call: Call) -> None:
+def _attend(work: Work, part: Attention, cross: CrossAttention, computed: Computed, call: Call) -> None:
     """Add a layer's attention to `call.source` tokens whose keys and values are kept."""
-    rows, hidden, width, source = call.batch * call.tokens, kernels.hidden, cross.width, call.source * cross.sources
-    form, kernel = part.form, kernels.attention
-    work.product(kernel, rows, hidden, width, read_as(form, kernel, width, hidden), kernels.zeros)
+    rows, hidden, width, source = call.batch * call.tokens, part.hidden, cross.width, call.source * cross.sources
+    form, kernel, zeros = part.form, computed.kernels[0], computed.zeros
+    work.product(kernel, rows, hidden, width, read_as(form, kernel, width, hidden), zeros)
     past = 2 * BYTES * source * cross.head_dim
     work.product("attention", call.tokens, 2 * cross.head_dim, source, past, call.batch * cross.heads)
     work.add("softmax", rows * cross.heads)
-    work.product(kernel, rows, width, hidden, read_as(form, kernel, hidden, width), kernels.zeros)
+    work.product(kernel, rows, width, hidden, read_as(form, kernel, hidden, width), zeros)
     work.add("normalization", rows * hidden)
     work.add("copy", 3 * BYTES * rows * hidden)  # residual sum
     work.add("operators", _OPERATORS["cross"])
 
 
-@lru_cache(maxsize=1 << 12)
-def _kept(part: Attention, kernels: Kernels, call: Call) -> Block:
+def _kept(part: Attention, computed: Computed, call: Call) -> Block:
     """The keys and values of a layer's cross-attention, computed once."""
     work = Work()
     if (cross := part.cross) is not None:
-        rows, kernel, width = call.batch * call.tokens * cross.sources, kernels.attention, 2 * cross.width
-        nbytes = read_as(part.form, kernel, width, kernels.source)
-        work.product(kernel, rows, kernels.source, width, nbytes, kernels.zeros)
+        rows, kernel, width = call.batch * call.tokens * cross.sources, computed.kernels[0], 2 * cross.width
+        nbytes = read_as(part.form, kernel, width, part.source)
+        work.product(kernel, rows, part.source, width, nbytes, computed.zeros)
         work.add("copy", 2 * BYTES * rows * width)  # split into keys and values
         work.add("operators", 2)
     return work.done()

@@ -15,22 +15,19 @@ respect to a number is the share of the time that it governs.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from autolite.architecture import ModelShape, factor_format
-from autolite.errors import TargetError
-from autolite.families import DESCRIBED
+from autolite.architecture import ModelShape
 from autolite.hardware import without_map
-from autolite.hardware.blocks import Array, Call, Pass, pass_of
-from autolite.hardware.footprint import Computed, activations, file_size, layers_of, reads, weights_read
+from autolite.hardware.calls import Course, calls_of, course_of
+from autolite.hardware.footprint import activations, file_sizes
+from autolite.hardware.pieces import pieces_of
 from autolite.hardware.profile import KINDS, Profile, growth
-from autolite.hardware.roofline import CALIBRATED, Speeds, speeds_of, times
+from autolite.hardware.roofline import CALIBRATED, Speeds, speeds_of
+from autolite.hardware.segments import Array, Bools
 from autolite.measure import Measurement, Workload
 
 _AT_ONCE = 1024  # models in one table
@@ -55,37 +52,50 @@ def predict(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str
 
 def predict_all(shapes: Sequence[ModelShape], profile: Profile, workload: Workload) -> list[dict[str, Measurement]]:
     """Price many models at once, in less time than one by one; see `predict`."""
-    parts = (shapes[start : start + _AT_ONCE] for start in range(0, len(shapes), _AT_ONCE))
-    return [prices for part in parts for prices in _predicted(part, profile, workload)]
-
-
-def _predicted(shapes: Sequence[ModelShape], profile: Profile, workload: Workload) -> list[dict[str, Measurement]]:
     speeds = speeds_of(profile, workload.threads)
-    calls = _calls(shapes, speeds, workload)
-    totals = np.array([call.total for call in calls])
-    estimated = np.array([shape.unmapped is not None for shape in shapes])
-    latency = _times(speeds, totals, estimated)
-    first = _times(speeds, np.array([call.parts[0] for call in calls]), estimated)
-    last = _times(speeds, np.array([call.parts[-1] for call in calls]), estimated)
-    found = []
-    for i, (shape, call) in enumerate(zip(shapes, calls, strict=True)):
-        prices: dict[str, tuple[float, float, bool]] = {}  # metric: value, relative uncertainty, floored
-        if len(call.parts) > 1:
-            prices["ttft_ms"] = first[i]
-            step, sigma, weak = last[i]
-            prices["tokens_per_second"] = (1e3 * workload.batch / step, sigma, weak)
-        milliseconds, sigma, weak = prices["latency_ms"] = latency[i]
-        energy = math.hypot(sigma, speeds.power)
-        prices["energy_mj"] = (milliseconds * speeds.watts, energy, weak or speeds.weak_power)
-        size = float(file_size(shape))
-        packed = profile.packing.value * call.read
-        memory = size + packed + activations(shape, workload)
-        packing = packed / memory * profile.packing.sigma
-        prices["memory_bytes"] = (memory, math.hypot(packing, 0.1), profile.packing.kind not in CALIBRATED)
-        graph = 0.0 if shape.unmapped is None else without_map.graph_bytes(shape) / size
-        prices["size_bytes"] = (size, graph, False)
-        found.append({metric: _measurement(metric, *prices[metric], profile, workload) for metric in prices})
+    found: list[dict[str, Measurement]] = [{} for _ in shapes]
+    for course, places in _by_course(shapes, workload).items():
+        for start in range(0, len(places), _AT_ONCE):
+            some = places[start : start + _AT_ONCE]
+            prices = _predicted([shapes[place] for place in some], course, speeds, profile, workload)
+            for place, each in zip(some, prices, strict=True):
+                found[place] = each
     return found
+
+
+def _by_course(shapes: Sequence[ModelShape], workload: Workload) -> dict[Course, list[int]]:
+    """The places of the shapes whose calls have each course."""
+    found: dict[Course, list[int]] = {}
+    for place, shape in enumerate(shapes):
+        found.setdefault(course_of(shape, workload), []).append(place)
+    return found
+
+
+def _predicted(
+    shapes: Sequence[ModelShape], course: Course, speeds: Speeds, profile: Profile, workload: Workload
+) -> Iterator[dict[str, Measurement]]:
+    """Price models whose calls have one course."""
+    pieces = pieces_of(shapes)
+    calls = calls_of(pieces, course, speeds)
+    estimated = np.array([shape.unmapped is not None for shape in shapes])
+    found: dict[str, _Prices] = {}
+    latency, *passes = _times(speeds, np.concatenate([calls.totals[None], calls.parts]), estimated)
+    if len(passes) > 1:
+        found["ttft_ms"], step = passes
+        found["tokens_per_second"] = step._replace(values=1e3 * workload.batch / step.values)
+    found["latency_ms"] = latency
+    energy = np.hypot(latency.sigmas, speeds.power)
+    found["energy_mj"] = _Prices(latency.values * speeds.watts, energy, latency.weak | speeds.weak_power)
+    sizes = file_sizes(pieces)
+    packed = profile.packing.value * calls.read
+    memory = sizes + packed + activations(pieces, workload)
+    packing = np.hypot(packed / memory * profile.packing.sigma, 0.1)
+    found["memory_bytes"] = _Prices(memory, packing, np.full(len(shapes), profile.packing.kind not in CALIBRATED))
+    graph = np.array([0.0 if shape.unmapped is None else without_map.graph_bytes(shape) for shape in shapes])
+    found["size_bytes"] = _Prices(sizes, graph / sizes, np.zeros(len(shapes), np.bool_))
+    columns = _measurements(found, profile, workload)
+    for each in zip(*columns, strict=True):
+        yield dict(zip(found, each, strict=True))
 
 
 def time_parts(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str, float]:
@@ -96,8 +106,8 @@ def time_parts(shape: ModelShape, profile: Profile, workload: Workload) -> dict[
         TargetError: as `predict`.
     """
     speeds = speeds_of(profile, workload.threads)
-    (call,) = _calls([shape], speeds, workload)
-    return dict(zip(speeds.keys, (call.total / 1e3).tolist(), strict=True))
+    (total,) = _totals([shape], speeds, workload)
+    return dict(zip(speeds.keys, (total / 1e3).tolist(), strict=True))
 
 
 def basis(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str, float]:
@@ -108,9 +118,9 @@ def basis(shape: ModelShape, profile: Profile, workload: Workload) -> dict[str, 
         TargetError: as `predict`.
     """
     speeds = speeds_of(profile, workload.threads)
-    (call,) = _calls([shape], speeds, workload)
+    (total,) = _totals([shape], speeds, workload)
     shares: dict[str, float] = dict.fromkeys(KINDS, 0.0)
-    for kind, share in zip(speeds.kinds, (call.total / call.total.sum()).tolist(), strict=True):
+    for kind, share in zip(speeds.kinds, (total / total.sum()).tolist(), strict=True):
         shares[kind] += share
     return {kind: share for kind, share in shares.items() if share}
 
@@ -122,118 +132,49 @@ def predict_faster(baseline: ModelShape, shape: ModelShape, profile: Profile, wo
         TargetError: as `predict`.
     """
     speeds = speeds_of(profile, workload.threads)
-    slow, fast = (call.total for call in _calls([baseline, shape], speeds, workload))
+    slow, fast = totals = _totals([baseline, shape], speeds, workload)
     difference = (slow / slow.sum() - fast / fast.sum())[None]
     estimated = any(each.unmapped is not None for each in (baseline, shape))
     sigma = speeds.spread(difference, 2, np.array([estimated]))
-    weak = speeds.is_weak(np.stack([slow, fast])).any()
-    return _measurement("faster", float(slow.sum() / fast.sum()), float(sigma[0]), bool(weak), profile, workload)
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """A model's call: microseconds by the keys of `Speeds` of its passes, as they are fastest (the prompt, and for
-    language models a step after it), how often each is made, and the bytes of all matrices that the runtime reads."""
-
-    parts: Array  # [passes, keys]
-    counts: Array  # [passes]
-    read: float
-
-    @property
-    def total(self) -> Array:
-        """Microseconds of the whole call [keys]."""
-        found: Array = self.counts @ self.parts
-        return found
-
-
-def _calls(shapes: Sequence[ModelShape], speeds: Speeds, workload: Workload) -> list[_Call]:
-    """Choose the kernels of each pass of each model's call that make it fastest."""
-    every = [_passes(shape, workload) for shape in shapes]
-    rows: list[Pass] = []
-    weights: list[int] = []
-    options: list[Computed] = []  # of each row
-    owners: dict[tuple[int, int], list[int]] = {}  # the rows of each pass of each model
-    for place, shape in enumerate(shapes):
-        layers = layers_of(shape)
-        for chosen in _kernels(shape, speeds):
-            computed = Computed.by(shape, layers, chosen, speeds.sparsity)
-            total = weights_read(computed)
-            # Steps of the second of two stacks read its own (with those of the keys and values that are there already).
-            steps = weights_read(computed, stack=1) if len(shape.stacks) > 1 else total
-            for number, (call, _) in enumerate(every[place]):
-                owners.setdefault((place, number), []).append(len(rows))
-                rows.append(pass_of(computed, call))
-                weights.append(steps if call.source else total)
-                options.append(computed)
-    parts = times(speeds, rows, np.array(weights, dtype=np.float64))
-    totals = parts.sum(1).tolist()
-    found = []
-    for place in range(len(shapes)):
-        best = [min(owners[place, number], key=totals.__getitem__) for number in range(len(every[place]))]
-        counts = np.array([count for _, count in every[place]], dtype=np.float64)
-        # A matrix that the prompt and the steps read in two forms is kept in both, and for each of its uses: a shared
-        # one takes less of the file, but ONNX Runtime packs it for every product.
-        forms = zip(*(reads(options[row]) for row in best), strict=True)
-        found.append(_Call(parts[best], counts, float(sum(sum(set(each)) for each in forms))))
+    weak = np.array([speeds.is_weak(totals).any()])
+    prices = _Prices(slow.sum() / fast.sum(keepdims=True), sigma, weak)
+    ((found,),) = _measurements({"faster": prices}, profile, workload)
     return found
 
 
-def _passes(shape: ModelShape, workload: Workload) -> list[tuple[Call, int]]:
-    """The pass over the prompt, once, and for language models a pass for one token, as often as one is generated: by
-    the second stack, if there are two."""
-    prompt = Call(workload.batch, workload.tokens, workload.tokens), 1
-    if len(shape.stacks) > 1:
-        step = Call(workload.batch, 1, 1 + workload.generated // 2, source=workload.tokens)
-        return [prompt, (step, workload.generated)]
-    if not (shape.stacks[-1].causal and shape.outputs == shape.vocab):
-        return [prompt]
-    return [prompt, (Call(workload.batch, 1, workload.tokens + workload.generated // 2), workload.generated)]
+def _totals(shapes: Sequence[ModelShape], speeds: Speeds, workload: Workload) -> Array:
+    """Microseconds of models' calls by what governs them [models, keys]."""
+    found = np.empty((len(shapes), len(speeds.keys)))
+    for course, places in _by_course(shapes, workload).items():
+        found[places] = calls_of(pieces_of([shapes[place] for place in places]), course, speeds).totals
+    return found
 
 
-def _kernels(shape: ModelShape, speeds: Speeds) -> Iterator[Mapping[str, str]]:
-    """Yield every choice of a kernel class for each of the formats that the shape's products are in.
+class _Prices(NamedTuple):
+    """A metric of models: its values, their relative uncertainties and whether anything behind them is uncalibrated
+    [models] each."""
 
-    Raises:
-        TargetError: if the target cannot run one of them.
-    """
-    used = _multiplied(shape)
-    for form in sorted(used - speeds.formats.keys()):
-        known = ", ".join(speeds.formats)
-        raise TargetError(f"the target cannot run the number format '{form}'; it runs {known}")
-    first = {form: kernels[0] for form, kernels in speeds.formats.items()}
-    several = [form for form in speeds.formats if form in used and len(speeds.formats[form]) > 1]
-    for chosen in itertools.product(*(speeds.formats[form] for form in several)):
-        yield {**first, **dict(zip(several, chosen, strict=True))}
+    values: Array
+    sigmas: Array
+    weak: Bools
 
 
-def _multiplied(shape: ModelShape) -> set[str]:
-    """The number formats of the matrices that are multiplied with."""
-    if shape.unmapped is not None:
-        return {product.format for product in shape.unmapped.products}
-    used = {shape.head_format} if shape.outputs else set()
-    for stack in shape.stacks:
-        for layer in stack.layers:
-            used |= {layer.attention_format, layer.ffn_format}
-            used |= {factor_format(layer.attention_format)} if layer.attention_rank else set()
-            used |= {factor_format(layer.ffn_format)} if layer.ffn_rank else set()
-    if DESCRIBED[shape.family].embedding_projection or DESCRIBED[shape.family].patch:
-        used.add(shape.embedding_format)
-    if shape.embedding_rank:
-        used.add(factor_format(shape.embedding_format))
-    return used
-
-
-def _times(speeds: Speeds, parts: Array, estimated: NDArray[np.bool_]) -> list[tuple[float, float, bool]]:
-    """Milliseconds, their relative uncertainty and whether anything behind them is uncalibrated, of times by what
-    governs them [times, keys]."""
-    totals = parts.sum(1)
-    sigmas = speeds.spread(parts / totals[:, None], 1, estimated)
+def _times(speeds: Speeds, parts: Array, estimated: Bools) -> list[_Prices]:
+    """Milliseconds of several times of models, by what governs them [times, models, keys]."""
+    totals = parts.sum(2)
+    sigmas = speeds.spread(parts / totals[:, :, None], 1, estimated)
     milliseconds = totals * speeds.correction / 1e3
-    return list(zip(milliseconds.tolist(), sigmas.tolist(), speeds.is_weak(parts).tolist(), strict=True))
+    return [_Prices(*each) for each in zip(milliseconds, sigmas, speeds.is_weak(parts), strict=True)]
 
 
-def _measurement(
-    metric: str, value: float, sigma: float, floored: bool, profile: Profile, workload: Workload
-) -> Measurement:
-    factor = max(growth(sigma), UNCALIBRATED if floored else 1.0)
-    return Measurement(metric, value, value / factor, value * factor, "predicted", profile.runtime, str(workload))
+def _measurements(metrics: Mapping[str, _Prices], profile: Profile, workload: Workload) -> Iterator[list[Measurement]]:
+    """Yield of each metric the measurements of all models."""
+    values, sigmas, weak = (np.array(each) for each in zip(*metrics.values(), strict=True))
+    factors = np.maximum(growth(sigmas), np.where(weak, UNCALIBRATED, 1.0))
+    bounds = (each.tolist() for each in (values, values / factors, values * factors))
+    text = str(workload)
+    for metric, *rows in zip(metrics, *bounds, strict=True):
+        yield [
+            Measurement(metric, value, low, high, "predicted", profile.runtime, text)
+            for value, low, high in zip(*rows, strict=True)
+        ]

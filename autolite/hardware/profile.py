@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from autolite.errors import unknown
@@ -277,6 +278,8 @@ def _numbers(node: Any, path: str) -> list[tuple[str, Number]]:
     return [found for name, part in parts for found in _numbers(part, f"{path}.{name}".lstrip("."))]
 
 
-def growth(sigma: float) -> float:
-    """Factor of the 95 % interval of a log-normal quantity of relative uncertainty `sigma`: value / f to value * f."""
-    return math.exp(1.96 * math.sqrt(math.log1p(sigma * sigma)))
+def growth(sigmas: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Factors of the 95 % intervals of log-normal quantities of relative uncertainties `sigmas`: value / f to
+    value * f."""
+    found: NDArray[np.float64] = np.exp(1.96 * np.sqrt(np.log1p(sigmas * sigmas)))
+    return found

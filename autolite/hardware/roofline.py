@@ -1,20 +1,19 @@
-"""A profile as plain numbers for so many threads, and the times of passes as sums of what each of them governs."""
+"""A profile as plain numbers for so many threads, and the times of blocks as sums of what each of them governs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autolite.errors import TargetError
-from autolite.hardware.blocks import KINDS, Array, Block, Pass
+from autolite.hardware.blocks import KINDS, Block
 from autolite.hardware.profile import KINDS as SURETY
 from autolite.hardware.profile import Kind, Number, Profile
+from autolite.hardware.segments import Array, Bools, Ints, segments, starts_of, sums_by
 
 CALIBRATED = ("measured", "calibrated")
 # Relative uncertainty of the times of models without an architecture map, beside what the profile's numbers have: of
@@ -22,6 +21,9 @@ CALIBRATED = ("measured", "calibrated")
 # was predicted, the others less than 1.4 times.
 ESTIMATED = 0.3
 _HALVES = ("rows", "columns", "depth")
+# The terms of a product's times: its kernel's peak and half sizes, and keys of all kernels.
+TERMS = ("peak", *_HALVES, "stall", "cache", "memory")
+_STALL, _CACHE, _MEMORY = (TERMS.index(key) for key in ("stall", "cache", "memory"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +35,7 @@ class Speeds:
             ".depth", and then the rest.
         places: of the kernel classes.
         kernels: FLOPs per microsecond of each, and the half sizes of its efficiency: rows, columns, depth [kernels, 4].
+        terms: the places in `keys` of what governs a product, in the order of `TERMS` [kernels, terms].
         units: microseconds that each of `KINDS` adds to each key [kinds, keys].
         formats: the kernel classes that can run each number format.
         sparsity: the time of a product with such zeros, as a part of the dense one's.
@@ -47,12 +50,14 @@ class Speeds:
         own: the same of the correction.
         power: relative uncertainty of `watts`.
         kinds: the least sure kind of the numbers behind each key.
+        weak: whether one of these is not measured or calibrated [keys].
         weak_power: whether `watts` rests on a number which was not measured or calibrated.
     """
 
     keys: tuple[str, ...]
     places: Mapping[str, int]
     kernels: Array
+    terms: Ints
     units: Array
     formats: Mapping[str, tuple[str, ...]]
     sparsity: Mapping[str, float]
@@ -67,88 +72,113 @@ class Speeds:
     own: float
     power: float
     kinds: tuple[Kind, ...]
+    weak: Bools
     weak_power: bool
 
-    def spread(self, elasticities: Array, models: int, estimated: NDArray[np.bool_]) -> Array:
-        """Return the relative uncertainty [times] of what changes with each key by these elasticities [times, keys];
-        `models` is how many times enter whose own errors (the correction's) are independent, and `estimated` says of
-        each whether they are of models without an architecture map [times]."""
+    def spread(self, elasticities: Array, models: int, estimated: Bools) -> Array:
+        """Return the relative uncertainty [..., times] of what changes with each key by these elasticities
+        [..., times, keys]; `models` is how many times enter whose own errors (the correction's) are independent, and
+        `estimated` says of each whether they are of models without an architecture map [times]."""
         own = models * (self.own**2 + ESTIMATED**2 * estimated)
         found: Array = np.sqrt((elasticities @ self.groups) ** 2 @ self.variances + own)
         return found
 
-    def is_weak(self, elasticities: Array) -> Array:
-        """Return whether anything behind these is uncalibrated [times]."""
-        weak = np.array([kind not in CALIBRATED for kind in self.kinds])
-        found: Array = ((elasticities != 0) & weak).any(1)
+    def is_weak(self, elasticities: Array) -> Bools:
+        """Return whether anything behind these is uncalibrated [..., times]."""
+        found: Bools = ((elasticities != 0) & self.weak).any(-1)
         return found
 
 
-def times(speeds: Speeds, passes: Sequence[Pass], weights: Array) -> Array:
-    """Return the microseconds of passes by what governs them [passes, keys of `speeds`]; times `correction`, they add
-    up to the time of a pass.
+@dataclass(frozen=True, eq=False, slots=True)
+class Table:
+    """Blocks on a target, and their products one block after the other; times are in microseconds.
 
-    Args:
+    A product takes the longer one of two times, by reading [0] and by computing [1], each of which changes linearly
+    with the part of the weights that is missing in the cache.
+
+    Attributes:
         speeds: of the target.
-        passes: what is computed.
-        weights: bytes of all matrices that the kernels of each read [passes].
+        counts: how much of each of `KINDS` the blocks have [blocks, kinds].
+        starts: the first product of each [blocks].
+        sizes: how many it has [blocks].
+        keys: the places of what governs the terms of a product's times [products, terms].
+        terms: these terms if nothing is missing [0], and what is added to them if all is [1] [2, 2, products, terms].
+        times: their sums [2, 2, products].
     """
-    # Weights are used in the same order in every call, so that a cache too small for all of them keeps few.
-    missing = np.clip(weights / speeds.cache_size - 1.0, 0.0, 1.0)
-    index: dict[Block, int] = {}
 
-    def places(blocks: Iterable[Block]) -> list[int]:
-        return [index.setdefault(block, len(index)) for block in blocks]
+    speeds: Speeds
+    counts: Array
+    starts: Ints
+    sizes: Ints
+    keys: Ints
+    terms: Array
+    times: Array
 
-    common = [places(each.blocks) for each in passes]
-    either = [(row, places(each.either)) for row, each in enumerate(passes) if each.either]
-    counts = np.array([len(each) for each in common])
-    used = np.fromiter(chain(*common, *(each for _, each in either)), np.int64)
-    owners = np.concatenate([np.repeat(np.arange(len(passes)), counts), *(np.full(len(e), row) for row, e in either)])
-    table = _blocks(speeds, list(index), used, missing[owners])
-    found: Array = np.add.reduceat(table[: counts.sum()], np.cumsum([0, *counts[:-1]]))
-    begin, totals = int(counts.sum()), table.sum(1)
-    for row, options in either:
-        found[row] += table[begin + int(np.argmin(totals[begin : begin + len(options)]))]
-        begin += len(options)
-    return found
+    @classmethod
+    def of(cls, speeds: Speeds, blocks: Sequence[Block]) -> Table:
+        """Look up what blocks need on a target."""
+        kernels = np.array([speeds.places[kernel] for block in blocks for kernel in block.kernels], np.int64)
+        m, k, n, nbytes, often = np.concatenate([block.products for block in blocks]).T
+        rates = speeds.kernels[kernels]
+        nbytes = often * nbytes
+        streamed = nbytes / speeds.memory
+        terms = np.zeros((2, 2, len(kernels), len(TERMS)))
+        (reading, computing), (reading_more, computing_more) = terms
+        computing[:, :4] = (often * 2.0 * m * k * n / rates[:, 0])[:, None]
+        computing[:, 1:4] *= rates[:, 1:] / np.array([m, n, k]).T
+        computing_more[:, _STALL] = (m > 1) * speeds.stall * streamed
+        reading[:, _CACHE] = nbytes / speeds.cache
+        reading_more[:, _CACHE] = -reading[:, _CACHE]
+        reading_more[:, _MEMORY] = streamed
+        sizes = np.array([len(block.kernels) for block in blocks], np.int64)
+        counts = np.array([block.counts for block in blocks])
+        return cls(speeds, counts, starts_of(sizes), sizes, speeds.terms[kernels], terms, terms.sum(3))
+
+    def totals(self, used: Ints, missing: Array) -> Array:
+        """Return the times of blocks [uses].
+
+        Args:
+            used: which ones [uses].
+            missing: the part of the weights that is not in the cache [uses].
+        """
+        owners, _, _, reading, computing = self._times(used, missing)
+        beside = self.counts @ self.speeds.units.sum(1)
+        found: Array = beside[used] + sums_by(owners, np.maximum(reading, computing), len(used))
+        return found
+
+    def parts(self, used: Ints, missing: Array, sums: Ints, count: int) -> Array:
+        """Return `count` sums of the times of blocks, by what governs them [sums, keys of `speeds`].
+
+        Args:
+            used: which ones [uses].
+            missing: the part of the weights that is not in the cache [uses].
+            sums: which of the sums each belongs to [uses].
+            count: of the sums.
+        """
+        owners, products, gone, reading, computing = self._times(used, missing)
+        longer = (computing >= reading).astype(np.int64), products
+        cached, missing_all = self.terms
+        terms = cached[longer] + gone[:, None] * missing_all[longer]
+        found = _summed(sums[owners], self.keys[products], terms, (count, len(self.speeds.keys)))
+        counts = self.counts[used]
+        kinds = np.broadcast_to(np.arange(len(KINDS)), counts.shape)
+        return found + _summed(sums, kinds, counts, (count, len(KINDS))) @ self.speeds.units
+
+    def _times(self, used: Ints, missing: Array) -> tuple[Ints, Ints, Array, Array, Array]:
+        """Of the products of the blocks that are used: the use, the place, the part of the weights that is missing, and
+        the time by reading and by computing [products] each."""
+        owners, products = segments(self.starts[used], self.sizes[used])
+        gone = missing[owners]
+        (reading, computing), (reading_more, computing_more) = self.times
+        reading = reading[products] + gone * reading_more[products]
+        computing = computing[products] + gone * computing_more[products]
+        return owners, products, gone, reading, computing
 
 
-def _blocks(speeds: Speeds, blocks: Sequence[Block], used: NDArray[np.int64], missing: Array) -> Array:
-    """Microseconds [uses, keys] of the blocks that are `used` [uses], if so much of the weights is not in the cache
-    [uses]."""
-    found: Array = (np.stack([block.counts for block in blocks]) @ speeds.units)[used]
-    sizes = np.array([len(block.kernels) for block in blocks])
-    starts, many = np.cumsum(sizes) - sizes, sizes[used]
-    owners = np.repeat(np.arange(len(used)), many)
-    # Of each use the products of its block, one after the other.
-    rows = np.arange(len(owners)) - np.repeat(np.cumsum(many) - many, many) + starts[used][owners]
-    kernels = np.array([speeds.places[kernel] for block in blocks for kernel in block.kernels], dtype=np.int64)
-    m, k, n, nbytes, often = np.concatenate([block.products for block in blocks]).T
-    compute = often * 2.0 * m * k * n / speeds.kernels[kernels, 0]
-    halves = compute[:, None] * speeds.kernels[kernels, 1:] / np.stack([m, n, k], axis=1)
-    work, bytes_read, several = compute + halves.sum(1), often * nbytes, m > 1
-    kernels, compute, halves, work, bytes_read, several = (
-        each[rows] for each in (kernels, compute, halves, work, bytes_read, several)
-    )
-    gone = missing[owners]
-    cached = bytes_read * (1.0 - gone) / speeds.cache
-    streamed = bytes_read * gone / speeds.memory
-    stalled = np.where(several, speeds.stall * streamed, 0.0)
-    bound = work + stalled >= cached + streamed  # by computing, not by reading
-
-    width = len(speeds.keys)
-
-    def add(columns: NDArray[np.int64] | int, values: Array) -> None:
-        np.add.at(found.ravel(), owners * width + columns, values)
-
-    add(4 * kernels, compute * bound)
-    for part in range(3):
-        add(4 * kernels + 1 + part, halves[:, part] * bound)
-    add(speeds.keys.index("stall"), stalled * bound)
-    add(speeds.keys.index("cache"), cached * ~bound)
-    add(speeds.keys.index("memory"), streamed * ~bound)
-    return found
+def _summed(rows: Ints, columns: Ints, values: Array, shape: tuple[int, int]) -> Array:
+    """The sums [shape] of values [n, m], each n in a row [n] and each of its m in a column [n, m]."""
+    places = rows[:, None] * shape[1] + columns
+    return sums_by(places.ravel(), values.ravel(), shape[0] * shape[1]).reshape(shape)
 
 
 @lru_cache(maxsize=64)
@@ -231,10 +261,13 @@ def speeds_of(profile: Profile, threads: int) -> Speeds:
             place = keys.index(key)
             surety[place] = max(surety[place], *(SURETY.index(number.kind) for number in numbers))
     power = (profile.idle, unit.power)
+    kinds = tuple(SURETY[place] for place in surety)
+    shared_terms = [keys.index(key) for key in TERMS[4:]]
     return Speeds(
         keys=tuple(keys),
         places={name: place for place, name in enumerate(kernels)},
         kernels=speeds,
+        terms=np.array([[4 * place + part for part in range(4)] + shared_terms for place in range(len(kernels))]),
         units=units,
         formats=profile.formats,
         sparsity={pattern: number.value for pattern, number in profile.sparsity.items()},
@@ -248,6 +281,7 @@ def speeds_of(profile: Profile, threads: int) -> Speeds:
         variances=variances,
         own=profile.correction.sigma,
         power=math.hypot(*(number.sigma for number in power)),
-        kinds=tuple(SURETY[place] for place in surety),
+        kinds=kinds,
+        weak=np.array([kind not in CALIBRATED for kind in kinds]),
         weak_power=any(number.kind not in CALIBRATED for number in power),
     )

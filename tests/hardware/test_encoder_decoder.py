@@ -11,25 +11,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autolite.architecture import ModelShape
-from autolite.hardware.blocks import Call, pass_of
-from autolite.hardware.footprint import Computed, layers_of, weights_read
+from autolite.hardware.blocks import block_of
+from autolite.hardware.calls import course_of, jobs_of
+from autolite.hardware.pieces import Pieces, pieces_of
 from autolite.hardware.predict import predict, time_parts
 from autolite.hardware.profile_files import load_profile
+from autolite.hardware.roofline import speeds_of
+from autolite.hardware.ways import Ways, ways_of
 from autolite.measure import Workload
 from autolite.products import matmuls
 from tests.shapes import encoder_decoder_shape
 
 PROFILE = load_profile("x86-avx2")
-READ, STEP = Call(1, 9, 9), Call(1, 1, 5, source=9)
+READ, STEP = 0, 1  # the passes of a call
 
 
-def whole(shape: ModelShape) -> Computed:
-    return Computed.by(shape, layers_of(shape), {"fp32": "fp32"}, {})
+def whole(shape: ModelShape) -> tuple[Pieces, Ways]:
+    pieces = pieces_of([shape])
+    return pieces, ways_of(pieces, speeds_of(PROFILE, 1))
 
 
-def multiplied(shape: ModelShape, *calls: Call) -> Counter[tuple[int, int]]:
+def multiplied(shape: ModelShape, *passes: int) -> Counter[tuple[int, int]]:
     """The weight matrices [k, n] that passes multiply with."""
-    blocks = [block for call in calls for block in pass_of(whole(shape), call).blocks]
+    pieces, ways = whole(shape)
+    course = course_of(shape, Workload(1, 9, 1, 8))
+    jobs = jobs_of(pieces, ways, course)
+    blocks = [
+        block_of(ways.distinct[ways.computed[use]], course.passes[number], int(role))
+        for number, use, role in zip(jobs.passes, jobs.uses, jobs.roles, strict=True)
+        if number in passes
+    ]
     return Counter(
         (int(k), int(n))
         for block in blocks
@@ -49,8 +60,12 @@ def test_each_matrix_is_multiplied_with_in_one_of_the_two_passes() -> None:
 
 def test_the_weights_are_those_of_the_products() -> None:
     shape = encoder_decoder_shape()
-    stored = {m.weights: 4 * m.k * m.n for m in matmuls(shape)}
-    assert weights_read(whole(shape)) == sum(stored.values())
+    layers = tuple(replace(x, attention=0, feed_forward=0) for x in shape.stacks[0].layers)
+    for each in (shape, shape.with_layers(0, layers)):
+        pieces, ways = whole(each)
+        read = [ways.distinct[place].reads for place in ways.computed]
+        nbytes = sum(one.own + first * one.shared for one, first in zip(read, pieces.first, strict=True))
+        assert nbytes == sum({m.weights: 4 * m.k * m.n for m in matmuls(each)}.values())
 
 
 def test_a_call_is_what_is_read_and_the_steps_after_it() -> None:

@@ -203,12 +203,8 @@ def test_factors_of_an_embedding_table_take_the_kernel_that_suits_them() -> None
     several = profile.formats["int8-weight"]
     assert len(several) > 1
     for workload in (Workload(64, 128, 1), Workload(1, 128, 1)):
-        alone = [
-            predict(
-                shape, profile.model_copy(update={"formats": {**profile.formats, "int8-weight": (kernel,)}}), workload
-            )
-            for kernel in several
-        ]
+        one = ({**profile.formats, "int8-weight": (kernel,)} for kernel in several)
+        alone = [predict(shape, profile.model_copy(update={"formats": each}), workload) for each in one]
         times = [each["latency_ms"].value for each in alone]
         assert len(set(times)) > 1
         assert predict(shape, profile, workload)["latency_ms"].value == min(times)
