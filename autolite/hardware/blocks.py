@@ -79,7 +79,7 @@ class Role(IntEnum):
     """What of a piece is needed in a pass."""
 
     WHOLE = 0
-    LAST = 1  # of the last layer, if one token a sequence is read
+    LAST = 1  # of the last layer, or of the head, if one token a sequence is read
     ABSORBED = 2  # the same of its attention without keys and values, whose matrices multiply what is beside them
     PREPARED = 3  # what the first of two stacks' pass has of it: keys and values that are kept, no head
 
@@ -148,7 +148,7 @@ def _around(piece: Around, chosen: Mapping[str, str], call: Call, role: int) -> 
         work.add("normalization", rows * shape.embedding)
     if family.embedding_projection or family.patch:
         dense(shape.embedding_format, rows, shape.embedding, shape.stacks[0].hidden)
-    read = call.batch if is_pooled(shape) else rows
+    read = call.batch if is_pooled(shape) or role == Role.LAST else rows
     hidden = shape.stacks[-1].hidden
     if family.final_norm:
         work.add("normalization", read * hidden)

@@ -9,7 +9,7 @@ import numpy as np
 
 from autolite.architecture import ModelShape
 from autolite.hardware.blocks import Call, Role, block_of
-from autolite.hardware.pieces import FeedForward, Pieces, is_pooled
+from autolite.hardware.pieces import Around, FeedForward, Pieces, is_pooled
 from autolite.hardware.roofline import Speeds, Table
 from autolite.hardware.segments import Array, Bools, Ints, distinct, sums_by
 from autolite.hardware.ways import Ways, ways_of
@@ -139,7 +139,11 @@ def jobs_of(pieces: Pieces, ways: Ways, course: Course) -> Jobs:
         return Jobs(np.zeros_like(roles), np.concatenate([uses, ends - 2]), roles, either)
     count = len(course.passes)
     passes = np.repeat(np.arange(count), len(uses))
-    return Jobs(passes, np.tile(uses, count), np.full(len(passes), Role.WHOLE), none)
+    roles = np.full(len(passes), Role.WHOLE)
+    if course.counts[-1] and count > 1:  # who generates needs the logits after the prompt, not those of all its tokens
+        around = np.array([isinstance(piece, Around) for piece in pieces.distinct])[pieces.used][ways.places]
+        roles[: len(uses)][around] = Role.LAST
+    return Jobs(passes, np.tile(uses, count), roles, none)
 
 
 def _missing(pieces: Pieces, ways: Ways, course: Course, speeds: Speeds) -> Array:

@@ -280,6 +280,13 @@ def test_a_language_models_call_is_its_prompt_and_its_steps() -> None:
     assert batch["tokens_per_second"].value > 2 * prompt["tokens_per_second"].value
 
 
+def test_who_generates_computes_the_logits_of_one_token_of_the_prompt() -> None:
+    profile, large = load_profile("raspberry-pi-5"), replace(llama_shape(), vocab=50_000, outputs=50_000)
+    scored, read = (predict(large, profile, Workload(1, 64, 1, n))["ttft_ms"].value for n in (0, 1))
+    alone = predict(replace(large, vocab=50, outputs=50), profile, Workload(1, 64, 1, 1))["ttft_ms"].value
+    assert read - alone < 0.1 * (scored - alone)  # a row by itself is bound by reading the weights
+
+
 def test_shared_layers_are_stored_once_but_computed_each_time() -> None:
     shape = bert_shape()
     layers = tuple(replace(x, attention=0, feed_forward=0) for x in shape.stacks[0].layers)
