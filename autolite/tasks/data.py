@@ -177,7 +177,8 @@ def _separated(text: str, path: Path) -> Columns:
         if separator != "\t":
             raise DataError(f"line {reader.line_num} of '{path}' is not well-formed: {error}") from error
         rows = _unquoted(text)
-    if separator == "\t" and any("\t" in field and "\n" in field for row in rows for field in row):
+    quoted = header.startswith('"')  # names that are quoted say that marks are no part of the texts
+    if separator == "\t" and not quoted and any("\t" in field and "\n" in field for row in rows for field in row):
         plain = _unquoted(text)  # two marks of two rows may have made one of them
         rows = plain if len({len(row) for row in plain}) == 1 else rows
     names = rows[0]
