@@ -36,7 +36,7 @@ def test_it_computes_the_shared_product_and_its_own(base: Any) -> None:
     delta, x = Delta(base, 2), torch.randn(3, 4, 6)
     assert torch.equal(delta(x), base(x))  # it starts at zero
     delta.fit(difference := torch.randn(5, 2) @ torch.randn(2, 6), bias := torch.randn(5))
-    torch.testing.assert_close(delta(x), base(x) + x @ difference.T + bias, atol=1e-5, rtol=0)
+    torch.testing.assert_close(delta(x), base(x) + x @ difference.T + bias, atol=1e-5, rtol=1e-5)
     assert delta.weight is base.weight
     assert delta.bias is base.bias
 
@@ -54,7 +54,7 @@ def test_a_difference_of_nothing_can_still_be_trained() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_is_one_with_the_sums_written_out(family: str) -> None:
     plain, shared = relaxed(family)
-    torch.testing.assert_close(logits(shared), logits(written_out(shared, plain)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(shared), logits(written_out(shared, plain)), atol=1e-5, rtol=1e-5)
     shape = shape_of(shared)
     assert [x.attention for x in shape.stacks[0].layers] == [0, 0, 2, 2]
     assert {(x.attention_rank, x.ffn_rank) for x in shape.stacks[0].layers} == {(3, 2)}
@@ -73,7 +73,7 @@ def test_cutting_equals_masking_the_sums_written_out(family: str) -> None:
                 layer.ffn_out.weight[:, 7:] = 0
     keep_heads(shared, 1, range(1, layers_of(shared)[0].kv_heads))
     keep_neurons(shared, 3, range(7))
-    torch.testing.assert_close(logits(shared), logits(masked), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(shared), logits(masked), atol=1e-5, rtol=1e-5)
     found = shape_of(shared).stacks[0].layers
     assert [x.ffn for x in found] == [64, 7, 64, 7]
     assert found[0].kv_heads == found[1].kv_heads == found[2].kv_heads - 1
@@ -93,7 +93,7 @@ def test_clones_and_dropped_layers_keep_each_their_own(family: str) -> None:
     reference = written_out(shared, plain)
     for model in (twin, reference):
         keep_layers(model, [1, 2, 3])
-    torch.testing.assert_close(logits(twin), logits(reference), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(twin), logits(reference), atol=1e-5, rtol=1e-5)
     stored = {name for name in twin.state_dict() if ".base." in name}
     assert stored == {name for name, _ in twin.named_parameters() if ".base." in name}  # each under one name
 
