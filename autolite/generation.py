@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from autolite.errors import InputError
-from autolite.measure import Runner
+from autolite.measure import Decoder, Runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,14 +96,10 @@ def tokens(
         new = [token]
 
 
-class _Reading(Protocol):
-    def read(self, ids: np.ndarray) -> np.ndarray: ...
-
-
 def _reader(runner: Runner, limit: int) -> Callable[[Sequence[int]], np.ndarray]:
     """Return what reads further tokens, and gives the logits after the last."""
-    if getattr(runner, "cached", False):
-        reading: _Reading = runner.reading(limit)  # type: ignore[attr-defined]
+    if isinstance(runner, Decoder):
+        reading = runner.reading(limit)
         return lambda ids: np.asarray(reading.read(np.array([ids], np.int64))[0])
     so_far: list[int] = []
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -88,6 +88,27 @@ class Runner(Protocol):
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one call; names and dtypes of the arrays are the artifact's own."""
+        ...
+
+
+class Reading(Protocol):
+    """A sequence of tokens that a language model is reading piece by piece."""
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Read the next tokens, int64 [batch, tokens]; return the logits after the last, float32 [batch, vocab]."""
+        ...
+
+
+@runtime_checkable
+class Decoder(Runner, Protocol):
+    """A loaded language model that can go on from the keys and values of earlier calls."""
+
+    def reading(self, limit: int) -> Reading:
+        """Begin to read a sequence of at most `limit` tokens piece by piece."""
+        ...
+
+    def generating(self, tokens: int) -> Runner:
+        """Return what makes whole calls, in which so many tokens follow the prompt."""
         ...
 
 

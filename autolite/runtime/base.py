@@ -26,7 +26,7 @@ class Runtime(Protocol):
         made once and kept. Deterministic: equal students and measurements give equal bytes. The graph takes int64
         `input_ids` and `attention_mask` [batch, tokens] (and `token_type_ids` where the model has token types), or
         float32 `pixel_values` [batch, channels, height, width], and returns float32 `logits`. A decoder may go on from
-        earlier calls beside that: then its runner is `cached` and has `reading` (`autolite.runtime.reading`)."""
+        earlier calls beside that: then its runner is an `autolite.measure.Decoder`."""
         ...
 
     def load(self, file: Path, threads: int = 1) -> Runner:

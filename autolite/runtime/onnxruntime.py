@@ -58,7 +58,7 @@ class OnnxRuntime:
             return self._load_ort(file, threads, trace)
         requirements.check(file, self.version)
         try:
-            return OrtRunner(*opened(str(file), threads, _prefix(trace)))
+            return _runner(*opened(str(file), threads, _prefix(trace)))
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
             raise ModelError(self._refusal(file, error)) from None
 
@@ -71,7 +71,7 @@ class OnnxRuntime:
                 f"{self.version}, can read; export it again with this version ({first_line(error)})"
             ) from None
         requirements.check_version(file, session.get_modelmeta().custom_metadata_map, self.version)
-        return OrtRunner(session)
+        return _runner(session)
 
     def _refusal(self, file: Path, failure: Exception) -> str:
         operator = next((found for pattern in _MISSING if (found := re.search(pattern, str(failure)))), None)
@@ -124,19 +124,6 @@ class OrtRunner:
         """What the model takes: for each name the type, as in "tensor(int64)", and the dimensions, open ones named."""
         return {i.name: (i.type, i.shape) for i in self._session.get_inputs()}
 
-    @property
-    def cached(self) -> bool:
-        """Whether it can go on from the keys and values of earlier calls."""
-        return any(PAST in each.dims for each in self._takes)
-
-    def reading(self, limit: int) -> Reading:
-        """Begin to read a sequence of at most `limit` tokens piece by piece, if the model is `cached`."""
-        return Reading(self._session, limit)
-
-    def generating(self, tokens: int) -> Generating:
-        """Return whole calls, in which so many tokens follow the prompt, if the model is `cached`."""
-        return Generating(self._session, tokens)
-
     def end_trace(self) -> Path:
         """Stop recording and return the file of ONNX Runtime's trace."""
         return Path(self._session.end_profiling())
@@ -153,6 +140,23 @@ class OrtRunner:
         except Exception as error:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
             raise ModelError(f"the model failed on {shapes}: {first_line(error)}") from error
+
+
+class OrtDecoder(OrtRunner):
+    """A loaded language model with a key/value cache."""
+
+    def reading(self, limit: int) -> Reading:
+        """Begin to read a sequence of at most `limit` tokens piece by piece."""
+        return Reading(self._session, limit)
+
+    def generating(self, tokens: int) -> Generating:
+        """Return what makes whole calls, in which so many tokens follow the prompt."""
+        return Generating(self._session, tokens)
+
+
+def _runner(session: Any, overflow: bool = False) -> OrtRunner:
+    cached = any(PAST in each.shape for each in session.get_inputs())
+    return (OrtDecoder if cached else OrtRunner)(session, overflow)
 
 
 def _dtype(kind: str) -> np.dtype[Any]:

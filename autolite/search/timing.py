@@ -16,6 +16,7 @@ from autolite.errors import InputError
 from autolite.front import Candidate
 from autolite.inference import MANIFEST
 from autolite.measure import (
+    Decoder,
     Inputs,
     Measurement,
     Runner,
@@ -63,9 +64,9 @@ def seconds_together(problem: Problem, candidates: int) -> float:
     """Return how long `measured_together` is expected to take; 0 where nothing is timed."""
     if not problem.times_finalists:
         return 0.0
-    if problem.workload.generated:  # prompts are timed beside whole calls
-        candidates = 1 + 2 * candidates
-    return (1 + candidates) * (SECONDS + (0.0 if problem.settings.measure_on is None else _FURTHER))
+    if problem.settings.measure_on is not None:
+        return (1 + candidates) * (SECONDS + _FURTHER)
+    return (1 + candidates) * SECONDS * (2 if problem.workload.generated else 1)  # prompts beside whole calls
 
 
 def measured(
@@ -130,13 +131,10 @@ def _timed(
     loaded: Mapping[str, Runner], inputs: Sequence[Inputs], workload: Workload
 ) -> tuple[Mapping[str, Timing], Mapping[str, Timing]]:
     """Time the workload's calls, and beside them, where tokens are generated and all can do so, their prompts."""
-    if not workload.generated or not all(getattr(each, "cached", False) for each in loaded.values()):
+    decoders = {name: each for name, each in loaded.items() if isinstance(each, Decoder)}
+    if not workload.generated or len(decoders) < len(loaded):
         return time_interleaved(loaded, inputs, SECONDS * len(loaded)), {}
-    calls = {
-        (name, tokens): each.generating(tokens)  # type: ignore[attr-defined]  # it is cached
-        for name, each in loaded.items()
-        for tokens in (0, workload.generated)
-    }
+    calls = {(name, n): each.generating(n) for name, each in decoders.items() for n in (0, workload.generated)}
     found = time_interleaved({f"{name} {n}": call for (name, n), call in calls.items()}, inputs, SECONDS * len(calls))
     whole, prompts = ({name: found[f"{name} {n}"] for name in loaded} for n in (workload.generated, 0))
     return whole, prompts
