@@ -77,10 +77,12 @@ def _title(profile: OperatorProfile) -> str:
 
 
 def _notes(profile: OperatorProfile) -> list[str]:
+    from autolite.runtime.sequences import BEFORE
+
     call, operators = 1e3 * profile.call.median, profile.microseconds
     threads = f"{profile.workload.threads} thread{'s' if profile.workload.threads > 1 else ''}"
     taken = f"{len(profile.nodes)} nodes take {operators:,.0f} us, {operators / call:.0%} of a call"
-    given = {name: value for name, value in profile.inputs.items() if not name.startswith("past_key_values.")}
+    given = {name: value for name, value in profile.inputs.items() if not name.startswith(BEFORE)}
     before = f"{count} keys and values of no earlier calls" if (count := len(profile.inputs) - len(given)) else ""
     if profile.disturbed:
         taken += "; other programs disturbed the calls, so run this again on a quiet machine"

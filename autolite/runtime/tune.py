@@ -29,6 +29,7 @@ from autolite.runtime.graph import Graph, Input
 from autolite.runtime.linear import Weights, lookup, product, products, weights_of
 from autolite.runtime.reading import Reading
 from autolite.runtime.sequences import Sequences
+from autolite.runtime.session import opened
 from autolite.runtime.variants import FEW_ROWS, Choices, Place, usual
 from autolite.saturation import saturates
 from autolite.store import Store
@@ -177,20 +178,11 @@ class _Probe:
         return {"result": self.call()}
 
 
-def _session(file: Path, threads: int) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-
-
 def _fixed(place: Place, option: str, file: Path, threads: int) -> _Probe:
     inputs, feed = _feed(place)
     graph = Graph()
     graph.save(file, inputs, (_build(graph, place, option), "result", None))
-    session = _session(file, threads)
+    session, _ = opened(str(file), threads, exact=False)
     return _Probe(lambda: np.asarray(session.run(None, feed)[0]))
 
 
@@ -208,7 +200,7 @@ def _generating(place: Place, option: str, file: Path, threads: int) -> _Probe:
     names = ("logits", "present.0.key", "present.0.value")
     outputs = [(value, name, None) for value, name in zip(found, names, strict=True)]
     graph.save(file, sequences.inputs, *outputs)
-    session, prompt = _session(file, threads), rng.integers(0, _WORDS, (batch, tokens))
+    session, prompt = opened(str(file), threads, exact=False)[0], rng.integers(0, _WORDS, (batch, tokens))
     steps = rng.integers(0, _WORDS, (generated, batch, 1))
 
     def call() -> np.ndarray:

@@ -133,25 +133,20 @@ def test_sentence_pairs(tiny_space: Path, tmp_path: Path) -> None:
     assert 0 < found["score"] <= 1
 
 
+def search_text(model: Path, folder: Path, **settings: Any) -> Result:
+    """Search for number formats of a language model, with a text of random words."""
+    rng, text = random.Random(0), folder / "text.txt"
+    text.write_text("\n".join(" ".join(f"w{rng.randrange(60)}" for _ in range(12)) for _ in range(300)), "utf-8")
+    return autolite.search(model, text, task="language-modeling", space="quantize-only", out=folder / "r", **settings)
+
+
 @pytest.mark.parametrize(
     ("family", "config"),
     [("gpt2", {}), ("llama", {}), ("opt", {"layers": 2, "ffn_dim": 64, "word_embed_proj_dim": 32})],
 )
 def test_language_models(family: str, config: dict[str, Any], tmp_path: Path) -> None:
     model = folder_of(family, "language-modeling", tmp_path / "model", **config)
-    rng = random.Random(0)
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(" ".join(f"w{rng.randrange(60)}" for _ in range(12)) for _ in range(300)), "utf-8")
-    result = autolite.search(
-        model,
-        text,
-        target="raspberry-pi-5",
-        task="language-modeling",
-        workload="tokens=32",
-        space="quantize-only",
-        budget="5trials",
-        out=tmp_path / "r",
-    )
+    result = search_text(model, tmp_path, target="raspberry-pi-5", workload="tokens=32", budget="5trials")
     check(result, transformers.AutoModelForCausalLM)
     teacher = result.front.teacher["quality"]
     assert (teacher["metric"], teacher["direction"]) == ("perplexity", "minimize")
@@ -167,18 +162,9 @@ def test_what_a_language_model_generates_is_timed_here(tmp_path: Path, monkeypat
     monkeypatch.setattr(timing, "SECONDS", 0.0)
     monkeypatch.setattr(tune, "SECONDS", 0.0)
     monkeypatch.setattr(problem, "load_target", lambda *_: load_target("pixel8").model_copy(update={"name": "local"}))
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(" ".join(f"w{i * j % 60}" for j in range(12)) for i in range(200)), "utf-8")
-    result = autolite.search(
-        folder_of("llama", "language-modeling", tmp_path / "model"),
-        text,
-        target="local",
-        task="language-modeling",
-        workload="tokens=16,generated=8,threads=1",
-        space="quantize-only",
-        budget="3trials",
-        out=tmp_path / "r",
-    )
+    model = folder_of("llama", "language-modeling", tmp_path / "model")
+    call = "tokens=16,generated=8,threads=1"
+    result = search_text(model, tmp_path, target="local", workload=call, budget="3trials")
     for candidate in result.front:
         whole, first, rate = candidate.latency_ms, candidate.ttft_ms, candidate.tokens_per_second
         assert first is not None
@@ -187,8 +173,8 @@ def test_what_a_language_model_generates_is_timed_here(tmp_path: Path, monkeypat
         assert first.value < whole.value
         # Medians of sums are not sums of medians, and this machine may be busy.
         assert whole.value == pytest.approx(first.value + 8e3 / rate.value, rel=0.5)
-    console = Console(width=200, file=io.StringIO())
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(front_table(result.front))
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    shown = console.export_text()
     assert "16 tokens, 8 generated, 1 thread;" in shown
     assert "tokens/s" in shown
