@@ -22,8 +22,11 @@ from search import rung
 
 from autolite import registry
 from autolite.plan import Plan
+from autolite.search.additive import log_lost
+from autolite.search.outlook import PAIRS, columns_of, ridge
+from autolite.search.promotion import lost
 from autolite.search.studies import read_trials
-from autolite.space import Stage
+from autolite.space import Space, Stage, load_space
 from autolite.store import database_of
 
 if TYPE_CHECKING:
@@ -76,9 +79,26 @@ def correlation(points: list[tuple[float, float]]) -> str:
     return f"{value:.2f} ({spread.low:.2f} to {spread.high:.2f}; {len(points)} plans)"
 
 
+def outlook(space: Space, trials: dict[str, list[FrozenTrial]]) -> str:
+    """Return by how much what is lost after the first rung of recovery is expected wrongly, each plan left out in turn:
+    from the screen's scores alone, and from all that `autolite.search.outlook` goes by."""
+    after = {t.user_attrs["recipe"]: t for t in trials.get("recover 1", [])}
+    both = [t for t in trials["screen"] if t.user_attrs["recipe"] in after]
+    if len(both) < PAIRS:
+        return f"{len(both)} plans: too few"
+    found = log_lost(lost([after[t.user_attrs["recipe"]] for t in both]))
+    columns, others = columns_of(space, both), ~np.eye(len(both), dtype=bool)
+    errors = []
+    for known in (columns[:, :1], columns):
+        left_out = [ridge(known[rest], found[rest], known[~rest])[0] for rest in others]
+        errors.append(np.exp(np.sqrt(np.mean((np.array(left_out) - found) ** 2))))
+    return f"by a factor of {errors[0]:.2f} from the screen alone, {errors[1]:.2f} from all ({len(both)} plans)"
+
+
 @click.command()
+@click.option("--space", default="default", show_default=True, help="The space of the runs.")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-def main(runs: tuple[Path, ...]) -> None:
+def main(space: str, runs: tuple[Path, ...]) -> None:
     together: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for run in runs:
         trials = rungs(read_trials(*database_of(run, None)))
@@ -86,6 +106,7 @@ def main(runs: tuple[Path, ...]) -> None:
             points = pairs(trials[earlier], trials[later])
             together.setdefault((earlier, later), []).extend(points)
             click.echo(f"{run.name}: {earlier} to {later}: {correlation(points)}")
+        click.echo(f"{run.name}: what recovery leaves lost is expected wrongly {outlook(load_space(space), trials)}")
     if len(runs) > 1:
         for (earlier, later), points in together.items():
             click.echo(f"all: {earlier} to {later}: {correlation(points)}")

@@ -22,7 +22,7 @@ from autolite.pareto import gains, nondominated
 from autolite.search.frontier import Frontier, Structure, by_layer, choose, part_of, total
 from autolite.search.samplers import SAMPLERS
 from autolite.search.sensitivity import Damages
-from autolite.space import FRONTIER, Params, Scalar
+from autolite.space import FRONTIER, Params, Scalar, Space
 from autolite.techniques.base import Part
 
 SPREAD = 1.0  # of a cost about its estimate, as a part of it
@@ -206,19 +206,18 @@ def _others(frontier: Frontier, params: Mapping[str, Any], structure: Structure)
     for block in structure.options:
         for source in block.sources if len(block.sources) > 1 else ():
             found["shared", block.part, source] = 1 - 1 / len(block.sources)
-    for name, value in _structural(frontier, params).items():
+    for name, value in structural(frontier.space, params).items():
         if value != frontier.space.settings[name].extremes()[0]:  # the first choice costs nothing
             found[f"value {value}", name, 0] = 1.0
     return found
 
 
-def _structural(frontier: Frontier, params: Mapping[str, Any]) -> dict[str, Scalar]:
+def structural(space: Space, params: Mapping[str, Any]) -> dict[str, Scalar]:
     """Return the searched settings that are the same for all layers, and no matter of training."""
-    layered = frontier.space.layered
     return {
         name: value
         for name, value in params.items()
-        if name not in layered
+        if name not in space.layered
         and not name.startswith(f"{FRONTIER}.")
         and not registry.get("technique", name.partition(".")[0]).effort
     }
@@ -338,7 +337,7 @@ def _candidates(
         own = np.array([block.place(rows) for block in structure.options])
         chosen = _switched(structure, own, -(-SWITCHES // len(parents)), rng)
         points = _points(frontier, costs, parent.params, structure, chosen)
-        yield _Candidates(_structural(frontier, parent.params), structure, chosen, points)
+        yield _Candidates(structural(frontier.space, parent.params), structure, chosen, points)
 
 
 def _switched(structure: Structure, own: NDArray[np.int64], count: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -360,7 +359,7 @@ def _structures(frontier: Frontier, parents: Sequence[Observation], rng: np.rand
     found: dict[tuple[tuple[str, Scalar], ...], Params] = {}
 
     def add(params: Mapping[str, Any]) -> None:
-        given = _structural(frontier, space.complete(params))
+        given = structural(space, space.complete(params))
         found.setdefault(tuple(sorted(given.items())), given)
 
     for params in (*(each.params for each in parents), *space.start, {}):

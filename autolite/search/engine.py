@@ -26,12 +26,13 @@ from autolite.search.leases import Lease, LeaseLostError, Leases, Pauses
 from autolite.search.prices import beyond_on_all, least_excesses
 from autolite.search.problem import Problem
 from autolite.search.progress import Clock, FrontRow, Observer, Snapshot
+from autolite.search.promotion import objectives
 from autolite.search.proposal import proposal
 from autolite.search.racing import Behind, surely_behind
 from autolite.search.record import Times, a_step, of_evaluation, of_training
 from autolite.search.schedule import Schedule
 from autolite.search.scoring import Score, kept
-from autolite.search.stages import RUNGS, Decision, objectives
+from autolite.search.stages import RUNGS, Decision
 from autolite.search.studies import LEVELS, PROPOSED, STEPS, StageStudy, place_in
 from autolite.space import STAGES, Stage
 from autolite.store import Store

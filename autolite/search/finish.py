@@ -18,7 +18,7 @@ from autolite.search.evaluate import price
 from autolite.search.prices import front_on
 from autolite.search.problem import Problem, describe_model, versions
 from autolite.search.progress import Clock
-from autolite.search.stages import promote
+from autolite.search.promotion import promote
 from autolite.search.studies import StageStudy
 from autolite.search.timing import baseline_together, measured_together
 from autolite.space import STAGES, Stage

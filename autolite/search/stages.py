@@ -13,12 +13,13 @@ import numpy as np
 from autolite.compress import canonical
 from autolite.errors import PlanError
 from autolite.pareto import nondominated, spread_subset
-from autolite.search.additive import log_lost, tolerated, worst
 from autolite.search.durations import FEWEST, Durations, Fitted, folder_seconds, scoring_seconds
 from autolite.search.evaluate import price
 from autolite.search.frontier import first_plans
+from autolite.search.outlook import expected
 from autolite.search.problem import Problem
 from autolite.search.progress import Clock
+from autolite.search.promotion import behind, latest, promote
 from autolite.search.settings import Budget
 from autolite.search.studies import StageStudy, params_of
 from autolite.search.timing import seconds_together
@@ -35,9 +36,8 @@ TIME_SHARES: dict[Stage, tuple[float, ...]] = {"screen": (0.25,), "recover": (0.
 FEWER, LONGER = 2, 3  # times fewer plans, and times as long a training, at the next rung
 UNTRAINED_SCREEN = 0.8  # nothing is trained, so the screen's scores are final and most of the time is its
 TRIAL_SHARES: dict[Stage, float] = {"recover": 0.3, "confirm": 0.2}
-UNRUNNABLE = math.log(10.0)  # the log latency of what a further target cannot run: as if ten times the baseline's
-RECOVERED = 0.2  # of the quality lost after the first rung of recovery: twice what may be lost in the end
 OPEN_SHARE = 1 / 3  # of the first rung that trains: plans whose training settings are drawn; the others have defaults
+NEWCOMERS_SHARE = 0.5  # of a later rung, at most: plans that are expected to be good, but were not in the rung before
 FINALISTS_SHARE = 0.5  # of the confirm trials; the others are further number formats of the finalists' students
 
 
@@ -105,7 +105,7 @@ def decide(
         return Decision(name, 0, 0, None)
     count = limits.trials if budget.trials is None else trials_for(stage, budget.trials, space.trains)
     new = trials_at(stage, rung, count, budget)
-    source = _source(stage, rung, studies)
+    source = _source(stage, rung, studies, problem)
     deadline = _deadline(stage, rung, problem, source, clock)
     first = stage == "recover" and rung == 0
     if source:
@@ -134,19 +134,29 @@ def decide(
     return Decision(name, new, min(efforts, default=limits.effort), deadline, tuple(each for each, _ in queue), efforts)
 
 
-def _source(stage: Stage, rung: int, studies: dict[Stage, StageStudy]) -> list[FrozenTrial]:
-    """The trials that a rung's plans are promoted from; none for the screen."""
+def _source(stage: Stage, rung: int, studies: dict[Stage, StageStudy], problem: Problem) -> list[FrozenTrial]:
+    """The trials that plans are promoted from; none for the screen. A later rung of recovery also has what only
+    the screen tried, with what it is expected to keep."""
     if stage == "screen":
         return []
+    screened = studies["screen"].trials()
     recovered = latest(studies["recover"].trials()) if rung or stage == "confirm" else []
-    return recovered or studies["screen"].trials()
+    if stage == "recover" and recovered:
+        allowed = problem.settings.constraints.max_drop or 0.0
+        return [*recovered, *expected(problem.space, screened, recovered, allowed)]
+    return recovered or screened
 
 
 def _promoted(stage: Stage, source: list[FrozenTrial], new: int, problem: Problem) -> list[FrozenTrial]:
     """Promote plans for up to `new` trials, of which some are for other settings of training, or number formats."""
     screened = source[0].user_attrs["stage"] == "screen"
     share = FINALISTS_SHARE if stage == "confirm" else 1 - OPEN_SHARE if screened else 1.0
-    return promote(problem, source, math.ceil(new * share), keep_floor=not screened)
+    count = math.ceil(new * share)
+    order = promote(problem, source, len(source), keep_floor=not screened)
+    if screened:
+        return order[:count]
+    newcomers = [t for t in order if t.user_attrs["stage"] == "screen"][: int(count * NEWCOMERS_SHARE)]
+    return [t for t in order if t.user_attrs["stage"] != "screen" or t in newcomers][:count]
 
 
 def _fitted(
@@ -180,13 +190,6 @@ def _fitted(
     return durations.in_order(fitted)
 
 
-def behind(trial: FrozenTrial, rival: FrozenTrial) -> bool:
-    """Whether a rival is as fast (on every target) and as small, and keeps more than chance may have given it."""
-    ours, theirs = trial.user_attrs, rival.user_attrs
-    cheaper = all(a <= b for a, b in zip(theirs["prices"], ours["prices"], strict=True))
-    return bool(cheaper and theirs["kept_low"] > ours["kept"])
-
-
 def _queue(stage: Stage, rung: int, problem: Problem, fitted: Sequence[Fitted], new: int) -> list[tuple[Params, int]]:
     """The parameters and the training steps of up to `new` trials: of the promoted plans, and at first of some again,
     with their settings of training left to the sampler; or of further number formats of the finalists' students."""
@@ -211,14 +214,6 @@ def _digest(problem: Problem, params: Params, effort: int) -> str:
     return ""
 
 
-def latest(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Return of the trials of one plan the one that was trained longest."""
-    found: dict[str, FrozenTrial] = {}
-    for trial in sorted(trials, key=lambda t: int(t.user_attrs["effort"])):
-        found[trial.user_attrs["recipe"]] = trial
-    return list(found.values())
-
-
 def _deadline(stage: Stage, rung: int, problem: Problem, source: Sequence[FrozenTrial], clock: Clock) -> float | None:
     """When this stage ends, in active seconds; the test split's scoring is kept free by what scoring costs here."""
     if clock.budget.seconds is None:
@@ -237,55 +232,6 @@ def _deadline(stage: Stage, rung: int, problem: Problem, source: Sequence[Frozen
 
 def _effort(trials: Sequence[FrozenTrial]) -> int:
     return max((int(t.user_attrs["effort"]) for t in trials), default=0)
-
-
-def promote(problem: Problem, trials: list[FrozenTrial], count: int, *, keep_floor: bool) -> list[FrozenTrial]:
-    """Choose the trials that together dominate the most of (quality, latency, size), in logarithms, the best first.
-
-    What has lost very much counts nothing; with `keep_floor` (qualities after recovery), what lies far below the
-    quality asked for. Plans that differ only in number formats share a student, so each student is chosen once as long
-    as there are others.
-    """
-    if not trials or count < 1:
-        return []
-    points = objectives(problem, trials)
-    reference = points.max(0) + 1e-6
-    drop = problem.settings.constraints.max_drop
-    if keep_floor:
-        most = RECOVERED if drop is None else max(8 * drop, 0.04)
-    else:
-        most = worst(lost(trials), tolerated(problem.space.trains, drop or 0.0))
-    reference[0] = min(reference[0], log_lost(most))
-    reference[1:] = np.maximum(reference[1:], 1e-6)
-    order = spread_subset(points, reference.tolist(), len(trials))
-    students = [str(trials[i].user_attrs["student"]) for i in order]
-    first = [i for place, i in enumerate(order) if students[place] not in students[:place]]
-    rest = [i for i in order if i not in first]
-    return [trials[i] for i in (first + rest)[:count]]
-
-
-def lost(trials: Sequence[FrozenTrial]) -> np.ndarray:
-    """Return which part of the teacher's quality each has lost [n]; below 0, what is better than the teacher."""
-    return np.array([1 - t.user_attrs["kept"] for t in trials])
-
-
-def objectives(problem: Problem, trials: Sequence[FrozenTrial]) -> np.ndarray:
-    """Return [n, objectives] to be minimised, all logarithms: of the quality lost (`log_lost`), and of latency and size
-    relative to the baseline's, those of them that are objectives; and of latency on each further target, if latency is
-    one."""
-    base = price(problem, problem.teacher.shape)
-    latency, size = base["latency_ms"].value, base["size_bytes"].value
-    columns = {
-        "quality": log_lost(lost(trials)).tolist(),
-        "latency": [math.log(t.user_attrs["latency_ms"] / latency) for t in trials],
-        "size": [math.log(t.values[2] / size) for t in trials],
-    }
-    found = [columns[name] for name in problem.settings.objectives]
-    for i, prices in enumerate(problem.others if "latency" in problem.settings.objectives else ()):
-        whole = prices.of_shape(prices.teacher)["latency_ms"].value
-        there = [t.user_attrs["latency_elsewhere"][i] for t in trials]
-        found.append([UNRUNNABLE if each is None else math.log(each / whole) for each in there])
-    return np.array(found).T
 
 
 def _formats(problem: Problem, queue: list[tuple[Params, int]], count: int) -> list[tuple[Params, int]]:
