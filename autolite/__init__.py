@@ -9,8 +9,9 @@ from autolite import transformers_hook
 from autolite.search import search
 
 if TYPE_CHECKING:
-    from autolite.front import Candidate, Constraints, Front, Result, read_front
+    from autolite.front import Candidate, Front, Result, read_front
     from autolite.inference import pipeline
+    from autolite.limits import Constraints
     from autolite.plan import Plan
     from autolite.search.reprice import reprice
 
@@ -19,8 +20,9 @@ __all__ = ["Candidate", "Constraints", "Front", "Plan", "Result", "pipeline", "r
 
 transformers_hook.install()  # folders of compressed models then load with plain `from_pretrained`
 
-_HOMES = {name: "autolite.front" for name in ("Candidate", "Constraints", "Front", "Result", "read_front")}
-_HOMES |= {"pipeline": "autolite.inference", "Plan": "autolite.plan", "reprice": "autolite.search.reprice"}
+_HOMES = {name: "autolite.front" for name in ("Candidate", "Front", "Result", "read_front")}
+_HOMES |= {"Constraints": "autolite.limits", "pipeline": "autolite.inference", "Plan": "autolite.plan"}
+_HOMES |= {"reprice": "autolite.search.reprice"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from autolite.errors import InputError, NoCandidateError, RunError
 from autolite.files import write_atomically
-from autolite.measure import Measurement
+from autolite.limits import Constraints
+from autolite.measure import Measurement, Workload
 from autolite.plan import Plan
 from autolite.store import storage_errors
 
@@ -43,41 +44,6 @@ class Quality:
     low: float
     high: float
     split: str
-
-
-@dataclass(frozen=True, slots=True)
-class Constraints:
-    """What the user asked for; None means no limit. `max_drop` 0.01 keeps 99 % of the teacher's quality (for
-    perplexity: a loss at most 0.01 nats above the teacher's); `strict` asks it of the interval's lower bound."""
-
-    max_drop: float | None = None
-    min_quality: float | None = None
-    max_latency_ms: float | None = None
-    max_size_bytes: float | None = None
-    max_memory_bytes: float | None = None
-    strict: bool = False
-
-    def excesses(self, candidate: Candidate) -> dict[str, float]:
-        """Return for each limit that is set how far the candidate is beyond it, relative to the limit; <= 0 holds."""
-        found: dict[str, float] = {}
-        if self.max_drop is not None:
-            kept = candidate.kept.low if self.strict else candidate.kept.value
-            found["max_drop"] = 1 - self.max_drop - kept
-        if self.min_quality is not None:
-            sign = 1 if candidate.quality.direction == "maximize" else -1
-            found["min_quality"] = (
-                sign * (self.min_quality - candidate.quality.value) / max(abs(self.min_quality), 1e-9)
-            )
-        limits = (
-            ("max_latency", self.max_latency_ms, candidate.latency_ms.value),
-            ("max_size", self.max_size_bytes, candidate.size_bytes.value),
-            ("max_memory", self.max_memory_bytes, candidate.memory_bytes.value),
-        )
-        return found | {name: value / limit - 1 for name, limit, value in limits if limit is not None}
-
-    def violations(self, candidate: Candidate) -> dict[str, float]:
-        """Return the excesses of the limits that are violated; empty if all hold."""
-        return {name: excess for name, excess in self.excesses(candidate).items() if excess > 1e-9}
 
 
 @dataclass(frozen=True)
@@ -169,6 +135,11 @@ class Front:
     def __len__(self) -> int:
         return len(self.candidates)
 
+    @property
+    def generates(self) -> bool:
+        """Whether the candidates are language models."""
+        return any(c.ttft_ms is not None for c in self.candidates)
+
     def to_json(self) -> dict[str, Any]:
         """Return the front in the form of `front.json` (docs/front.schema.json)."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -232,6 +203,8 @@ class Result:
         max_drop: float | None = None,
         *,
         max_latency_ms: float | None = None,
+        max_ttft_ms: float | None = None,
+        min_tokens_per_second: float | None = None,
         max_size_bytes: float | None = None,
         by: Literal["latency", "size"] = "latency",
         target: str | None = None,
@@ -242,27 +215,37 @@ class Result:
             max_drop: fraction of the teacher's quality that may be lost; the run's own constraints if no limit is
                 given at all.
             max_latency_ms: limit in milliseconds.
+            max_ttft_ms: limit of the time to a language model's first token, in milliseconds.
+            min_tokens_per_second: limit of how fast a language model generates.
             max_size_bytes: limit in bytes.
             by: what to minimise among those that are left.
             target: which of the targets that were searched for; the first by default.
 
         Raises:
             NoCandidateError: if none meets them; the message names the nearest.
+            InputError: for a limit on generation where the run's workload generates nothing.
             RunError: if there is no front for that target.
         """
         front = self.front if target is None else read_front(self.path, target)
-        limits = Constraints(max_drop, None, max_latency_ms, max_size_bytes)
+        limits = Constraints(
+            max_drop=max_drop,
+            max_latency_ms=max_latency_ms,
+            max_ttft_ms=max_ttft_ms,
+            min_tokens_per_second=min_tokens_per_second,
+            max_size_bytes=max_size_bytes,
+        )
         if limits == Constraints():
             limits = front.constraints
         if not front.candidates:
             raise NoCandidateError(f"the front of {self.path} is empty: see its nearest_misses")
+        limits.check_generation(front.generates, Workload(**front.workload))
         good = [c for c in front if not limits.violations(c)]
         if not good:
             nearest = min(front, key=lambda c: sum(limits.violations(c).values()))
             missed = ", ".join(limits.violations(nearest))
             raise NoCandidateError(
                 f"no candidate of {self.path} meets {missed}: the nearest, {nearest.id}, keeps "
-                f"{nearest.kept.value:.1%} at {nearest.latency_ms.value:.3g} ms and "
+                f"{nearest.kept.value:.1%} at {nearest.latency_ms.value:.3g} ms{_generation(nearest)} and "
                 f"{int(nearest.size_bytes.value):,} bytes; relax the limit or search with a larger --budget"
             )
         if by == "size":
@@ -270,6 +253,14 @@ class Result:
         else:
             best = min(good, key=lambda c: (c.latency_ms.value, c.size_bytes.value))
         return PickedCandidate(best, self.path / best.path)
+
+
+def _generation(candidate: Candidate) -> str:
+    """Say how fast a language model's candidate is; nothing of others."""
+    first, rate = candidate.ttft_ms, candidate.tokens_per_second
+    if first is None or rate is None:
+        return ""
+    return f" (first token {first.value:.3g} ms, {rate.value:.3g} tokens/s)"
 
 
 @dataclass(frozen=True)

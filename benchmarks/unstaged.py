@@ -20,8 +20,9 @@ import optuna
 from search import TASK, judge_of, lines
 
 from autolite.errors import PlanError
-from autolite.front import Candidate, Constraints
+from autolite.front import Candidate
 from autolite.host_lock import give_way, working
+from autolite.limits import Constraints
 from autolite.search.confirm import confirm
 from autolite.search.problem import Problem, load_problem
 from autolite.search.samplers import SAMPLERS

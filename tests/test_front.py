@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autolite.front import Candidate, Constraints, Interval, Quality
+from autolite.front import Candidate, Interval, Quality
+from autolite.limits import Constraints
 from autolite.measure import Measurement
 from autolite.plan import Plan, make_step
 

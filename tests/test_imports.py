@@ -56,6 +56,7 @@ LAYERS = [
     "space",
     "compress",
     "pareto",
+    "limits",
     "front",
     "devices",
     "export",

@@ -32,7 +32,9 @@ EXIT_INTERRUPTED = 130
 @click.option("--budget", help="Time or trials: 90s, 15m, 1h30m, 40trials.  [default: 15m; demo: 150s]")
 @click.option("--max-drop", help="Quality that may be lost, of the teacher's: 1%.")
 @click.option("--min-quality", type=float, help="Absolute limit of the task's metric: 0.9.")
-@click.option("--max-latency", help="5ms.")
+@click.option("--max-latency", help="Of a whole call: 5ms.")
+@click.option("--max-ttft", help="Language models: time to the first token, 200ms.")
+@click.option("--min-tokens-per-second", help="Language models, with --workload tokens=128,generated=64: 20.")
 @click.option("--max-size", help="6MB.")
 @click.option("--max-memory", help="100MB.")
 @click.option("--strict", is_flag=True, help="Hold --max-drop against the lower end of the 95 % interval.")
@@ -91,6 +93,7 @@ def search(as_json: bool, quiet: bool, **options: Any) -> None:
       autolite search --model ./my-bert --data ./reviews --target raspberry-pi-5 --measure-on ssh://pi@raspberrypi
       autolite search --model ./pair-bert --data mrpc.csv --text s1 --pair s2 --label same --target local
       autolite search --model ./my-llama --data notes.txt --task language-modeling --target local
+      autolite search --model ./my-llama --data notes.txt --task language-modeling --target pixel8 --max-ttft 300ms
 
     \b
     Exit codes: 0 a front; 3 no candidate meets the constraints (nearest misses written);
@@ -180,6 +183,8 @@ def worker(run: str, storage: str | None, threads: int | None, quiet: bool) -> N
 @click.option("--workload", help="With --target: tokens=64,threads=1.  [default: the run's, on the target's threads]")
 @click.option("--max-drop", help="With --target: quality that may be lost, 1%.  [default of each limit: the run's]")
 @click.option("--max-latency", help="With --target: 5ms.")
+@click.option("--max-ttft", help="With --target: time to the first token, 200ms.")
+@click.option("--min-tokens-per-second", help="With --target: 20.")
 @click.option("--max-size", help="With --target: 6MB.")
 @click.option("--max-memory", help="With --target: 100MB.")
 @click.option("--storage", help="With --target: the URL that the run was given.  [default: SQLite in its folder]")
@@ -195,6 +200,7 @@ def front(run: str, target: str | None, as_json: bool, **changes: str | None) ->
       autolite front runs/demo-pixel8
       autolite front runs/demo-pixel8 --target raspberry-pi-5
       autolite front runs/demo-pixel8 --target x86-avx512 --workload tokens=32,threads=1 --max-drop 3%
+      autolite front runs/my-llama-local --target pixel8 --workload generated=64 --min-tokens-per-second 20
     """
     from autolite.front import read_front
     from autolite.report.tables import front_table, misses_table, repriced_table
@@ -226,6 +232,8 @@ def front(run: str, target: str | None, as_json: bool, **changes: str | None) ->
 @click.option("--target", help="Which of the targets that were searched for.  [default: the first]")
 @click.option("--max-drop", help="Quality that may be lost: 1%.  [default: the run's own constraints]")
 @click.option("--max-latency", help="5ms.")
+@click.option("--max-ttft", help="Time to the first token: 200ms.")
+@click.option("--min-tokens-per-second", help="20.")
 @click.option("--max-size", help="6MB.")
 @click.option("--by", type=click.Choice(["latency", "size"]), default="latency", show_default=True)
 @click.option("--format", "form", type=click.Choice(["onnx", "ort"]), default="onnx", show_default=True)
@@ -234,11 +242,9 @@ def export(
     run: str,
     out: str,
     target: str | None,
-    max_drop: str | None,
-    max_latency: str | None,
-    max_size: str | None,
     by: Any,
     form: Any,
+    **given: str | None,
 ) -> None:
     r"""Copy the best candidate that meets the limits to OUT.
 
@@ -248,15 +254,19 @@ def export(
     Examples:
       autolite export runs/demo-pixel8 --max-drop 1% deploy/
       autolite export runs/demo-pixel8 --max-drop 3% --by size deploy-small/
+      autolite export runs/my-llama-local --max-ttft 200ms deploy-llama/
       autolite export runs/demo-pixel8 --format ort deploy-phone/
     """
     from autolite.front import Result
-    from autolite.search.settings import parse_bytes, parse_fraction, parse_milliseconds
+    from autolite.search.settings import parse_limits
 
+    limits = parse_limits(**given)
     picked = Result(Path(run)).pick(
-        None if max_drop is None else parse_fraction(max_drop, "--max-drop"),
-        max_latency_ms=None if max_latency is None else parse_milliseconds(max_latency, "--max-latency"),
-        max_size_bytes=None if max_size is None else parse_bytes(max_size, "--max-size"),
+        limits.max_drop,
+        max_latency_ms=limits.max_latency_ms,
+        max_ttft_ms=limits.max_ttft_ms,
+        min_tokens_per_second=limits.min_tokens_per_second,
+        max_size_bytes=limits.max_size_bytes,
         by=by,
         target=target,
     )

@@ -36,13 +36,18 @@ class Course(NamedTuple):
         return self.passes[-1].source > 0
 
 
+def generates(shape: ModelShape) -> bool:
+    """Whether calls of a model can go on with further tokens, one a step."""
+    return len(shape.stacks) > 1 or (shape.stacks[-1].causal and shape.outputs == shape.vocab)
+
+
 def course_of(shape: ModelShape, workload: Workload) -> Course:
     """Return what a call consists of."""
     batch, tokens, generated = workload.batch, workload.tokens, workload.generated
     prompt, last = Call(batch, tokens, tokens), shape.stacks[-1]
     if len(shape.stacks) > 1:
         return Course((prompt, Call(batch, 1, 1 + generated // 2, source=tokens)), (1, generated))
-    if last.causal and shape.outputs == shape.vocab:
+    if generates(shape):
         return Course((prompt, Call(batch, 1, tokens + generated // 2)), (1, generated))
     once = last.causal or tokens == 1 or not last.layers
     return Course((prompt,), (1,), not once and is_pooled(shape))

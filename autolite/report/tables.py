@@ -13,10 +13,9 @@ from rich.text import Text
 if TYPE_CHECKING:
     from autolite.devices.base import Health
     from autolite.devices.measure import Measured
-    from autolite.front import Front
+    from autolite.front import Candidate, Front
     from autolite.hardware.calibration import Calibrated
     from autolite.hardware.profile import ComputeUnit, Profile
-    from autolite.measure import Measurement
     from autolite.runtime.tune import Found
     from autolite.runtime.variants import Place
     from autolite.search.reprice import Repriced
@@ -65,7 +64,7 @@ def front_table(front: Front, was: Mapping[str, str] | None = None) -> Group:
     scored = "test" if teacher["test"] and all(c.test for c in front) else "quality"
     columns = ["id"] if was is None else ["id", "was"]
     found = [f"{teacher[scored]['split']} {metric}", "kept", "latency ms", "faster", "size", "smaller"]
-    found += ["first ms", "tokens/s"] if generated else []
+    found += ["first ms", "tokens/s", "ms each"] if generated else []
     for head in (*columns, *found):
         # On a narrow terminal the intervals go below their values.
         table.add_column(
@@ -92,7 +91,7 @@ def front_table(front: Front, was: Mapping[str, str] | None = None) -> Group:
             f"{c.faster.value:.2f}x",
             size(c.size_bytes.value),
             f"{whole / c.size_bytes.value:.2f}x",
-            *([_value(c.ttft_ms), _value(c.tokens_per_second)] if generated else []),
+            *(_generation(c, work["batch"]) if generated else []),
         )
     notes = [f"{c.id}  {c.plan.describe()}" for c in front]
     for c in (each for each in front if each.kept_of_seeds):
@@ -106,8 +105,12 @@ def front_table(front: Front, was: Mapping[str, str] | None = None) -> Group:
     return Group(table, *map(Text, notes))
 
 
-def _value(found: Measurement | None) -> str:
-    return "" if found is None else f"{found.value:.3g}"
+def _generation(candidate: Candidate, batch: int) -> list[str]:
+    """Return the time to the first token, the tokens a second of all sequences, and the time of each further one."""
+    first, rate = candidate.ttft_ms, candidate.tokens_per_second
+    if first is None or rate is None:
+        return ["", "", ""]
+    return [f"{first.value:.3g}", f"{rate.value:.3g}", f"{1e3 * batch / rate.value:.3g}"]
 
 
 def repriced_table(found: Repriced) -> Group:
@@ -148,7 +151,7 @@ def misses_table(front: Front) -> Table:
             f"{miss['kept']['value']:.1%}",
             f"{miss['latency_ms']['value']:.3g}",
             size(miss["size_bytes"]["value"]),
-            ", ".join(f"{name} ({excess:.1%} over)" for name, excess in miss["blocked_by"].items()),
+            ", ".join(f"{name} ({excess:.1%} beyond)" for name, excess in miss["blocked_by"].items()),
         )
     return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ def search(
     max_drop: str | float | None = None,
     min_quality: float | None = None,
     max_latency: str | float | None = None,
+    max_ttft: str | float | None = None,
+    min_tokens_per_second: str | float | None = None,
     max_size: str | float | None = None,
     max_memory: str | float | None = None,
     strict: bool = False,
@@ -66,6 +69,8 @@ def search(
         max_drop: quality that may be lost, as a fraction of the teacher's (for perplexity: nats).
         min_quality: absolute limit of the task's metric.
         max_latency: milliseconds, or text with a unit.
+        max_ttft: language models: the time to the first token, milliseconds, or text with a unit.
+        min_tokens_per_second: language models, with a `workload` that generates: how fast, of all sequences together.
         max_size: bytes, or text with a unit.
         max_memory: bytes, or text with a unit.
         strict: hold `max_drop` against the lower end of the interval.
@@ -111,15 +116,13 @@ def search(
     """
     from autolite import registry
     from autolite.errors import InputError
-    from autolite.front import Constraints
     from autolite.search.progress import silent
     from autolite.search.run import run
     from autolite.search.settings import (
         Settings,
         parse_budget,
         parse_bytes,
-        parse_fraction,
-        parse_milliseconds,
+        parse_limits,
         parse_objectives,
         parse_targets,
     )
@@ -149,13 +152,10 @@ def search(
         task=task,
         space=space or ("quick" if model is None else registry.get("task", task).default_space),
         budget=parse_budget(budget or (DEMO_BUDGET if model is None else DEFAULT_BUDGET)),
-        constraints=Constraints(
-            None if max_drop is None else parse_fraction(max_drop, "--max-drop"),
-            min_quality,
-            None if max_latency is None else parse_milliseconds(max_latency, "--max-latency"),
-            None if max_size is None else parse_bytes(max_size, "--max-size"),
-            None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
-            strict,
+        constraints=replace(
+            parse_limits(max_drop, max_latency, max_ttft, min_tokens_per_second, max_size, max_memory),
+            min_quality=min_quality,
+            strict=strict,
         ),
         workload=workload,
         runtime=runtime,

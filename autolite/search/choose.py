@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from autolite.front import Candidate, Constraints
+from autolite.front import Candidate
+from autolite.limits import Constraints
 from autolite.pareto import nondominated
 
 NEAREST_MISSES = 3

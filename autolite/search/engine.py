@@ -204,7 +204,8 @@ class Engine:
         predicted = price(problem, shape)
         violated = beyond_on_all(problem.prices, shape, problem.settings.constraints)
         if violated:
-            reason = "the predicted price is above the limit"
+            beyond = ", ".join(f"{name} by {excess:.1%}" for name, excess in violated.items())
+            reason = problem.prices[0].lack(predicted) or f"by prediction it is surely beyond {beyond}"
             self._tell_infeasible(stage, trial, lease, plan, predicted, violated, reason)
             return False
         prices = [predicted["latency_ms"].value, predicted["size_bytes"].value]

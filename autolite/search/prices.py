@@ -10,9 +10,11 @@ from typing import Any
 from autolite.architecture import ModelShape
 from autolite.compress import shape_after
 from autolite.errors import TargetError
-from autolite.front import Candidate, Constraints, Front
+from autolite.front import Candidate, Front
+from autolite.hardware.calls import generates
 from autolite.hardware.predict import basis, predict, predict_all, predict_faster
 from autolite.hardware.profile import KINDS, Profile
+from autolite.limits import Constraints
 from autolite.measure import Measurement, Workload
 from autolite.plan import Plan
 from autolite.search.choose import blocked, choose
@@ -53,11 +55,8 @@ class Prices:
                 f"{profile.name} cannot run {', '.join(missing)}; it runs {', '.join(sorted(profile.formats))}"
             )
         found: dict[str, Any] = self.of_shape(shape)
-        need = found["memory_bytes"].low
-        if need > (limit := profile.memory.limit):
-            raise TargetError(
-                f"it needs at least {need / 1e9:.3g} GB, but a program has at most {limit / 1e9:g} GB on {profile.name}"
-            )
+        if lack := self.lack(found):
+            raise TargetError(lack)
         found["size_bytes"] = replace(found["size_bytes"], value=size, low=size, high=size, source="measured")
         return found | {"faster": predict_faster(self.teacher, shape, profile, self.workload)}
 
@@ -84,17 +83,31 @@ class Prices:
         return {kind: round(found[kind], 4) for kind in (TIMED, *KINDS) if kind in found}
 
     def surely_beyond(self, shape: ModelShape, limits: Constraints) -> dict[str, float]:
-        """Return what even the low ends of a shape's predicted prices are above, by the relative excess: the limits,
-        and the target's memory. Number formats that the target lacks are "format", with an excess of 1."""
+        """Return what even the nearest ends of a shape's predicted prices are beyond, by the relative excess: limits,
+        and the target's memory, "memory". Number formats that the target lacks are "format", with an excess of 1."""
         if self.missing(shape):
             return {"format": 1.0}
-        found, most = self.of_shape(shape), self.profile.memory.limit
-        pairs = {
-            "latency": (found["latency_ms"].low, limits.max_latency_ms),
-            "size": (found["size_bytes"].low, limits.max_size_bytes),
-            "memory": (found["memory_bytes"].low, min(most, limits.max_memory_bytes or most)),
-        }
-        return {k: value / limit - 1 for k, (value, limit) in pairs.items() if limit is not None and value > limit}
+        found = self.of_shape(shape)
+        excess = found["memory_bytes"].low / self.profile.memory.limit - 1
+        return limits.surely_violated(found) | ({"memory": excess} if excess > 0 else {})
+
+    def lack(self, predicted: Mapping[str, Measurement]) -> str:
+        """Say how much memory is surely needed by predicted prices, and how much there is here; "" if it may fit."""
+        need, most = predicted["memory_bytes"].low, self.profile.memory.limit
+        if need <= most:
+            return ""
+        return (
+            f"a call with {self.workload} needs at least {need / 1e9:.3g} GB of memory, but a program has at most "
+            f"{most / 1e9:.3g} GB on {self.profile.name}"
+        )
+
+    def check(self, limits: Constraints) -> None:
+        """Refuse limits on generation where nothing is generated.
+
+        Raises:
+            InputError: as `Constraints.check_generation`.
+        """
+        limits.check_generation(generates(self.teacher), self.workload)
 
 
 def beyond_on_all(prices: Sequence[Prices], shape: ModelShape, limits: Constraints) -> dict[str, float]:

@@ -228,6 +228,7 @@ def load_problem(
             f"workload {workload} needs {workload.tokens + workload.generated} positions, but the model has "
             f"{positions}: give fewer with --workload tokens=..."
         )
+    Prices(teacher.shape, profile, workload).check(settings.constraints)
     folder = settings.out / "teacher"
     folder.mkdir(parents=True, exist_ok=True)
     cache = settings.out / "cache"

@@ -10,6 +10,7 @@ from autolite.compress import canonical
 from autolite.errors import PlanError
 from autolite.search.additive import Observation, learn, predicted, propose
 from autolite.search.evaluate import price
+from autolite.search.prices import beyond_on_all
 from autolite.search.problem import Problem
 from autolite.search.settings import OBJECTIVES
 from autolite.search.studies import StageStudy, params_of
@@ -18,7 +19,8 @@ from autolite.space import Params
 
 def proposal(problem: Problem, study: StageStudy, effort: int) -> Params | None:
     """Return the parameters of the plan that is predicted to add the most hypervolume to what was evaluated, and is
-    evaluated just now; None if nothing new does. `effort` is what the study's plans are trained for."""
+    evaluated just now; None if nothing new does that is within the limits by prediction. `effort` is what the study's
+    plans are trained for."""
     frontier = problem.frontier
     base = price(problem, problem.teacher.shape)
     latency, size = base["latency_ms"].value, base["size_bytes"].value
@@ -50,10 +52,14 @@ def proposal(problem: Problem, study: StageStudy, effort: int) -> Params | None:
     def is_new(params: Params) -> bool:
         try:
             plan = problem.plan(params, effort)
-            problem.shape(plan)
+            shape = problem.shape(plan)
         except PlanError:
             return False
-        return canonical(plan, problem.teacher.shape).digest not in known
+        if canonical(plan, problem.teacher.shape).digest in known:
+            return False
+        return not beyond_on_all(problem.prices, shape, limits) and (
+            bool(problem.others) or limits.hold(price(problem, shape))
+        )
 
     columns = [OBJECTIVES.index(name) for name in problem.settings.objectives]
     rng = np.random.default_rng(study.next_seed())

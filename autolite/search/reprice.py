@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 from autolite import registry
 from autolite.architecture import ModelShape
 from autolite.errors import InputError, RunError, TargetError
-from autolite.front import Candidate, Constraints, Front, Interval, Quality, Result, read_front
+from autolite.front import Candidate, Front, Interval, Quality, Result, read_front
 from autolite.hardware import LOCAL, load_target
 from autolite.inference import MANIFEST
+from autolite.limits import Constraints
 from autolite.measure import Workload
 from autolite.plan import Plan
 from autolite.search.choose import point
 from autolite.search.prices import Prices, front_on
-from autolite.search.settings import parse_bytes, parse_fraction, parse_milliseconds
+from autolite.search.settings import parse_limits
 from autolite.search.studies import read_trials
 from autolite.space import Stage
 from autolite.store import TEACHER_SHAPE, Store, database_of
@@ -59,6 +60,8 @@ def reprice(
     workload: str | None = None,
     max_drop: str | float | None = None,
     max_latency: str | float | None = None,
+    max_ttft: str | float | None = None,
+    min_tokens_per_second: str | float | None = None,
     max_size: str | float | None = None,
     max_memory: str | float | None = None,
     storage: str | None = None,
@@ -73,6 +76,8 @@ def reprice(
             for, else the target's.
         max_drop: in the place of the run's own limit, as in `autolite.search`; so are the other limits.
         max_latency: milliseconds, or text with a unit.
+        max_ttft: milliseconds, or text with a unit.
+        min_tokens_per_second: a number.
         max_size: bytes, or text with a unit.
         max_memory: bytes, or text with a unit.
         storage: the URL that the run was given; by default the SQLite file in its folder.
@@ -80,15 +85,10 @@ def reprice(
 
     Raises:
         TargetError: if the target is unknown, has fewer threads than asked for, or can run none of the candidates.
-        InputError: for a workload or a limit that cannot be understood.
+        InputError: for a workload or a limit that cannot be understood, or that do not go together.
         RunError: if there is no such run, it has no study, or nothing in it has been evaluated.
     """
-    given: dict[str, Any] = {
-        "max_drop": None if max_drop is None else parse_fraction(max_drop, "--max-drop"),
-        "max_latency_ms": None if max_latency is None else parse_milliseconds(max_latency, "--max-latency"),
-        "max_size_bytes": None if max_size is None else parse_bytes(max_size, "--max-size"),
-        "max_memory_bytes": None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
-    }
+    given = parse_limits(max_drop, max_latency, max_ttft, min_tokens_per_second, max_size, max_memory)
     folder = run.path if isinstance(run, Result) else Path(run)
     before = read_front(folder)
     if target != LOCAL:  # a wrong name or file is told first; "local" may have to be measured
@@ -103,7 +103,8 @@ def reprice(
         )
     profile = load_target(target, asked.threads or None, progress)
     prices = Prices(record.teacher, profile, replace(asked, threads=asked.threads or profile.threads))
-    limits = replace(before.constraints, **{name: limit for name, limit in given.items() if limit is not None})
+    limits = before.constraints.replaced_by(given)
+    prices.check(limits)
     return _repriced(folder, before, record, prices, limits)
 
 

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import optuna
 from filelock import FileLock, Timeout
 
 from autolite import registry
 from autolite.devices import device_at
-from autolite.errors import InputError, NoCandidateError, PlanError, RunError
+from autolite.errors import InputError, NoCandidateError, RunError
 from autolite.files import write_atomically
 from autolite.front import Front, Result, front_file, read_front
 from autolite.hardware import LOCAL, load_target
@@ -27,6 +26,7 @@ from autolite.search.leases import WORKER, Leases
 from autolite.search.narrow import narrow
 from autolite.search.problem import Problem, clean_leftovers, load_problem
 from autolite.search.progress import Clock, Observer, Snapshot, silent
+from autolite.search.reachable import check_reachable
 from autolite.search.samplers import sampler_of
 from autolite.search.schedule import SINCE
 from autolite.search.settings import Budget, Settings
@@ -123,7 +123,7 @@ def _search_as_leader(
 
     problem = load_problem(settings, space, store, note)
     problem = replace(problem, space=_narrowed(problem, store, note))
-    _check_reachable(problem)
+    check_reachable(problem)
     check_device(problem, note)
     store.put("identity", identity)
     store.put(TEACHER_SHAPE, problem.teacher.shape.to_json())
@@ -203,56 +203,6 @@ def _checked(result: Result, settings: Settings) -> Result:
         "--budget",
         result.path,
     )
-
-
-def _check_reachable(problem: Problem, plans: int = 300) -> None:
-    """Refuse a limit that no plan of the space comes near on any target, before anything is trained.
-
-    Raises:
-        InputError: naming the limit, and the least that the space reaches.
-    """
-    limits = problem.settings.constraints
-    task = problem.task
-    if limits.min_quality is not None:
-        beyond = limits.min_quality - task.best if task.direction == "maximize" else task.best - limits.min_quality
-        if not beyond <= 0:  # also false for nan
-            raise InputError(
-                f"--min-quality {limits.min_quality:g} cannot be met: the best possible {task.metric} is {task.best:g}"
-            )
-    wanted = {
-        "latency_ms": ("--max-latency", limits.max_latency_ms, "ms"),
-        "size_bytes": ("--max-size", limits.max_size_bytes, "bytes"),
-        "memory_bytes": ("--max-memory", limits.max_memory_bytes, "bytes"),
-    }
-    wanted = {metric: what for metric, what in wanted.items() if what[1] is not None}
-    if not wanted:
-        return
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    least = dict.fromkeys(wanted, float("inf"))
-    smallest = problem.space.cheapest()
-    drawn = [smallest, *problem.space.variants(smallest)]
-    drawn += [{**smallest, name: end} for name, s in problem.space.settings.items() for end in s.extremes()]
-    drawn += [problem.space.suggest(study.ask(), "confirm") for _ in range(plans)]
-    for params in drawn:
-        try:
-            shape = problem.shape(problem.plan(params, 1))
-        except PlanError:
-            continue
-        for found in (prices.of_shape(shape) for prices in problem.prices if not prices.missing(shape)):
-            least = {metric: min(least[metric], found[metric].low) for metric in wanted}
-    where = " or ".join(prices.profile.name for prices in problem.prices)
-    for metric, (option, limit, unit) in wanted.items():
-        if limit is not None and least[metric] > limit:
-            raise InputError(
-                f"{option} {_plain(limit)} {unit} cannot be met: the least that space '{problem.space.name}' reaches "
-                f"on {where} is {_plain(least[metric])} {unit}; raise the limit or use another --space"
-            )
-
-
-def _plain(value: float) -> str:
-    """A number without an exponent: 19,380 bytes, 0.05035 ms."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autolite.errors import InputError, unknown
-from autolite.front import Constraints
+from autolite.limits import Constraints
 from autolite.store import storage_url
 from autolite.tasks.base import Augment, DataSpec
 from autolite.tasks.custom import Loss, Metric
@@ -134,6 +135,46 @@ def parse_bytes(text: str | float, name: str) -> float:
 def parse_milliseconds(text: str | float, name: str) -> float:
     """Read "5ms", "0.2s" or a number of milliseconds."""
     return parse_quantity(text, name, {"": 1, "ms": 1, "s": 1000, "us": 1e-3})
+
+
+def parse_rate(text: str | float, name: str) -> float:
+    """Read "20" or 20, tokens a second.
+
+    Raises:
+        InputError: naming the option and the value.
+    """
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise InputError(f"{name} '{text}' is not understood: write a positive number of tokens a second, such as 20")
+    return rate
+
+
+def parse_limits(
+    max_drop: str | float | None = None,
+    max_latency: str | float | None = None,
+    max_ttft: str | float | None = None,
+    min_tokens_per_second: str | float | None = None,
+    max_size: str | float | None = None,
+    max_memory: str | float | None = None,
+) -> Constraints:
+    """Read limits as a user writes them.
+
+    Raises:
+        InputError: naming the option and the value that is not understood.
+    """
+    return Constraints(
+        max_drop=None if max_drop is None else parse_fraction(max_drop, "--max-drop"),
+        max_latency_ms=None if max_latency is None else parse_milliseconds(max_latency, "--max-latency"),
+        max_ttft_ms=None if max_ttft is None else parse_milliseconds(max_ttft, "--max-ttft"),
+        min_tokens_per_second=None
+        if min_tokens_per_second is None
+        else parse_rate(min_tokens_per_second, "--min-tokens-per-second"),
+        max_size_bytes=None if max_size is None else parse_bytes(max_size, "--max-size"),
+        max_memory_bytes=None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
+    )
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from autolite.architecture import ModelShape
 from autolite.cli import main
 from autolite.compress import shape_after
 from autolite.errors import InputError, RunError, TargetError
-from autolite.front import Candidate, Constraints, Front, Interval, Quality, Result, write_json
+from autolite.front import Candidate, Front, Interval, Quality, Result, write_json
 from autolite.hardware.predict import predict, predict_faster
 from autolite.hardware.profile_files import dump_profile, load_profile
+from autolite.limits import Constraints
 from autolite.measure import Workload
 from autolite.plan import Plan, make_step
 from autolite.search.choose import blocked, choose

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 
 from autolite.errors import InputError
+from autolite.limits import Constraints
 from autolite.search.settings import (
     Budget,
     parse_budget,
     parse_bytes,
     parse_fraction,
+    parse_limits,
     parse_milliseconds,
     parse_objectives,
+    parse_rate,
     parse_targets,
 )
 
@@ -63,6 +66,24 @@ def test_an_impossible_drop_names_the_option_and_the_range(text: str) -> None:
 def test_an_impossible_size_names_the_option_and_the_units(text: str) -> None:
     with pytest.raises(InputError, match=r"--max-size.*MB"):
         parse_bytes(text, "--max-size")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "inf", "nan", "fast", "20 tokens"])
+def test_an_impossible_rate_names_the_option_and_an_example(text: str) -> None:
+    with pytest.raises(InputError, match=r"--min-tokens-per-second.*such as 20"):
+        parse_rate(text, "--min-tokens-per-second")
+
+
+def test_limits_are_read_by_their_units() -> None:
+    assert parse_limits() == Constraints()
+    assert parse_limits("1%", 5, "0.2s", "20", "6MB", "1GB") == Constraints(
+        max_drop=0.01,
+        max_latency_ms=5,
+        max_ttft_ms=200,
+        min_tokens_per_second=20,
+        max_size_bytes=6e6,
+        max_memory_bytes=1e9,
+    )
 
 
 def test_objectives_are_quality_and_what_it_is_traded_for() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autolite.front import Constraints
+from autolite.limits import Constraints
 from autolite.search import promotion, stages
 from autolite.search.additive import CHANCE
 from autolite.search.settings import parse_budget

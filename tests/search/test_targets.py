@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from autolite import reprice
 from autolite.cli import main
 from autolite.errors import InputError, RunError, TargetError
-from autolite.front import Constraints, Result, read_front
+from autolite.front import Result, read_front
+from autolite.limits import Constraints
 from autolite.registry import data_dir
 from autolite.search.identity import run_identity
 from autolite.search.settings import Budget, Settings

@@ -19,7 +19,8 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from autolite.errors import InputError, RunError
-from autolite.front import Constraints, Result
+from autolite.front import Result
+from autolite.limits import Constraints
 from autolite.search import engine, leases, worker
 from autolite.search.leases import SEARCH, Leases
 from autolite.search.settings import Budget, Settings
