@@ -224,6 +224,21 @@ def _decoding(form: str, coded: bool = True) -> int:
     return total + (0 if getattr(layout, "symmetric", True) else _GRAPH_BYTES["zeros"] + planes * _GRAPH_BYTES["plane"])
 
 
+def copies_cache(heads: int, kv_heads: int, tokens: int, generated: int) -> bool:
+    """Whether the attention that is emitted where nothing was measured makes a longer copy of keys and values in each
+    step, in the place of writing new ones behind the old: that reads prompts slower, and where query heads share their
+    keys and values there is little to copy."""
+    return heads != kv_heads or 8 * generated < tokens
+
+
+def _kept_tokens(piece: Attention, workload: Workload) -> int:
+    """Tokens of a sequence whose keys and values are in memory at once: all, and beside a copy that is made of them
+    all but the last."""
+    tokens, generated = workload.tokens, workload.generated
+    copied = generated and copies_cache(piece.heads, piece.kv_heads, tokens, generated)
+    return tokens + generated + (tokens + generated - 1 if copied else 0)
+
+
 @lru_cache(maxsize=1 << 16)
 def activations_of(piece: Piece, workload: Workload) -> tuple[float, float]:
     """Return the bytes of activations that are alive at once in a piece, and of the keys and values that it keeps."""
@@ -232,12 +247,13 @@ def activations_of(piece: Piece, workload: Workload) -> tuple[float, float]:
         if piece.unmapped is not None:
             return without_map.activations(piece.shape, workload), 0
         causal = piece.stacks[-1][-1]
-        return BYTES * rows * piece.outputs if causal else 0, 0
+        read = workload.batch if workload.generated else rows  # who generates asks for the last token's logits alone
+        return BYTES * read * piece.outputs if causal else 0, 0
     if isinstance(piece, FeedForward):
         return BYTES * 2 * rows * (piece.hidden + piece.ffn), 0
     width, kv = piece.heads * piece.head_dim, piece.kv_heads * piece.head_dim
     scores = workload.batch * piece.heads * workload.tokens**2
-    kept = 2 * kv * workload.batch * (workload.tokens + workload.generated) if piece.causal else 0
+    kept = 2 * kv * workload.batch * _kept_tokens(piece, workload) if piece.causal else 0
     if (cross := piece.cross) is not None:
         kept += 2 * cross.width * rows * cross.sources
     return BYTES * (2 * rows * piece.hidden + rows * (width + 2 * kv) + 2 * scores), BYTES * kept

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from autolite.formats import FORMATS
+from autolite.hardware.footprint import copies_cache
 from autolite.runtime.linear import KERNELS, blocks_lookup
 
 FEW_ROWS = 8  # up to so many rows reading the weights is what costs, and kernels that read fewer bytes win
@@ -72,9 +73,8 @@ def usual(place: Place) -> str:
         case "qkv":
             return "merged"
         case "cached":
-            # The latter reads a prompt slower, but copies no cache; where heads share theirs, there is little to copy.
             _, tokens, generated, heads, kv_heads, _ = place.sizes
-            return "GroupQueryAttention" if heads == kv_heads and 8 * generated >= tokens else "Attention"
+            return "Attention" if copies_cache(heads, kv_heads, tokens, generated) else "GroupQueryAttention"
     preferred = {
         "int8": "int8",
         "attention": "Attention",

@@ -275,7 +275,9 @@ def test_a_language_models_call_is_its_prompt_and_its_steps() -> None:
     whole = predict(shape, profile, Workload(1, 64, 1, 100))
     steps = 100 / whole["tokens_per_second"].value * 1e3
     assert whole["latency_ms"].value == pytest.approx(whole["ttft_ms"].value + steps)
-    assert whole["memory_bytes"].value - prompt["memory_bytes"].value == 100 * 5 * 2 * 4 * 8 * 4
+    # Its query heads share keys and values, of which each step makes a longer copy.
+    tokens = (64 + 100) + (64 + 99)
+    assert whole["memory_bytes"].value - prompt["memory_bytes"].value == (tokens - 64) * 5 * 2 * 4 * 8 * 4
     batch = predict(shape, profile, Workload(8, 64, 1))
     assert batch["tokens_per_second"].value > 2 * prompt["tokens_per_second"].value
 
@@ -285,6 +287,14 @@ def test_who_generates_computes_the_logits_of_one_token_of_the_prompt() -> None:
     scored, read = (predict(large, profile, Workload(1, 64, 1, n))["ttft_ms"].value for n in (0, 1))
     alone = predict(replace(large, vocab=50, outputs=50), profile, Workload(1, 64, 1, 1))["ttft_ms"].value
     assert read - alone < 0.1 * (scored - alone)  # a row by itself is bound by reading the weights
+
+
+def test_who_generates_has_the_logits_of_one_token_in_memory() -> None:
+    profile, large = load_profile("raspberry-pi-5"), replace(llama_shape(), vocab=50_000, outputs=50_000)
+    scored, read = (predict(large, profile, Workload(3, 64, 1, n))["memory_bytes"].value for n in (0, 1))
+    scores = 4 * (2 * 3 * 64 * 64 + 3 * 64 * (64 + 64) + 2 * 3 * 8 * 64**2)  # the most that is alive then
+    logits, cache = 4 * 3 * 64 * 50_000, 4 * 2 * 3 * 4 * 8 * 5
+    assert scored - read == (logits + 64 * cache) - (max(scores, logits / 64) + (65 + 64) * cache)
 
 
 def test_shared_layers_are_stored_once_but_computed_each_time() -> None:

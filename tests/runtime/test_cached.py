@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel
 from autolite import surgery
 from autolite.architecture import shape_of
 from autolite.errors import ModelError
+from autolite.hardware.footprint import activations_of
+from autolite.hardware.pieces import pieces_of
 from autolite.measure import Decoder, Workload
 from autolite.runtime.emit import emit
 from autolite.runtime.inputs import nothing_before
@@ -205,6 +208,41 @@ def test_keys_and_values_are_written_where_they_are_read_if_attention_can(tmp_pa
         reading.read(ids.numpy())
         rooms = {each.shape()[2] for each in reading._binding.get_outputs()[1:]}
         assert rooms == ({50} if in_place else {6})
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens", "generated", "held"),
+    [("gpt2", 5, 3, 8), ("gpt2", 40, 2, 42 + 41), ("llama", 5, 3, 8 + 7), ("llama", 5, 0, 5)],
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_predicted_memory_has_the_keys_and_values_that_are_held(
+    family: str, tokens: int, generated: int, held: int, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tokens' at once, and beside a longer copy those that it is made of: `held` tokens of each sequence."""
+    peaks, bound = [], {}
+    bind, run = onnxruntime.IOBinding.bind_ortvalue_input, onnxruntime.InferenceSession.run_with_iobinding
+
+    def bind_and_see(self: Any, name: str, value: Any) -> None:
+        bound[name] = value
+        bind(self, name, value)
+
+    def run_and_see(self: Any, binding: Any, *more: Any) -> None:
+        before = [value for name, value in bound.items() if name.startswith("past_key_values")]
+        run(self, binding, *more)
+        there = {value.data_ptr(): math.prod(value.shape()) for value in (*before, *binding.get_outputs()[1:])}
+        peaks.append(4 * sum(there.values()))
+
+    monkeypatch.setattr(onnxruntime.IOBinding, "bind_ortvalue_input", bind_and_see)
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", run_and_see)
+    model, call = decoder(family), Workload(batch, tokens, 1, generated)
+    shape = shape_of(model)
+    runner = OnnxRuntime().load(emit(Student(model, shape), tmp_path, call)[0])
+    runner.generating(generated).run({"input_ids": random_ids(batch, tokens).numpy()})
+    assert len(peaks) == 1 + generated
+    layer = shape.stacks[0].layers[0]
+    assert max(peaks) == 2 * layer.kv_heads * layer.head_dim * held * batch * 4 * len(shape.stacks[0].layers)
+    pieces = pieces_of([shape])
+    assert max(peaks) == sum(activations_of(pieces.distinct[each], call)[1] for each in pieces.used)
 
 
 def test_who_scores_gives_no_past_and_gets_logits_alone(tmp_path: Path) -> None:
