@@ -14,6 +14,7 @@ from autolite.devices.base import Device, check_runtime, health_of
 from autolite.devices.timing import Artifact, time_on
 from autolite.errors import InputError
 from autolite.front import Candidate
+from autolite.hardware import LOCAL
 from autolite.inference import MANIFEST
 from autolite.measure import (
     Decoder,
@@ -87,8 +88,8 @@ def measured(
 
     Returns:
         For each name, and for `BASELINE`, latency_ms, p90_ms and faster, and of language models ttft_ms. Where tokens
-        are generated, tokens_per_second too; but if that cannot be timed (on a device, or by a runtime without a cache)
-        ttft_ms alone. On a device memory_bytes too, if it tells.
+        are generated, tokens_per_second too; but if that cannot be timed (on another machine, or by a runtime without a
+        cache) ttft_ms alone. On a device memory_bytes too, if it tells and nothing is generated.
 
     Raises:
         DeviceError: if one cannot run there, or the device goes away and stays away.
@@ -97,20 +98,23 @@ def measured(
     paths = {BASELINE: problem.baseline, **files}
     memory: Mapping[str, int | None] = {}
     prompts: Mapping[str, Timing] = {}
-    if device is None:
+    # A device's runner makes single calls: where tokens are generated, this machine is timed by this process.
+    there = None if device is None or (device.address == LOCAL and workload.generated) else device
+    if there is None:
         loaded = {name: problem.runtime.load(each[0], threads=workload.threads) for name, each in paths.items()}
         inputs = random_texts(vocab, workload, problem.settings.seed)
         timings, prompts = _timed(loaded, inputs, workload)
     else:
         (text,) = random_texts(vocab, workload, problem.settings.seed, count=1)
         artifacts = {name: Artifact(each, text) for name, each in paths.items()}
-        session = time_on(device, artifacts, workload.threads, SECONDS * len(paths), say=say)
+        session = time_on(there, artifacts, workload.threads, SECONDS * len(paths), say=say)
         timings, memory = session.timings, session.peak_bytes
     generates = "ttft_ms" in problem.prices[0].of_shape(problem.teacher.shape)
     found: dict[str, dict[str, Measurement]] = {}
     for name, each in paths.items():
         used = problem.runtime_of(each[0])
-        title = f"{used.name} {used.version}" if device is None else f"{session.runtime} on {device.address}"
+        title = f"{used.name} {used.version}" if there is None else session.runtime
+        title += "" if device is None else f" on {device.address}"
         numbers = timing_to_measurements(timings[name], workload, title)
         tokens = workload.batch * workload.generated
         if name in prompts and (rate := tokens_per_second(timings[name], prompts[name], tokens)):

@@ -134,10 +134,11 @@ def test_sentence_pairs(tiny_space: Path, tmp_path: Path) -> None:
 
 
 def search_text(model: Path, folder: Path, **settings: Any) -> Result:
-    """Search for number formats of a language model, with a text of random words."""
+    """Search for number formats of a language model, unless another space is named, with a text of random words."""
     rng, text = random.Random(0), folder / "text.txt"
     text.write_text("\n".join(" ".join(f"w{rng.randrange(60)}" for _ in range(12)) for _ in range(300)), "utf-8")
-    return autolite.search(model, text, task="language-modeling", space="quantize-only", out=folder / "r", **settings)
+    usual = {"task": "language-modeling", "space": "quantize-only", "out": folder / "r"}
+    return autolite.search(model, text, **{**usual, **settings})
 
 
 @pytest.mark.parametrize(
@@ -158,13 +159,8 @@ def test_language_models(family: str, config: dict[str, Any], tmp_path: Path) ->
         assert candidate.tokens_per_second is not None
 
 
-def test_what_a_language_model_generates_is_timed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "SECONDS", 0.0)
-    monkeypatch.setattr(tune, "SECONDS", 0.0)
-    monkeypatch.setattr(problem, "load_target", lambda *_: load_target("pixel8").model_copy(update={"name": "local"}))
-    model = folder_of("llama", "language-modeling", tmp_path / "model")
-    call = "tokens=16,generated=8,threads=1"
-    result = search_text(model, tmp_path, target="local", workload=call, budget="3trials")
+def check_generation(result: Result) -> None:
+    """Whole calls, prompts and steps were measured together, and add up."""
     for candidate in result.front:
         whole, first, rate = candidate.latency_ms, candidate.ttft_ms, candidate.tokens_per_second
         assert first is not None
@@ -173,8 +169,36 @@ def test_what_a_language_model_generates_is_timed_here(tmp_path: Path, monkeypat
         assert first.value < whole.value
         # Medians of sums are not sums of medians, and this machine may be busy.
         assert whole.value == pytest.approx(first.value + 8e3 / rate.value, rel=0.5)
+
+
+def test_what_a_language_model_generates_is_timed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(tune, "SECONDS", 0.0)
+    monkeypatch.setattr(problem, "load_target", lambda *_: load_target("pixel8").model_copy(update={"name": "local"}))
+    model = folder_of("llama", "language-modeling", tmp_path / "model")
+    call = "tokens=16,generated=8,threads=1"
+    result = search_text(model, tmp_path, target="local", workload=call, budget="3trials")
+    check_generation(result)
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(front_table(result.front))
     shown = console.export_text()
     assert "16 tokens, 8 generated, 1 thread;" in shown
     assert "tokens/s" in shown
+    assert "ms each" in shown
+
+
+def test_this_machine_as_a_device_times_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    model = folder_of("llama", "language-modeling", tmp_path / "model")
+    result = search_text(
+        model,
+        tmp_path,
+        target="pixel8",
+        measure_on="local",
+        workload="tokens=16,generated=8,threads=1",
+        budget="3trials",
+    )
+    check_generation(result)
+    for candidate in result.front:
+        assert candidate.latency_ms.runtime.endswith(" on local")
+        assert candidate.memory_bytes.source == "predicted"

@@ -5,23 +5,35 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import optuna
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from autolite import reprice
+from autolite.architecture import shape_of
 from autolite.cli import main
+from autolite.compress import shape_after
 from autolite.errors import InputError, NoCandidateError
 from autolite.front import Front, Result, read_front
+from autolite.hardware.predict import predict
+from autolite.hardware.profile_files import load_profile
+from autolite.limits import Constraints
+from autolite.measure import Workload
+from autolite.plan import Plan, make_step
 from autolite.report.tables import misses_table
 from autolite.search import engine
+from autolite.search.prices import Prices
 from tests.conftest import RunSearch
-from tests.search.test_families import folder_of, search_text
+from tests.search.test_families import folder_of, reloaded, search_text
+from tests.shapes import llama_shape
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "front.schema.json"
 CALL = {"target": "pixel8", "workload": "tokens=32,generated=16", "budget": "3trials"}
@@ -95,6 +107,73 @@ def test_a_call_that_generates_nothing_has_no_rate(tmp_path: Path) -> None:
 def test_a_classifier_has_neither(run_search: RunSearch, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--max-ttft 5 is for language models.*--max-latency"):
         run_search(out=tmp_path / "run", max_ttft="5ms")
+
+
+def board(folder: Path, limit: float) -> str:
+    """Write the profile of a pixel8 with so many bytes of memory; returns its path."""
+    given = [limit / 1e9, "GB", "assumed", "a test's", "2026-01-01", 0.0]
+    profile = {"extends": "pixel8", "name": "board", "description": "small", "memory": {"size": given}}
+    (folder / "board.yaml").write_text(json.dumps(profile), encoding="utf-8")
+    return str(folder / "board.yaml")
+
+
+SPACE = """
+name: two
+description: Half of a model in 8 bits, or all of it.
+steps:
+  - quantize: {attention: [int8], ffn: [int8, fp32], embedding: [int8, fp32], head: [int8, fp32]}
+stages: {screen: {trials: 2, effort: 0}, recover: {trials: 1, effort: 0}, confirm: {trials: 1, effort: 0}}
+start:
+  - {quantize.ffn: fp32, quantize.embedding: fp32, quantize.head: fp32}
+  - {quantize.ffn: int8, quantize.embedding: int8, quantize.head: int8}
+"""
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_what_it_needs_and_what_there_is(tmp_path: Path) -> None:
+    model = folder_of("llama", "language-modeling", tmp_path / "model")
+    (tmp_path / "two.yaml").write_text(SPACE, encoding="utf-8")
+    teacher = shape_of(reloaded(AutoModelForCausalLM, model))
+    call = Workload(1, 32, load_profile("pixel8").threads, 16)
+    large, small = (
+        predict(shape_after(Plan((make_step("quantize", formats),)), teacher), load_profile("pixel8"), call)
+        for formats in (
+            {"attention": "int8"},
+            {"attention": "int8", "ffn": "int8", "embedding": "int8", "head": "int8"},
+        )
+    )
+    limit = math.sqrt(large["memory_bytes"].low * small["memory_bytes"].low)
+    result = search_text(
+        model, tmp_path, **{**CALL, "target": board(tmp_path, limit), "space": str(tmp_path / "two.yaml")}
+    )
+    assert all(c.memory_bytes.low <= limit for c in result.front)
+    study = optuna.load_study(study_name="r/screen", storage=f"sqlite:///{result.path / 'study.db'}")
+    refused = [t for t in study.trials if "infeasible" in t.user_attrs]
+    assert all(t.constraints["memory"] > 0 for t in refused)
+    need = large["memory_bytes"].low / 1e9
+    assert (
+        f"a call with {call} needs at least {need:.3g} GB of memory, but a program has at most {limit / 1e9:.3g} GB on "
+        "board"
+    ) in {t.user_attrs["infeasible"] for t in refused}
+
+
+def test_a_model_that_fits_in_no_plan_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "evaluate", None)
+    model = folder_of("llama", "language-modeling", tmp_path / "model")
+    with pytest.raises(InputError, match=r"no plan of space 'quantize-only' fits: of the smallest, a call with .* GB"):
+        search_text(model, tmp_path, **{**CALL, "target": board(tmp_path, 5e3)})
+
+
+def test_keys_and_values_count_for_what_fits() -> None:
+    """The weights of a Llama with a billion parameters fit into a phone, the contexts of eight long texts do not."""
+    shape, phone = (
+        llama_shape(22, 2048, 16, 16, 5632).with_formats("int8", "int8", "int8", "int8"),
+        load_profile("pixel8"),
+    )
+    for generated, fits in ((64, True), (8000, False)):
+        prices = Prices(shape, phone, Workload(8, 128, 1, generated))
+        assert ("memory" not in prices.surely_beyond(shape, Constraints())) == fits
 
 
 def test_a_run_is_held_to_them_on_another_target_and_in_its_export(write: Write, best: float, tmp_path: Path) -> None:
