@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -28,8 +29,8 @@ from autolite.hardware.profile_files import load_profile
 from autolite.limits import Constraints
 from autolite.measure import Workload
 from autolite.plan import Plan, make_step
-from autolite.report.tables import misses_table
-from autolite.search import engine
+from autolite.report.tables import front_table, misses_table
+from autolite.search import engine, proposal
 from autolite.search.prices import Prices
 from tests.conftest import RunSearch
 from tests.search.test_families import folder_of, reloaded, search_text
@@ -48,6 +49,12 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Write:
     return lambda **changes: search_text(model, folder, **{**CALL, **changes})
 
 
+def shown(table: Any) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
 def rates(front: Front) -> dict[str, float]:
     """The tokens a second of each candidate."""
     return {c.id: c.tokens_per_second.value for c in front if c.tokens_per_second}
@@ -62,6 +69,7 @@ def best(write: Write) -> float:
 def test_what_is_chosen_meets_both_limits(write: Write, best: float) -> None:
     result = write(max_ttft="3600s", min_tokens_per_second=best)
     assert set(rates(result.front).values()) == {best}
+    assert f"{1e3 / best:.3g}" in shown(front_table(result.front)), "the milliseconds of each further token"
     data = json.loads((result.path / "front.json").read_text(encoding="utf-8"))
     jsonschema.validate(data, json.loads(SCHEMA.read_text(encoding="utf-8")))
     assert data["constraints"]["max_ttft_ms"] == 3.6e6
@@ -74,9 +82,7 @@ def test_the_nearest_misses_say_by_how_much_they_are_too_slow(write: Write, best
         write(min_tokens_per_second=1.2 * best)  # predictions are not so sure that it were refused
     front = read_front(tried.path)
     assert next(each["blocked_by"] for each in front.nearest_misses) == {"min_tokens_per_second": pytest.approx(1 / 6)}
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(misses_table(front))
-    assert "min_tokens_per_second (16.7% beyond)" in console.export_text()
+    assert "min_tokens_per_second (16.7% beyond)" in shown(misses_table(front))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +113,45 @@ def test_a_call_that_generates_nothing_has_no_rate(tmp_path: Path) -> None:
 def test_a_classifier_has_neither(run_search: RunSearch, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--max-ttft 5 is for language models.*--max-latency"):
         run_search(out=tmp_path / "run", max_ttft="5ms")
+
+
+@pytest.mark.parametrize(
+    ("limits", "others", "expected"),
+    [
+        (Constraints(), False, "fp32"),
+        (Constraints(min_tokens_per_second=1.0), False, "fp32"),
+        (Constraints(max_ttft_ms=1.0), False, "none"),
+        ("between", False, "int8"),
+        ("between", True, "fp32"),  # the first target's predictions do not decide there
+    ],
+)
+def test_plans_that_are_predicted_to_be_too_slow_are_not_proposed(
+    limits: Any, others: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = llama_shape(22, 2048, 16, 16, 5632)
+    prices = Prices(shape, load_profile("pixel8"), Workload(1, 128, 1, 64))
+    plans = {form: Plan((make_step("quantize", {"attention": form, "ffn": form}),)) for form in ("fp32", "int8")}
+    slow, fast = (prices.of_shape(shape_after(plan, shape))["tokens_per_second"] for plan in plans.values())
+    assert slow.value < fast.value < 2 * slow.high, "the intervals overlap, so that nothing is surely beyond"
+    if limits == "between":
+        limits = Constraints(min_tokens_per_second=min(math.sqrt(slow.value * fast.value), slow.high))
+    problem = SimpleNamespace(
+        frontier=None,
+        teacher=SimpleNamespace(shape=shape),
+        settings=SimpleNamespace(constraints=limits, objectives=("quality", "latency", "size")),
+        others=(prices,) if others else (),
+        prices=(prices, prices) if others else (prices,),
+        plan=lambda params, effort: plans[params["form"]],
+        shape=lambda plan: shape_after(plan, shape),
+        space=SimpleNamespace(complete=dict),
+    )
+    study = SimpleNamespace(trials=list, asked=list, next_seed=lambda: 0)
+    offered = [{"form": form} for form in plans]
+    monkeypatch.setattr(
+        proposal, "propose", lambda frontier, seen, is_new, *more: next(filter(is_new, offered), {"form": "none"})
+    )
+    found: Any = proposal.proposal(problem, study, 1)  # type: ignore[arg-type]
+    assert found == {"form": expected}
 
 
 def board(folder: Path, limit: float) -> str:
