@@ -17,6 +17,7 @@ from autolite.machine import processors
 from autolite.measure import Runner, Workload
 from autolite.tasks.base import DataSpec
 from autolite.tasks.encoding import max_tokens
+from autolite.tasks.prompts import Chat, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,6 @@ SCHEMA = 1  # of the manifest
 FALLBACK = {"runtime": "onnxruntime", "files": ["model.onnx"]}
 
 Text = str | Mapping[str, str]
-Chat = Sequence[Mapping[str, str]]  # of {"role", "content"}
 
 NEW_TOKENS = 256  # that follow a prompt, if nobody says how many
 
@@ -155,27 +155,10 @@ class LanguageModelingPipeline(Pipeline):
         stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
         if "" in stops:
             raise InputError("an empty stop string would end every text at once; leave it out")
-        prompt = self._prompt(inputs)
+        prompt = prompt_ids(self.tokenizer, inputs)
         count = self._count(len(prompt), max_new_tokens)
         choose = (sampling if draws else Sampling(temperature=0)).chooser()
         return pieces(self.tokenizer, prompt, tokens(self.runner, prompt, count, choose, self.ends), stops)
-
-    def _prompt(self, inputs: str | Chat) -> list[int]:
-        if isinstance(inputs, str):
-            ids = self.tokenizer(inputs, verbose=False)["input_ids"]
-        elif not isinstance(inputs, list | tuple) or not all(_is_message(each) for each in inputs):
-            raise InputError(f'give a text, or a chat as a list of {{"role": ..., "content": ...}}, not {inputs!r:.80}')
-        elif self.tokenizer.chat_template is None:
-            raise InputError("the tokenizer has no chat template, so the model was not made for chats; give a text")
-        else:
-            try:
-                template: Any = self.tokenizer.apply_chat_template  # its type has every form of its answer
-                ids = template(list(inputs), add_generation_prompt=True, return_dict=True)["input_ids"]
-            except Exception as error:  # jinja2's, and whatever a template raises, as of roles that it does not know
-                raise InputError(f"the chat template refuses these messages: {first_line(error)}") from error
-        if not ids:
-            raise InputError(f"{inputs!r:.80} has no tokens; give a text that is not empty")
-        return list(ids)
 
     def _count(self, prompt: int, asked: int | None) -> int:
         """Return how many tokens can follow a prompt of so many."""
@@ -219,10 +202,6 @@ class LanguageModelingPipeline(Pipeline):
         if not total[1]:
             raise InputError(f"{text!r:.80} has {len(ids)} tokens; perplexity takes two at least")
         return float(task.summary(total[0] / total[1]))
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and {"role", "content"} <= set(value)
 
 
 _KINDS: dict[str, type[Pipeline]] = {  # by the task's `pipeline_tag`

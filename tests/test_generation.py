@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LogitsProcessorList
 
 import autolite
@@ -28,21 +27,10 @@ from autolite.runtime.emit import emit
 from autolite.runtime.onnxruntime import OnnxRuntime
 from autolite.techniques.base import Student
 from autolite.testing import tiny_model
+from tests.byte_tokenizer import TEMPLATE, byte_tokenizer
 
 _WEIGHTS = os.environ.get("AUTOLITE_WEIGHTS", Path(__file__).parents[2] / "shared" / "weights")
 STORIES = Path(_WEIGHTS) / "stories260K"
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
-
-
-def byte_tokenizer(template: str | None = None) -> Any:
-    """One token for each byte and one that ends a text: characters of several bytes are several tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate([*alphabet, "<end>"])}, []))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    fast: Any = transformers.PreTrainedTokenizerFast
-    made = fast(tokenizer_object=core, eos_token="<end>", pad_token="<end>", model_max_length=128)
-    made.chat_template = template
-    return made
 
 
 def write(folder: Path, family: str = "llama", cache: bool = True, template: str | None = None) -> Path:

@@ -48,9 +48,9 @@ EXIT_INTERRUPTED = 130
     help="Or openvino (x86; needs autolite[openvino]), or auto: the faster of both on this machine.",
 )
 @click.option("--measure-on", help="A device that the finalists are timed on in the end: ssh://pi@raspberrypi, adb://.")
-@click.option("--text", help="Column of the text, if not found by convention.")
+@click.option("--text", help="Column of the text, prompt or chat, if not found by convention.")
 @click.option("--pair", "text_pair", help="Column of the second text of a pair.")
-@click.option("--label", help="Column of the label.")
+@click.option("--label", help="Column of the label, or of the response to a prompt.")
 @click.option("--max-length", type=click.IntRange(min=1), help="Tokens of an example beyond which it is cut.")
 @click.option("--unlabelled", help="More texts to distill on, without labels: a file, a folder, or a hub name.")
 @click.option("--cache-size", help="The teacher's outputs kept on disk: 500MB.  [default: a tenth of the free space]")

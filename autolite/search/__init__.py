@@ -76,9 +76,9 @@ def search(
         strict: hold `max_drop` against the lower end of the interval.
         objectives: what the front is of: "quality", and "latency" or "size" or both.
         workload: "batch=1,tokens=64,threads=1"; by default from the data and the target.
-        text: column of the text; found by convention if None (also `text_pair`, `label`).
+        text: column of the text, prompt or chat; found by convention if None (also `text_pair`, `label`).
         text_pair: column of the second text of a pair.
-        label: column of the label.
+        label: column of the label, or of the response to a prompt.
         max_length: tokens of an example beyond which it is cut.
         unlabelled: a file, a folder or a hub name with more texts to distill on; labels in it are not read.
         loss: `loss(logits, labels)` in the place of the task's hard loss: float32 logits [batch, classes] (language

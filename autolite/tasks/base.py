@@ -24,8 +24,8 @@ IGNORED = -100  # the label of an example, or of a token, whose label is unknown
 class Split:
     """Tokenised examples: one int64 array of ids (and token types, for pairs) each, and the labels, int64 [n].
 
-    An example without a label has `IGNORED` for one; only distillation is given such. Language modelling has no labels
-    of its own: `labels` is empty there and the ids are the targets.
+    An example without a label has `IGNORED` for one; only distillation is given such. In language modelling the ids are
+    the targets, and labels say how many first tokens of each example are only given; if there are none, it is one.
     """
 
     name: str

@@ -139,7 +139,7 @@ def _jsonl(text: str, path: Path) -> Columns:
             except (json.JSONDecodeError, RecursionError) as error:
                 raise DataError(f"line {number} of '{path}' is not JSON: {error}") from error
             if not isinstance(rows[-1], dict):
-                raise DataError(f"line {number} of '{path}' is not a JSON object but {_short(rows[-1])}")
+                raise DataError(f"line {number} of '{path}' is not a JSON object but {short(rows[-1])}")
     return _columns(rows)
 
 
@@ -157,7 +157,7 @@ def _json(text: str, path: Path) -> Columns:
     rows = data if isinstance(data, list) else [data]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise DataError(f"row {number} of '{path}' is not a JSON object but {_short(row)}")
+            raise DataError(f"row {number} of '{path}' is not a JSON object but {short(row)}")
     return _columns(rows)
 
 
@@ -254,9 +254,9 @@ def _read_hub(source: str) -> dict[str, Table]:
     except ValueError as error:
         if known := re.search(r"(?:available configs|Available): \[(.*?)\]", str(error)):
             raise DataError(f"choose a configuration of '{name}' with '{name}:NAME': {known[1]}") from error
-        raise DataError(f"{missing}: {_short(error)}") from error
+        raise DataError(f"{missing}: {short(error)}") from error
     except Exception as error:  # datasets has dozens of network and parsing errors of its own
-        raise DataError(f"{missing}: {_short(error)}") from error
+        raise DataError(f"{missing}: {short(error)}") from error
     tables: dict[str, Table] = {}
     for split, rows in loaded.items():
         if (known_split := SPLITS.get(re.split(r"[_.-]", split)[0])) and known_split not in tables:
@@ -280,7 +280,7 @@ def text_columns(table: Table, text: str | None, pair: str | None) -> tuple[str,
     """
     if text is None and pair is None:
         for first, second in PAIRS:
-            if (a := _find(table, first)) and (b := _find(table, second)):
+            if (a := find(table, first)) and (b := find(table, second)):
                 return a, b
     chosen = column(table, text, [n for n in TEXT if n != pair] + [a for a, _ in PAIRS], "text", "--text")
     return chosen, column(table, pair, (), "second text", "--pair") if pair is not None else None
@@ -294,18 +294,19 @@ def column(table: Table, name: str | None, conventional: Iterable[str], meaning:
     """
     there = ", ".join(f"'{c}'" for c in table.columns)
     if name is not None:
-        if found := _find(table, name):
+        if found := find(table, name):
             return found
         near = difflib.get_close_matches(name, table.columns, n=1, cutoff=0.5)
         hint = f" did you mean '{near[0]}'?" if near else f" choose one with {option}."
         raise DataError(f"no column '{name}' in {table.origin} (option {option}):{hint} Columns: {there}")
     for candidate in conventional:
-        if found := _find(table, candidate):
+        if found := find(table, candidate):
             return found
     raise DataError(f"no {meaning} column in {table.origin}: name it with {option}. Columns: {there}")
 
 
-def _find(table: Table, name: str) -> str | None:
+def find(table: Table, name: str) -> str | None:
+    """Return a column's name as the table writes it, whatever the case; None if there is none."""
     if name in table.columns:
         return name
     return next((c for c in table.columns if c.casefold() == name.casefold()), None)
@@ -321,7 +322,7 @@ def texts(table: Table, name: str) -> list[str]:
     values = ["" if value is None else value for value in table.columns[name]]
     for number, value in enumerate(values, 1):
         if not isinstance(value, str):
-            raise DataError(f"row {number} of {table.origin}: '{name}' is {_short(value)}, which is not a text")
+            raise DataError(f"row {number} of {table.origin}: '{name}' is {short(value)}, which is not a text")
     return [_whole(value) for value in values]
 
 
@@ -392,6 +393,7 @@ def assign(keys: Mapping[str, Sequence[str]], seed: int) -> tuple[dict[str, tupl
     return rows, notes
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """Return a value, or what an error says, in one line for a message."""
     text = " ".join((str(value) if isinstance(value, Exception) else f"{value!r}").split())
     return text if len(text) <= 100 else text[:99] + "…"

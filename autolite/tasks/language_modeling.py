@@ -10,7 +10,7 @@ import numpy as np
 
 from autolite.errors import DataError
 from autolite.measure import Workload
-from autolite.tasks import data
+from autolite.tasks import data, instructions
 from autolite.tasks.base import IGNORED, Batch, DataSpec, Split, TaskData
 from autolite.tasks.encoding import fingerprint, max_tokens, pad, padded_batches
 
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BLOCK = 256
+EXAMPLE = 512  # tokens of a prompt and its response
 PROMPT = 128  # tokens of the default workload
 CHUNK = 10_000  # characters tokenised at once: a whole book in one call is slow, a line at a time makes other tokens
 
 
 class LanguageModeling:
-    """Plain text, or a column of documents, cut into blocks of tokens.
+    """Plain text, or a column of documents, cut into blocks of tokens; or prompts and responses, each an example.
 
     A batch's `labels` are already shifted: labels[b, t] is the token that logits[b, t] should predict, that is
-    input_ids[b, t + 1]; -100 at a block's last token and in the padding. So they are for `loss`, not for a
-    transformers model's own `labels` argument, which shifts once more.
+    input_ids[b, t + 1]; -100 at an example's last token, in the padding, and for tokens that are only given, such as a
+    prompt's. So they are for `loss`, not for a transformers model's own `labels` argument, which shifts once more.
     """
 
     name = "language-modeling"
@@ -40,7 +41,7 @@ class LanguageModeling:
     direction: Literal["maximize", "minimize"] = "minimize"
 
     def load(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, config: Any) -> TaskData:
-        """Read, cut and tokenise the text.
+        """Read, cut and tokenise the text, or prompts with responses (`autolite.tasks.instructions`).
 
         Lines of a plain text follow one another; documents of a column are separated by the end-of-sequence token.
         A missing test split is the last tenth of a plain text, or a tenth of the documents.
@@ -56,6 +57,9 @@ class LanguageModeling:
             )
         block = max_tokens(spec, tokenizer, config, BLOCK)
         tables = data.read(spec.source)
+        found = {split: instructions.columns(table, spec) for split, table in tables.items()}
+        if any(found.values()):
+            return instructions.load(tables, found, spec, tokenizer, max_tokens(spec, tokenizer, config, EXAMPLE))
         notes = [f"{split}: {len(t)} {'lines' if t.plain else 'texts'}, {t.origin}" for split, t in tables.items()]
         documents = {split: _documents(table, spec) for split, table in tables.items()}
         for split in ("test", "validation"):
@@ -92,7 +96,11 @@ class LanguageModeling:
         """Return right-padded batches of up to `size` blocks, shortest first; the same ones every time."""
 
         def shifted(chosen: np.ndarray) -> np.ndarray:
-            return pad([np.append(split.input_ids[i][1:], IGNORED) for i in chosen], IGNORED)
+            rows = [np.append(split.input_ids[i][1:], IGNORED) for i in chosen]
+            if len(split.labels):
+                for row, given in zip(rows, split.labels[chosen], strict=True):
+                    row[: max(0, given - 1)] = IGNORED
+            return pad(rows, IGNORED)
 
         return padded_batches(split, size, pad_id, shifted)
 
