@@ -52,6 +52,7 @@ EXIT_INTERRUPTED = 130
 @click.option("--pair", "text_pair", help="Column of the second text of a pair.")
 @click.option("--label", help="Column of the label, or of the response to a prompt.")
 @click.option("--max-length", type=click.IntRange(min=1), help="Tokens of an example beyond which it is cut.")
+@click.option("--stride", type=click.IntRange(min=1), help="Score texts in overlapping windows, so many tokens apart.")
 @click.option("--unlabelled", help="More texts to distill on, without labels: a file, a folder, or a hub name.")
 @click.option("--cache-size", help="The teacher's outputs kept on disk: 500MB.  [default: a tenth of the free space]")
 @click.option("--out", type=click.Path(), help="Folder of the run.  [default: runs/MODEL-TARGET]")

@@ -39,6 +39,7 @@ def search(
     text_pair: str | None = None,
     label: str | None = None,
     max_length: int | None = None,
+    stride: int | None = None,
     unlabelled: str | Path | None = None,
     loss: Loss | None = None,
     metric: Metric | None = None,
@@ -80,6 +81,8 @@ def search(
         text_pair: column of the second text of a pair.
         label: column of the label, or of the response to a prompt.
         max_length: tokens of an example beyond which it is cut.
+        stride: of the windows of `max_length` tokens that texts are scored in (language models): each counts those of
+            its tokens that none before it did; by default the windows do not overlap.
         unlabelled: a file, a folder or a hub name with more texts to distill on; labels in it are not read.
         loss: `loss(logits, labels)` in the place of the task's hard loss: float32 logits [batch, classes] (language
             models: [batch, tokens, vocab]) and int64 labels [batch] ([batch, tokens], -100 where nothing is asked),
@@ -148,6 +151,7 @@ def search(
             max_length,
             seed,
             None if unlabelled is None else str(unlabelled),
+            stride,
         ),
         task=task,
         space=space or ("quick" if model is None else registry.get("task", task).default_space),

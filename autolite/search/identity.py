@@ -22,6 +22,7 @@ def run_identity(settings: Settings, space: Space) -> dict[str, str]:
     data = settings.data
     columns = f"{data.text},{data.text_pair},{data.label},{data.max_length}"
     demo = f"demo on Python {platform.python_version()}"
+    stride = {} if data.stride is None else {"stride": str(data.stride)}
     own = {what: identity_of(getattr(settings, what)) for what in ("loss", "metric", "augment")}
     unlabelled = {} if data.unlabelled is None else {"unlabelled": _content(data.unlabelled)}
     return {
@@ -37,6 +38,7 @@ def run_identity(settings: Settings, space: Space) -> dict[str, str]:
         **({"other targets": ",".join(map(_target_identity, settings.others))} if settings.others else {}),
         **({"seeds": str(settings.seeds)} if settings.seeds > 1 else {}),
         **unlabelled,
+        **stride,
         **{what: name for what, name in own.items() if name},
     }
 

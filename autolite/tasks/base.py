@@ -81,6 +81,7 @@ class DataSpec:
     max_length: int | None = None
     seed: int = 0
     unlabelled: str | None = None  # more texts to distill on, whose labels (if any) are not read
+    stride: int | None = None  # of the windows that texts are scored in (language models)
 
 
 @dataclass(frozen=True)

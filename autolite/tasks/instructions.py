@@ -93,6 +93,10 @@ def load(
     Raises:
         DataError: naming the row that is wrong, or whose response does not fit, or a split without responses.
     """
+    if spec.stride is not None:
+        raise DataError(
+            f"--stride {spec.stride} is for texts: a response is scored behind its whole prompt; leave it out"
+        )
     named = {split: names for split, names in found.items() if names is not None}
     if others := [tables[split].origin for split in found if split not in named]:
         raise DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 BLOCK = 256
 EXAMPLE = 512  # tokens of a prompt and its response
+_NO_LABELS = np.zeros(0, dtype=np.int64)
 PROMPT = 128  # tokens of the default workload
 CHUNK = 10_000  # characters tokenised at once: a whole book in one call is slow, a line at a time makes other tokens
 
@@ -44,10 +46,12 @@ class LanguageModeling:
         """Read, cut and tokenise the text, or prompts with responses (`autolite.tasks.instructions`).
 
         Lines of a plain text follow one another; documents of a column are separated by the end-of-sequence token.
-        A missing test split is the last tenth of a plain text, or a tenth of the documents.
+        A missing test split is the last tenth of a plain text, or a tenth of the documents. What is scored is cut into
+        `windows`, `spec.stride` apart.
 
         Raises:
-            DataError: naming the file, the column or the row that is wrong, or a split too short for two blocks.
+            DataError: naming the file, the column or the row that is wrong, a stride above the blocks' length, or a
+                split too short for two blocks.
         """
         if spec.source is None:
             raise DataError("language-modeling has no embedded demo data; give a text (--data)")
@@ -60,6 +64,11 @@ class LanguageModeling:
         found = {split: instructions.columns(table, spec) for split, table in tables.items()}
         if any(found.values()):
             return instructions.load(tables, found, spec, tokenizer, max_tokens(spec, tokenizer, config, EXAMPLE))
+        if spec.stride is not None and not 1 <= spec.stride <= block:
+            raise DataError(
+                f"a stride of {spec.stride} tokens is outside 1 to {block}, the length of a window: give a smaller "
+                "--stride, or a larger --max-length"
+            )
         notes = [f"{split}: {len(t)} {'lines' if t.plain else 'texts'}, {t.origin}" for split, t in tables.items()]
         documents = {split: _documents(table, spec) for split, table in tables.items()}
         for split in ("test", "validation"):
@@ -67,23 +76,24 @@ class LanguageModeling:
                 documents["train"], documents[split] = _cut(documents["train"], tables["train"].plain, spec.seed)
                 how = "the last of" if tables["train"].plain else f"cut by seed {spec.seed} from"
                 notes.append(f"{split}: {data.CUT:.0%}, {how} train")
-        blocks = {split: _blocks(texts, tokenizer, block) for split, texts in documents.items()}
-        for split, b in blocks.items():
-            if len(b) < (2 if split == "validation" else 1):
+        ids = {split: _tokens(texts, tokenizer) for split, texts in documents.items()}
+        cut = {
+            split: windows(i, block, block if split == "train" else spec.stride or block) for split, i in ids.items()
+        }
+        for split, (blocks, _) in cut.items():
+            if len(blocks) < (2 if split == "validation" else 1):
                 raise DataError(
-                    f"the {split} split of '{spec.source}' has {sum(map(len, b))} tokens, which make {len(b)} blocks of"
-                    f" up to {block}: too few; give more text or a smaller --max-length"
+                    f"the {split} split of '{spec.source}' has {len(ids[split])} tokens, which make {len(blocks)} "
+                    f"blocks of up to {block}: too few; give more text or a smaller --max-length"
                 )
-        selection, search = data.cut([ids.tobytes().hex() for ids in blocks["validation"]], 0.5, spec.seed)
-        notes.append(f"blocks of {block} tokens")
-        train, search_half, selection_half, test = (
-            Split(name, chosen, None, np.zeros(0, dtype=np.int64))
-            for name, chosen in (
-                ("train", blocks["train"]),
-                ("search", [blocks["validation"][i] for i in search]),
-                ("selection", [blocks["validation"][i] for i in selection]),
-                ("test", blocks["test"]),
-            )
+        selection, search = data.cut([b.tobytes().hex() for b in cut["validation"][0]], 0.5, spec.seed)
+        notes.append(f"blocks of {block} tokens" + (f", scored {spec.stride} apart" if spec.stride else ""))
+        train, validation, test = (
+            Split(split, cut[split][0], None, cut[split][1] if spec.stride and split != "train" else _NO_LABELS)
+            for split in ("train", "validation", "test")
+        )
+        search_half, selection_half = (
+            replace(validation.take(half), name=name) for name, half in (("search", search), ("selection", selection))
         )
         digest = fingerprint((train, search_half, selection_half, test))
         return TaskData(train, search_half, selection_half, test, digest, notes=tuple(notes))
@@ -162,8 +172,8 @@ def _cut(documents: list[str], plain: bool, seed: int) -> tuple[list[str], list[
     return [documents[i] for i in stay], [documents[i] for i in go]
 
 
-def _blocks(documents: list[str], tokenizer: PreTrainedTokenizerBase, block: int) -> list[np.ndarray]:
-    """Tokenise without special tokens, join, and cut into blocks; the last may be shorter, but predicts a token."""
+def _tokens(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Tokenise without special tokens, and join, int64 [tokens]."""
     plain = all(text.endswith("\n") for text in documents)
     pieces: list[str] = []
     if plain:
@@ -179,8 +189,31 @@ def _blocks(documents: list[str], tokenizer: PreTrainedTokenizerBase, block: int
     else:
         pieces = documents
     if not pieces:
-        return []
+        return _NO_LABELS
     encoded = tokenizer(pieces, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     end = [] if plain or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = np.concatenate([np.array([*row, *end], dtype=np.int64) for row in encoded])
-    return [row for start in range(0, len(ids), block) if len(row := ids[start : start + block]) > 1]
+    return np.concatenate([np.array([*row, *end], dtype=np.int64) for row in encoded])
+
+
+def windows(ids: np.ndarray, length: int, stride: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Cut a text into windows of up to `length` tokens that begin `stride` apart; the last ends where the text does.
+
+    Every token but the text's first is predicted in one window, behind `length - stride` others at least once the first
+    window is over; if windows do not overlap, the first of each is in none. Source: transformers' guide, "Perplexity of
+    fixed-length models".
+
+    Returns:
+        The windows that predict something, and how many first tokens of each are only given, int64 [windows]: those
+        that an earlier window has, but one at least.
+    """
+    rows, given, reached = [], [], 0
+    for start in range(0, len(ids), stride):
+        row = ids[start : start + length]
+        known = max(1, reached - start)
+        if len(row) > known:
+            rows.append(row)
+            given.append(known)
+        reached = start + len(row)
+        if reached == len(ids):
+            break
+    return rows, np.array(given, dtype=np.int64)

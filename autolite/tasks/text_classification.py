@@ -57,6 +57,8 @@ class TextClassification:
         Raises:
             DataError: naming the file, the column, the row or the label that is wrong.
         """
+        if spec.stride is not None:
+            raise DataError(f"--stride {spec.stride} is for the texts of language models; leave it out")
         names = _label_names(config)
         limit = max_tokens(spec, tokenizer, config, MAX_TOKENS)
         notes: list[str] = []

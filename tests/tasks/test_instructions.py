@@ -19,6 +19,7 @@ from autolite import contracts
 from autolite.errors import DataError
 from autolite.tasks.base import DataSpec, Split, TaskData
 from autolite.tasks.language_modeling import LanguageModeling
+from autolite.tasks.text_classification import TextClassification
 from autolite.techniques.distill import Distill
 from autolite.testing import PAD, tiny_model
 from tests.byte_tokenizer import TEMPLATE, byte_tokenizer
@@ -273,6 +274,15 @@ def test_all_splits_have_responses_or_none(tmp_path: Path) -> None:
 def test_a_length_that_the_model_cannot_take_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a length of 129 tokens is outside 4 to 128"):
         load(tmp_path, pairs(40), max_length=129)
+
+
+def test_a_stride_is_for_texts(
+    tmp_path: Path, tiny_data: Path, tokenizer: transformers.PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(DataError, match="--stride 8 is for texts"):
+        load(tmp_path, pairs(40), stride=8)
+    with pytest.raises(DataError, match="--stride 8 is for the texts of language models"):
+        TextClassification().load(DataSpec(str(tiny_data), stride=8), tokenizer, config())
 
 
 def test_the_task_keeps_its_promises_with_it(tmp_path: Path) -> None:

@@ -10,10 +10,16 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from autolite import registry
+from autolite.architecture import shape_of
 from autolite.errors import DataError
 from autolite.measure import Workload
+from autolite.runtime.emit import emit
+from autolite.runtime.onnxruntime import OnnxRuntime
+from autolite.search.scoring import score
 from autolite.tasks.base import DataSpec, Split
-from autolite.tasks.language_modeling import LanguageModeling
+from autolite.tasks.language_modeling import LanguageModeling, windows
+from autolite.techniques.base import Student
+from autolite.testing import tiny_model
 
 TASK = LanguageModeling()
 
@@ -99,6 +105,90 @@ def test_a_split_that_is_too_short_says_so(tmp_path: Path, tokenizer: PreTrained
 def test_there_is_no_demo(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="no embedded demo data"):
         TASK.load(DataSpec(None), tokenizer, gpt2_config())
+
+
+def recipe(model: torch.nn.Module, ids: torch.Tensor, max_length: int, stride: int) -> tuple[float, int]:
+    """The loop of https://huggingface.co/docs/transformers/perplexity; returns perplexity and the tokens that count.
+
+    One thing is changed. The guide weights a window's mean loss by the number of its targets less one, for the first of
+    them is shifted away. It is in windows that do not overlap; in others, transformers takes the mean over all.
+    """
+    nll_sum, n_tokens, prev_end_loc = 0.0, 0, 0
+    for begin_loc in range(0, len(ids), stride):
+        end_loc = min(begin_loc + max_length, len(ids))
+        trg_len = end_loc - prev_end_loc
+        input_ids = ids[None, begin_loc:end_loc]
+        target_ids = input_ids.clone()
+        target_ids[:, :-trg_len] = -100
+        with torch.no_grad():
+            loss = model(input_ids, labels=target_ids).loss
+        num_loss_tokens = int((target_ids[:, 1:] != -100).sum())
+        if stride == max_length:
+            assert num_loss_tokens == int((target_ids != -100).sum()) - 1
+        if num_loss_tokens:
+            nll_sum += float(loss) * num_loss_tokens
+            n_tokens += num_loss_tokens
+        prev_end_loc = end_loc
+        if end_loc == len(ids):
+            break
+    return math.exp(nll_sum / n_tokens), n_tokens
+
+
+@pytest.mark.parametrize("stride", [16, 12, 8, 3, 1])
+@pytest.mark.parametrize("words", [15, 97, 128])
+def test_strided_perplexity_is_that_of_the_guide_of_transformers(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, stride: int, words: int
+) -> None:
+    for split, text in {
+        "train": book(90),
+        "validation": book(60),
+        "test": " ".join(f"w{i * i % 60}" for i in range(words)),
+    }.items():
+        (tmp_path / f"{split}.txt").write_text(text)
+    model = tiny_model("llama", "language-modeling", max_position_embeddings=16)
+    data = TASK.load(DataSpec(str(tmp_path), stride=stride), tokenizer, model.config)
+    emit(Student(model, shape_of(model)), tmp_path / "model")
+    scored = score(OnnxRuntime().load(tmp_path / "model" / "model.onnx"), TASK, data.test, pad_id=0)
+    ids = torch.tensor(tokenizer((tmp_path / "test.txt").read_text(), add_special_tokens=False)["input_ids"])
+    perplexity, tokens = recipe(model, ids, 16, stride)
+    assert TASK.summary(scored.ratio) == pytest.approx(perplexity, rel=1e-4)
+    assert (
+        scored.examples[:, 1].sum() == tokens == (len(ids) - 1 if stride < 16 else len(ids) - math.ceil(len(ids) / 16))
+    )
+
+
+def test_training_text_and_texts_without_a_stride_are_cut_into_blocks(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (tmp_path / "book.txt").write_text(book(400))
+    plain = TASK.load(DataSpec(str(tmp_path / "book.txt")), tokenizer, gpt2_config())
+    strided = TASK.load(DataSpec(str(tmp_path / "book.txt"), stride=4), tokenizer, gpt2_config())
+    assert strided.train.digest == plain.train.digest
+    assert len(plain.test.labels) == len(plain.train.labels) == 0
+    assert strided.fingerprint != plain.fingerprint
+    assert strided.notes[-1] == "blocks of 16 tokens, scored 4 apart"
+    halves = [strided.search, strided.selection]
+    counted = sum(len(ids) - given for s in halves for ids, given in zip(s.input_ids, s.labels, strict=True))
+    assert counted == sum(len(b) for s in (plain.search, plain.selection) for b in s.input_ids) - 1
+
+
+@given(st.integers(2, 60), st.integers(2, 9), st.integers(1, 9))
+def test_windows_predict_each_token_once_behind_as_much_as_fits(tokens: int, length: int, stride: int) -> None:
+    stride = min(stride, length)
+    rows, given = windows(np.arange(tokens), length, stride)
+    predicted = [int(i) for row, known in zip(rows, given, strict=True) for i in row[known:]]
+    alone = set(range(0, tokens, length)) if stride == length else {0}  # the first of a window that nothing overlaps
+    assert predicted == [i for i in range(tokens) if i not in alone]
+    for row, known in zip(rows, given, strict=True):
+        assert row.tolist() == list(range(row[0], row[-1] + 1))
+        assert known >= max(1, min(length - stride, int(row[0]) and length))
+
+
+@pytest.mark.parametrize("stride", [0, 17])
+def test_a_stride_leaves_no_token_out(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, stride: int) -> None:
+    (tmp_path / "book.txt").write_text(book(400))
+    with pytest.raises(DataError, match=f"a stride of {stride} tokens is outside 1 to 16, the length of a window"):
+        TASK.load(DataSpec(str(tmp_path / "book.txt"), stride=stride), tokenizer, gpt2_config())
 
 
 @given(lengths=st.lists(st.integers(2, 9), min_size=1, max_size=9), size=st.integers(1, 4))
