@@ -26,7 +26,7 @@ from autolite.hardware.predict import predict
 from autolite.hardware.profile import Profile
 from autolite.measure import Workload
 from autolite.runtime.base import Runtime
-from autolite.tasks.base import DataSpec, Split, Task
+from autolite.tasks.base import DataSpec, Further, Split, Task
 from autolite.techniques.base import Context, Student, Technique
 from autolite.testing import PAD, VOCAB, TinyImages, tiny_model, tiny_tokenizer
 
@@ -104,6 +104,9 @@ def check_task(task: Task, data: Path, family: str) -> None:
     assert task.soft_targets(logits, labels).shape[-1] == logits.shape[-1], "soft targets are rows of the logits"
     scores = task.score_examples(logits.detach().numpy(), batch.labels)
     assert scores.shape == (len(batch.indices), 2), "two sums an example"
+    if isinstance(task, Further):
+        said = task.further(logits.detach().numpy(), logits.detach().numpy(), batch.labels)
+        assert all(sums.shape == scores.shape for sums in said.values()), "two sums an example of each further number"
     ratio = float(scores[:, 0].sum() / scores[:, 1].sum())
     assert np.isfinite(task.summary(ratio)), "the metric is finite"
     assert task.kept(ratio, ratio) == 1.0, "the teacher keeps all of its own quality"

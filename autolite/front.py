@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +34,11 @@ class Interval:
     high: float
 
 
+def intervals(known: Mapping[str, Any]) -> dict[str, Interval]:
+    """Rebuild intervals by name from plain JSON types."""
+    return {name: Interval(**number) for name, number in known.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Quality:
     """A task's primary metric on one split, with its 95 % bootstrap interval."""
@@ -53,6 +58,7 @@ class Candidate:
     `ties` are the candidates of the front whose intervals of quality kept overlap with this one's: between them the
     data cannot tell which is better. `seeds` are those that its plan was trained with; if they are several, the plan
     has that of the best student by the *search* split, and `kept_of_seeds` says what each keeps on *selection*.
+    `further` is what else its task says of it on *test*, by name.
     """
 
     id: str
@@ -74,15 +80,17 @@ class Candidate:
     seeds: tuple[int, ...] = (0,)
     kept_of_seeds: tuple[float, ...] = ()
     stage: str = "confirm"
+    further: dict[str, Interval] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the candidate as it stands in `front.json`."""
         data: dict[str, Any] = {"id": self.id, "path": self.path}
         data |= {"plan": self.plan.to_json(), "plan_digest": self.plan.digest}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("id", "path", "plan"):
-                data[field.name] = asdict(value) if hasattr(value, "__dataclass_fields__") else value
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name not in ("id", "path", "plan"):
+                data[each.name] = asdict(value) if hasattr(value, "__dataclass_fields__") else value
+        data["further"] = {name: asdict(number) for name, number in self.further.items()}
         return {**data, **{name: list(getattr(self, name)) for name in _LISTS}}
 
     def measurements(self) -> list[Measurement]:
@@ -106,6 +114,7 @@ class Candidate:
             kept_of_seeds=tuple(data.get("kept_of_seeds", ())),  # fronts of before have none
             ties=tuple(data["ties"]),
             stage=data["stage"],
+            further=intervals(data.get("further", {})),
             **measured,
         )
 
@@ -177,6 +186,7 @@ class Front:
                 "size_bytes": int(c.size_bytes.value),
                 "smaller": self.baseline["size_bytes"]["value"] / c.size_bytes.value,
                 "source": c.latency_ms.source,
+                **{name: number.value for name, number in c.further.items()},
             }
             for c in self.candidates
         ]

@@ -38,6 +38,7 @@ from autolite.measure import Measurement
 
 NAME = ".name"  # the file in a run's folder with what the run is called in its database
 TEACHER_SHAPE = "teacher shape"  # the fact with the teacher's ModelShape: what prices for another target start from
+TEST, FURTHER = "test ", "further "  # what the keys of finalists' numbers on the test split begin with
 
 
 class Base(DeclarativeBase):

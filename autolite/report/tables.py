@@ -102,7 +102,25 @@ def front_table(front: Front, was: Mapping[str, str] | None = None) -> Group:
         notes.append(f"In quality the data cannot tell these apart: {', '.join(tied)}")
     if basis := _basis(front):
         notes.append(basis)
-    return Group(table, *map(Text, notes))
+    return Group(table, *further_tables(front), *map(Text, notes))
+
+
+def further_tables(front: Front) -> list[Table]:
+    """Return what else a task says of the candidates and the teacher on *test*, in a table; in none if that is
+    nothing."""
+    rows = {c.id: {name: (n.value, n.low, n.high) for name, n in c.further.items()} for c in front if c.further}
+    if not rows:
+        return []
+    said = front.teacher.get("further", {})
+    rows = {"teacher": {name: (n["value"], n["low"], n["high"]) for name, n in said.items()}, **rows}
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    for head in ("id", *(f"test {name.replace('_', ' ')}" for name in names)):
+        table.add_column(head, justify="left" if head == "id" else "right")
+    for one, row in rows.items():
+        cells = ("{:.3g} ({:.3g}-{:.3g})".format(*row[name]) if name in row else "" for name in names)
+        table.add_row(one, *cells, style="dim" if one == "teacher" else "")
+    return [table]
 
 
 def _generation(candidate: Candidate, batch: int) -> list[str]:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-from transformers import AutoTokenizer
 
 from autolite import export
 from autolite.compress import training
 from autolite.errors import PlanError
-from autolite.front import Candidate, Quality
+from autolite.front import Candidate
 from autolite.hardware import LOCAL
 from autolite.hardware.predict import predict_faster
 from autolite.plan import Plan
 from autolite.search.evaluate import Evaluation, evaluate, kept_on
 from autolite.search.few_bits import Recovered, recovered
 from autolite.search.problem import Problem, provenance
-from autolite.search.scoring import quality, score, scoring_threads
+from autolite.search.scoring import quality
 from autolite.search.timing import measured
-from autolite.store import Store, storage_errors
+from autolite.store import storage_errors
 
 
 @dataclass(frozen=True)
@@ -137,21 +135,3 @@ def seeded(problem: Problem, plan: Plan, folder: Path, progress: Callable[[int, 
     fractions = {split: kept_on(problem, each.score, split).value for split, each in found.items()}
     seconds = sum(each.train_seconds for each in found.values())
     return Seeded(plan, fractions["search"], fractions["selection"], seconds)
-
-
-def score_on_test(problem: Problem, candidate: Candidate, store: Store) -> Quality:
-    """Score a finalist on the test split; the first result is kept, so that the split is used once."""
-    key = f"test {candidate.plan.digest}"
-    known = store.get(key)
-    if known is None:
-        file = problem.settings.out / candidate.path / candidate.artifacts[0]["files"][0]
-        runner = problem.runtime.load(file, threads=scoring_threads())
-        examples, pad_id = problem.data.test, problem.context.pad_id
-        if problem.shape(candidate.plan).vocab != problem.teacher.shape.vocab:
-            tokenizer = AutoTokenizer.from_pretrained(problem.settings.out / candidate.path, local_files_only=True)
-            examples, pad_id = problem.data_of(tokenizer).test, tokenizer.pad_token_id or 0
-        scored = score(runner, problem.task, examples, pad_id)
-        found = quality(scored, problem.task, "test", problem.settings.seed)
-        known = asdict(found)
-        store.put(key, known)
-    return Quality(**known)

@@ -13,13 +13,14 @@ from autolite.inference import MANIFEST
 from autolite.machine import cpu_name
 from autolite.plan import Plan
 from autolite.search.choose import blocked, choose
-from autolite.search.confirm import confirm, score_on_test
+from autolite.search.confirm import confirm
 from autolite.search.evaluate import price
 from autolite.search.prices import front_on
 from autolite.search.problem import Problem, describe_model, versions
 from autolite.search.progress import Clock
 from autolite.search.promotion import promote
 from autolite.search.studies import StageStudy
+from autolite.search.tested import tested
 from autolite.search.timing import baseline_together, measured_together
 from autolite.space import STAGES, Stage
 from autolite.store import Store
@@ -84,9 +85,9 @@ def write_front(
     wanted = {c.id: c for found in fronts for c in listed(found)}
     for candidate in wanted.values():
         _make_folder(problem, candidate)
-    tested = complete and any(found.candidates for found in fronts)
+    seen = complete and any(found.candidates for found in fronts)
     for target, found in zip((None, *problem.settings.others), fronts, strict=True):
-        scored = _tested(problem, found, store) if tested else found
+        scored = tested(problem, found, store) if seen else found
         spent = {**scored.budget, "spent_seconds": round(clock.spent, 1)}
         write_json(front_file(out, target), replace(scored, budget=spent).to_json())
     if complete:  # also what an interruption left, of plans that went no further
@@ -96,15 +97,6 @@ def write_front(
         raise DeviceError(
             f"{front_file(out)} has predictions: the same command times the finalists when the device is there ({away})"
         )
-
-
-def _tested(problem: Problem, front: Front, store: Store) -> Front:
-    """Return a front with the scores on *test* of its candidates and of the teacher."""
-    return replace(
-        front,
-        teacher={**front.teacher, "test": asdict(problem.teacher_quality("test"))},
-        candidates=tuple(replace(c, test=score_on_test(problem, c, store)) for c in front),
-    )
 
 
 def listed(front: Front) -> list[Candidate]:

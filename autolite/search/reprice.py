@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from autolite import registry
 from autolite.architecture import ModelShape
 from autolite.errors import InputError, RunError, TargetError
-from autolite.front import Candidate, Front, Interval, Quality, Result, read_front
+from autolite.front import Candidate, Front, Interval, Quality, Result, intervals, read_front
 from autolite.hardware import LOCAL, load_target
 from autolite.inference import MANIFEST
 from autolite.limits import Constraints
@@ -27,7 +27,7 @@ from autolite.search.prices import Prices, front_on
 from autolite.search.settings import parse_limits
 from autolite.search.studies import read_trials
 from autolite.space import Stage
-from autolite.store import TEACHER_SHAPE, Store, database_of
+from autolite.store import FURTHER, TEACHER_SHAPE, TEST, Store, database_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -182,7 +182,7 @@ def _read(folder: Path, before: Front, storage: str | None) -> _Record:
     trials = read_trials(url, run)
     store = Store(url, run)
     try:
-        tests = store.facts("test ")
+        tests, further = store.facts(TEST), store.facts(FURTHER)
         shape = store.get(TEACHER_SHAPE)
         begun = store.get("identity", {}).get("workload", "default")
     finally:
@@ -194,8 +194,9 @@ def _read(folder: Path, before: Front, storage: str | None) -> _Record:
     if not candidates:
         raise RunError(f"{folder} has no candidate yet: type its search command again to go on")
     for i, candidate in enumerate(candidates):
-        if test := tests.get(f"test {candidate.plan.digest}"):
-            candidates[i] = replace(candidate, test=Quality(**test))
+        if test := tests.get(TEST + candidate.plan.digest):
+            compared = intervals(further.get(FURTHER + candidate.plan.digest, {}))
+            candidates[i] = replace(candidate, test=Quality(**test), further=compared)
     return _Record(
         _teacher(folder, candidates) if shape is None else ModelShape.from_json(shape),
         own if begun == "default" else Workload.parse(begun, own),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from autolite.front import Interval, Quality
 from autolite.hardware.processor import cores
 from autolite.measure import Runner
-from autolite.tasks.base import Split, Task
+from autolite.tasks.base import Further, Split, Task
 
 BATCH = 32
 RESAMPLES = 1000
@@ -48,6 +48,22 @@ def score(runner: Runner, task: Task, split: Split, pad_id: int) -> Score:
     return Score(examples)
 
 
+def compared(
+    runners: Mapping[str, Runner], teacher: str, task: Further, split: Split, pad_id: int
+) -> dict[str, dict[str, Score]]:
+    """Run artifacts over a split side by side, batch by batch, and return for each what the task says further of it
+    beside the one that is the teacher."""
+    found: dict[str, dict[str, Score]] = {name: {} for name in runners}
+    for batch in task.batches(split, BATCH, pad_id):
+        said = runners[teacher].run(batch.inputs)["logits"]
+        for name, runner in runners.items():
+            logits = said if name == teacher else runner.run(batch.inputs)["logits"]
+            for what, sums in task.further(logits, said, batch.labels).items():
+                scored = found[name].setdefault(what, Score(np.zeros((len(split), 2))))
+                scored.examples[batch.indices] = sums
+    return found
+
+
 def _resampled(scores: list[Score], seed: int) -> list[NDArray[np.float64]]:
     """Ratios of each score over the same bootstrap resamples (Efron 1979), so that differences are paired."""
     count = len(scores[0].examples)
@@ -63,6 +79,12 @@ def _resampled(scores: list[Score], seed: int) -> list[NDArray[np.float64]]:
 def _interval(values: NDArray[np.float64], point: float) -> Interval:
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return Interval(point, float(min(low, point)), float(max(high, point)))
+
+
+def interval(scored: Score, seed: int) -> Interval:
+    """Return the ratio of the sums with its 95 % bootstrap interval."""
+    (ratios,) = _resampled([scored], seed)
+    return _interval(ratios, scored.ratio)
 
 
 def quality(scored: Score, task: Task, split: str, seed: int) -> Quality:

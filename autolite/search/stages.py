@@ -24,6 +24,7 @@ from autolite.search.settings import Budget
 from autolite.search.studies import StageStudy, params_of
 from autolite.search.timing import seconds_together
 from autolite.space import Params, Stage
+from autolite.tasks.base import Further
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -38,6 +39,7 @@ UNTRAINED_SCREEN = 0.8  # nothing is trained, so the screen's scores are final a
 TRIAL_SHARES: dict[Stage, float] = {"recover": 0.3, "confirm": 0.2}
 OPEN_SHARE = 1 / 3  # of the first rung that trains: plans whose training settings are drawn; the others have defaults
 NEWCOMERS_SHARE = 0.5  # of a later rung, at most: plans that are expected to be good, but were not in the rung before
+COMPARING = 3  # times as long as scoring the finalists: where they run once more, beside the teacher
 FINALISTS_SHARE = 0.5  # of the confirm trials; the others are further number formats of the finalists' students
 
 
@@ -225,6 +227,7 @@ def _deadline(stage: Stage, rung: int, problem: Problem, source: Sequence[Frozen
         scored = len(problem.split("search" if trains else "screen"))
         finalists = math.ceil(problem.space.stages["confirm"].trials * FINALISTS_SHARE)
         last = finalists * scoring_seconds(source) * len(problem.data.test) / scored
+        last *= COMPARING if isinstance(problem.task, Further) else 1
         last += seconds_together(problem, problem.space.stages["confirm"].trials)
         left -= min(left / 2, last)
     return clock.spent + max(left, 0.0) * share

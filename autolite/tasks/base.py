@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -149,4 +149,18 @@ class Task(Protocol):
 
     def pipeline_outputs(self, logits: np.ndarray, config: Mapping[str, Any]) -> Any:
         """Turn one example's logits into what the transformers pipeline of this name returns."""
+        ...
+
+
+@runtime_checkable
+class Further(Protocol):
+    """A task that has more to say of a finalist than its metric."""
+
+    def batches(self, split: Split, size: int, pad_id: int) -> Iterator[Batch]:
+        """As `Task.batches`."""
+        ...
+
+    def further(self, logits: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+        """Return numbers by name, from the logits of a finalist and of the teacher: for each, float64 [batch, 2] per
+        example (a, b), such that the number is sum a / sum b."""
         ...

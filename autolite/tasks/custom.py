@@ -13,7 +13,7 @@ import numpy as np
 
 from autolite.errors import InputError
 from autolite.measure import Workload
-from autolite.tasks.base import Batch, DataSpec, Split, Task, TaskData
+from autolite.tasks.base import Batch, DataSpec, Further, Split, Task, TaskData
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,8 @@ class CustomTask:
         self.name, self.auto_class, self.pipeline_tag = inner.name, inner.auto_class, inner.pipeline_tag
         self.default_space, self.best = inner.default_space, inner.best
         self.metric, self.direction = inner.metric, inner.direction
+        if isinstance(inner, Further):
+            self.further = inner.further
         if self.own_metric is not None:
             self.metric = str(getattr(self.own_metric, "__name__", "metric"))
             self.direction, self.best = "maximize", math.inf

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BLOCK = 256
 EXAMPLE = 512  # tokens of a prompt and its response
+FURTHER = ("next_token_accuracy", "kl_to_teacher_nats", "teacher_agreement")
 _NO_LABELS = np.zeros(0, dtype=np.int64)
 PROMPT = 128  # tokens of the default workload
 CHUNK = 10_000  # characters tokenised at once: a whole book in one call is slow, a line at a time makes other tokens
@@ -129,10 +130,25 @@ class LanguageModeling:
         out = np.empty((len(labels), 2))
         for i, (rows, wanted) in enumerate(zip(logits, labels, strict=True)):
             asked = np.flatnonzero(wanted != IGNORED)
-            chosen = rows[asked].astype(np.float32)
-            top = chosen.max(axis=-1)
-            log_sum = top + np.log(np.exp(chosen - top[:, None]).sum(axis=-1))
-            out[i] = (log_sum - chosen[np.arange(len(asked)), wanted[asked]]).sum(dtype=np.float64), len(asked)
+            chosen = _log_probabilities(rows[asked])[np.arange(len(asked)), wanted[asked]]
+            out[i] = -chosen.sum(dtype=np.float64), len(asked)
+        return out
+
+    def further(self, logits: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+        """Return per predicted token: whether it is the most probable one; KL(teacher || finalist) in nats; and whether
+        both find the same one the most probable."""
+        out = {name: np.empty((len(labels), 2)) for name in FURTHER}
+        for i, (ours, theirs, wanted) in enumerate(zip(logits, teacher, labels, strict=True)):
+            asked = np.flatnonzero(wanted != IGNORED)
+            own, said = _log_probabilities(ours[asked]), _log_probabilities(theirs[asked])
+            best = own.argmax(-1)
+            sums = (
+                (best == wanted[asked]).sum(),
+                (np.exp(said) * (said - own)).sum(dtype=np.float64),
+                (best == said.argmax(-1)).sum(),
+            )
+            for name, total in zip(FURTHER, sums, strict=True):
+                out[name][i] = total, len(asked)
         return out
 
     def summary(self, ratio: float) -> float:
@@ -149,6 +165,14 @@ class LanguageModeling:
         shifted = np.exp(last - last.max())
         best = np.argsort(-last, kind="stable")[:5]
         return [{"token": int(i), "score": float(shifted[i] / shifted.sum())} for i in best]
+
+
+def _log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Return float32 log p(token) of each row, [rows, vocab]."""
+    shifted = logits.astype(np.float32)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
 
 
 def _documents(table: data.Table, spec: DataSpec) -> list[str]:

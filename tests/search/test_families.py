@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import onnxruntime
 import pytest
@@ -24,6 +25,8 @@ from autolite.hardware import load_target
 from autolite.report.tables import front_table
 from autolite.runtime import tune
 from autolite.search import problem, timing
+from autolite.search.reprice import reprice
+from autolite.tasks.base import DataSpec
 from autolite.testing import tiny_model, tiny_tokenizer
 from tests.conftest import sentences, write_jsonl
 
@@ -157,6 +160,53 @@ def test_language_models(family: str, config: dict[str, Any], tmp_path: Path) ->
         assert math.isclose(candidate.kept.value, 1 - rise, abs_tol=1e-9)
         assert candidate.ttft_ms is not None
         assert candidate.tokens_per_second is not None
+
+
+def test_a_language_model_that_follows_instructions(tiny_space: Path, tmp_path: Path) -> None:
+    model = folder_of("llama", "language-modeling", tmp_path / "model")
+    rows: list[dict[str, object]] = [
+        {"prompt": str(asked["text"]), "response": str(said["text"])}
+        for asked, said in zip(sentences(150, 6), sentences(150, 7), strict=True)
+    ]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    usual: dict[str, Any] = {
+        "target": "pixel8",
+        "space": str(tiny_space),
+        "workload": "tokens=32",
+        "out": tmp_path / "r",
+    }
+    result = autolite.search(model, data, task="language-modeling", budget="6trials", **usual)
+    check(result, transformers.AutoModelForCausalLM)
+    schema = json.loads((Path(__file__).parents[2] / "docs" / "front.schema.json").read_text(encoding="utf-8"))
+    jsonschema.validate(json.loads((result.path / "front.json").read_text(encoding="utf-8")), schema)
+    # The finalists beside the teacher, by torch on what its artifact and theirs say of the responses.
+    task, load = registry.get("task", "language-modeling"), registry.get("runtime", "onnxruntime").load
+    test = task.load(
+        DataSpec(str(data)), tiny_tokenizer(), reloaded(transformers.AutoModelForCausalLM, model).config
+    ).test
+    (batch,) = task.batches(test, len(test), 1)
+    asked = torch.from_numpy(batch.labels != -100)
+    labels = torch.from_numpy(batch.labels)[asked]
+    teacher = torch.from_numpy(load(result.path / result.front.baseline["path"]).run(batch.inputs)["logits"])[asked]
+    said = result.front.teacher["further"]
+    assert said["next_token_accuracy"]["value"] == pytest.approx((teacher.argmax(-1) == labels).float().mean().item())
+    assert (said["kl_to_teacher_nats"]["value"], said["teacher_agreement"]["value"]) == (0, 1)
+    for candidate in result.front:
+        own = torch.from_numpy(load(result.path / candidate.path / "model.onnx").run(batch.inputs)["logits"])[asked]
+        kl = torch.nn.functional.kl_div(
+            own.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True
+        )
+        # Formats that quantize activations compute a little else in batches of another length.
+        assert candidate.further["kl_to_teacher_nats"].value == pytest.approx(kl.item(), rel=0.05, abs=1e-6)
+        agreement = (own.argmax(-1) == teacher.argmax(-1)).float().mean().item()
+        assert candidate.further["teacher_agreement"].value == pytest.approx(agreement, abs=0.05)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(front_table(result.front))
+    assert "test kl to teacher nats" in console.export_text()
+    assert "teacher_agreement" in result.front.to_frame().columns
+    assert {c.further["teacher_agreement"] for c in reprice(result.path, "pixel8-pro").front} <= {
+        c.further["teacher_agreement"] for c in result.front
+    }
 
 
 def check_generation(result: Result) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 
 from autolite import registry
 from autolite.search import scoring
-from autolite.search.scoring import Score, kept, quality
+from autolite.search.scoring import Score, compared, interval, kept, quality
+from autolite.tasks.base import Split
 from autolite.tasks.custom import CustomTask
 
 
@@ -58,3 +60,33 @@ def test_a_quotient_for_which_few_examples_count_has_an_interval() -> None:
     task = CustomTask(registry.get("task", "text-classification"), own_metric=lambda logits, labels: labels)
     found = quality(Score(examples), task, "test", seed=0)
     assert (found.low, found.value, found.high) == (0.0, 2 / 3, 1.0)
+
+
+class Says:
+    """A language model that has made up its mind: the same logits for every text."""
+
+    def __init__(self, seed: int) -> None:
+        self.rows, self.calls = np.random.default_rng(seed).normal(size=(9, 20)).astype(np.float32), 0
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.calls += 1
+        batch, tokens = inputs["input_ids"].shape
+        return {"logits": np.tile(self.rows[:tokens], (batch, 1, 1))}
+
+
+def test_finalists_are_compared_with_the_teacher_batch_by_batch_and_it_is_run_once() -> None:
+    task = registry.get("task", "language-modeling")
+    rng = np.random.default_rng(0)
+    split = Split("test", [rng.integers(20, size=rng.integers(2, 10)) for _ in range(70)], None, np.zeros(0, np.int64))
+    runners = {"teacher": Says(0), "a": Says(1), "b": Says(2)}
+    found = compared(runners, "teacher", task, split, pad_id=0)
+    assert [runner.calls for runner in runners.values()] == [3, 3, 3]
+    assert found["teacher"]["teacher_agreement"].ratio == 1
+    (whole,) = task.batches(split, 70, 0)
+    said = {name: runner.run(whole.inputs)["logits"] for name, runner in runners.items()}
+    for name in runners:
+        at_once = task.further(said[name], said["teacher"], whole.labels)
+        for what, sums in at_once.items():
+            assert found[name][what].examples[whole.indices] == pytest.approx(sums)
+    kl = interval(found["a"]["kl_to_teacher_nats"], seed=0)
+    assert 0 < kl.low < kl.value < kl.high

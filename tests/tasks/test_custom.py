@@ -12,7 +12,7 @@ import torch
 from autolite import contracts, registry
 from autolite.errors import InputError, RunError
 from autolite.search.scoring import Score
-from autolite.tasks.base import IGNORED, Split
+from autolite.tasks.base import IGNORED, Further, Split
 from autolite.tasks.custom import CustomTask, identity_of
 from tests.conftest import RunSearch
 
@@ -44,6 +44,14 @@ def test_it_keeps_the_promises_of_a_task(tiny_data: Path) -> None:
     own = CustomTask(INNER, smooth, lambda logits, labels: (logits.argmax(-1) == labels).astype(float))
     contracts.check_task(own, tiny_data, "bert")
     contracts.check_task(CustomTask(registry.get("task", "language-modeling"), smooth_tokens), tiny_data, "llama")
+
+
+def test_it_says_further_what_the_inner_task_does() -> None:
+    inner = registry.get("task", "language-modeling")
+    own = CustomTask(inner, smooth_tokens)
+    assert isinstance(own, Further)
+    assert own.further == inner.further
+    assert not isinstance(CustomTask(INNER, smooth), Further)
 
 
 def smooth_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

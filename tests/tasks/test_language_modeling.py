@@ -226,6 +226,25 @@ def test_loss_and_score_are_the_models_own_loss() -> None:
         assert TASK.soft_targets(out.logits, labels).shape == (scores[:, 1].sum(), 64)
 
 
+def test_what_is_said_further_of_a_student_is_what_torch_computes() -> None:
+    torch.manual_seed(0)
+    (batch,) = TASK.batches(split_of(5, 9, 12), 8, pad_id=0)
+    ours, theirs = 4 * torch.randn(2, *batch.labels.shape, 64)
+    found = TASK.further(ours.numpy(), theirs.numpy(), batch.labels)
+    labels = torch.from_numpy(batch.labels)
+    own, said, wanted = ours[labels != -100], theirs[labels != -100], labels[labels != -100]
+    kl = torch.nn.functional.kl_div(own.log_softmax(-1), said.log_softmax(-1), reduction="batchmean", log_target=True)
+    ratios = {name: sums[:, 0].sum() / sums[:, 1].sum() for name, sums in found.items()}
+    assert ratios == {
+        "next_token_accuracy": pytest.approx((own.argmax(-1) == wanted).float().mean().item()),
+        "kl_to_teacher_nats": pytest.approx(kl.item(), rel=1e-5),
+        "teacher_agreement": pytest.approx((own.argmax(-1) == said.argmax(-1)).float().mean().item()),
+    }
+    assert all(sums[:, 1].tolist() == [4, 8, 11] for sums in found.values())
+    itself = TASK.further(theirs.numpy(), theirs.numpy(), batch.labels)
+    assert itself["kl_to_teacher_nats"][:, 0].tolist() == [0, 0, 0]
+
+
 def test_a_uniform_model_has_the_vocabulary_as_its_perplexity() -> None:
     (batch,) = TASK.batches(split_of(4, 7), 8, pad_id=0)
     sums = TASK.score_examples(np.full((2, 7, 64), 3.0, dtype=np.float32), batch.labels).sum(axis=0)
