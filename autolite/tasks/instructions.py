@@ -111,14 +111,13 @@ def load(
     where, cuts = data.assign({split: [e.key for e in each] for split, each in examples.items()}, spec.seed)
     encoded, cut = {}, 0
     for split, each in examples.items():
-        rows = []
-        for example in each:
-            prompt, response = _encoded(example, tokenizer, tables[split].origin)
+        rows, origin = [], tables[split].origin
+        for example, (prompt, response) in zip(each, _encoded(each, tokenizer, origin), strict=True):
             fitted = _fitted(prompt, response, limit, tokenizer.bos_token_id)
             if fitted is None:
                 raise DataError(
-                    f"row {example.row} of {tables[split].origin}: the response has {len(response)} tokens, which do "
-                    f"not fit into {limit} with one of its prompt: give a larger --max-length, or leave the row out"
+                    f"row {example.row} of {origin}: the response has {len(response)} tokens, which do not fit into "
+                    f"{limit} with one of its prompt: give a larger --max-length, or leave the row out"
                 )
             cut += len(fitted) < len(prompt)
             rows.append((np.array([*fitted, *response], dtype=np.int64), len(fitted)))
@@ -173,37 +172,59 @@ def _turns(chat: Chat, row: int, origin: str) -> Iterator[Example]:
         yield Example(chat[:i], response, row, json.dumps(chat[: places[0]], sort_keys=True))
 
 
-def _encoded(example: Example, tokenizer: PreTrainedTokenizerBase, origin: str) -> tuple[list[int], list[int]]:
-    """Return the tokens of the prompt and of the response.
+def _encoded(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, origin: str
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the tokens of each prompt and response.
 
     Those of the response are what follows the prompt's in the tokens of both together; where the prompt's are no
     beginning of these, since a token would reach over the border, the response is tokenised by itself.
     """
-    prompt, response, end = example.prompt, example.response, tokenizer.eos_token_id
-    try:
-        if not isinstance(prompt, str) and tokenizer.chat_template is None:
-            prompt, response = plain(prompt), f" {response}"
-        given = prompt_ids(tokenizer, prompt)
-        if isinstance(prompt, str):
-            whole = list(tokenizer(prompt + response, verbose=False)["input_ids"])
+    end = tokenizer.eos_token_id
+    chats = tokenizer.chat_template is not None and not isinstance(examples[0].prompt, str)
+    both = _chats(examples, tokenizer, origin) if chats else _texts(examples, tokenizer)
+    for example, (given, whole, response) in zip(examples, both, strict=True):
+        if not given:
+            raise DataError(f"row {example.row} of {origin}: {example.prompt!r:.80} has no tokens; leave it out")
+        follows = whole[: len(given)] == given
+        if follows:
+            wanted = whole[len(given) :]
         else:
-            answered = [*prompt, {"role": ASSISTANT, "content": response}]
+            wanted = list(tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"])
+        if end in wanted:  # a template may write more, which nobody generates
+            wanted = wanted[: len(wanted) - wanted[::-1].index(end)]
+        elif wanted and end is not None and not (chats and follows):  # a template may have an end of its own
+            wanted = [*wanted, end]
+        if not wanted:
+            raise DataError(f"row {example.row} of {origin}: the response {response!r:.80} has no tokens; leave it out")
+        yield given, wanted
+
+
+# Tokens of a prompt, and of it with the response; and the response.
+_Both = tuple[list[int], list[int], str]
+
+
+def _texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Both]:
+    """Tokenise all texts at once, as `prompt_ids` does each: that is many times faster."""
+    texts = [
+        (e.prompt, e.response) if isinstance(e.prompt, str) else (plain(e.prompt), f" {e.response}") for e in examples
+    ]
+    given, whole = (
+        tokenizer(each, verbose=False)["input_ids"] for each in ([p for p, _ in texts], [p + r for p, r in texts])
+    )
+    yield from zip(given, whole, (response for _, response in texts), strict=True)
+
+
+def _chats(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, origin: str) -> Iterator[_Both]:
+    for example in examples:
+        assert not isinstance(example.prompt, str)
+        answered = [*example.prompt, {"role": ASSISTANT, "content": example.response}]
+        try:
+            given = prompt_ids(tokenizer, example.prompt)
             whole = chat_ids(tokenizer, answered, add_generation_prompt=False)
-    except InputError as error:
-        raise DataError(f"row {example.row} of {origin}: {error}") from error
-    follows = whole[: len(given)] == given
-    templated = follows and not isinstance(prompt, str)
-    if follows:
-        wanted = whole[len(given) :]
-    else:
-        wanted = list(tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"])
-    if end in wanted:  # a template may write more, which nobody generates
-        wanted = wanted[: len(wanted) - wanted[::-1].index(end)]
-    elif wanted and end is not None and not templated:
-        wanted.append(end)
-    if not wanted:
-        raise DataError(f"row {example.row} of {origin}: the response {response!r:.80} has no tokens; leave it out")
-    return given, wanted
+        except InputError as error:
+            raise DataError(f"row {example.row} of {origin}: {error}") from error
+        yield given, whole, example.response
 
 
 def plain(chat: Chat) -> str:
