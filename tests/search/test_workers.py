@@ -22,8 +22,10 @@ from autolite.errors import InputError, RunError
 from autolite.front import Result
 from autolite.limits import Constraints
 from autolite.search import engine, leases, worker
+from autolite.search.identity import run_identity
 from autolite.search.leases import SEARCH, Leases
 from autolite.search.settings import Budget, Settings
+from autolite.space import load_space
 from autolite.store import Store
 from autolite.tasks.base import DataSpec
 from tests.conftest import RunSearch
@@ -232,6 +234,14 @@ def test_functions_of_the_users_own_are_refused_with_workers(run_search: RunSear
 def test_settings_reach_another_process_whole() -> None:
     sent = json.loads(json.dumps(SETTINGS.to_json()))
     assert Settings.from_json(sent, SETTINGS.out, "sqlite:///x.db") == SETTINGS
+
+
+def test_a_run_with_another_stride_is_another_one() -> None:
+    space = load_space("decoder")
+    strided = replace(SETTINGS, data=replace(SETTINGS.data, stride=16))
+    usual, other = run_identity(SETTINGS, space), run_identity(strided, space)
+    assert {**usual, "stride": "16"} == other
+    assert "stride" not in usual  # what was begun before there were strides goes on
 
 
 def test_a_search_on_another_machine_is_not_joined_by_a_second_one(tmp_path: Path) -> None:
