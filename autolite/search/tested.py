@@ -3,11 +3,12 @@ that the split is used once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from transformers import AutoTokenizer
 
 from autolite.front import Candidate, Front, Quality, intervals
@@ -44,19 +45,34 @@ def _quality(problem: Problem, candidate: Candidate, store: Store) -> Quality:
 
 
 def _further(problem: Problem, task: Further, candidates: Sequence[Candidate], store: Store) -> dict[str, Any]:
-    """Return the further numbers of the teacher and, by the digests of their plans, the candidates. All artifacts are
-    loaded at once, so that the teacher, the slowest of them, is run once."""
+    """Return the further numbers of the teacher and, by the digests of their plans, the candidates. As many artifacts
+    as memory has room for are run together, so that the teacher, the slowest of them, is run once for all of these."""
     files = {"teacher": problem.baseline[0], **{c.plan.digest: _artifact(problem, c) for c in candidates}}
     known = {name: store.get(FURTHER + name) for name in files}
-    missing = [name for name in files if known[name] is None]
-    if missing:
-        runners = {name: problem.runtime.load(files[name], threads=scoring_threads()) for name in {"teacher", *missing}}
+    for names in _together({name: files[name] for name in files if known[name] is None}):
+        runners = {name: problem.runtime.load(files[name], threads=scoring_threads()) for name in {"teacher", *names}}
         scores = compared(runners, "teacher", task, problem.data.test, problem.context.pad_id)
-        for name in missing:
+        for name in names:
             numbers = {what: interval(each, problem.settings.seed) for what, each in scores[name].items()}
             known[name] = {what: asdict(number) for what, number in numbers.items()}
             store.put(FURTHER + name, known[name])
     return known
+
+
+def _together(files: Mapping[str, Path]) -> Iterator[list[str]]:
+    """Yield names of files in groups that take up to a quarter of the free memory, of one file at least."""
+    room = psutil.virtual_memory().available / 4
+    names: list[str] = []
+    size = 0
+    for name, file in files.items():
+        more = sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))  # weights may lie beside it
+        if names and size + more > room:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += more
+    if names:
+        yield names
 
 
 def _artifact(problem: Problem, candidate: Candidate) -> Path:
