@@ -20,7 +20,8 @@ class Course(NamedTuple):
     """What a call of a model consists of.
 
     Attributes:
-        passes: over the prompt, and for language models for one token: by the second stack, if there are two.
+        passes: over the prompt, and for language models for one token more: by the second stack, if there are two; over
+            all before it once more, without a cache.
         counts: how often each is made.
         shortened: whether only the first position is read, so that the last layer computes all but keys and values
             there alone.
@@ -47,6 +48,9 @@ def course_of(shape: ModelShape, workload: Workload) -> Course:
     prompt, last = Call(batch, tokens, tokens), shape.stacks[-1]
     if len(shape.stacks) > 1:
         return Course((prompt, Call(batch, 1, 1 + generated // 2, source=tokens)), (1, generated))
+    if generates(shape) and shape.unmapped is not None:  # without a cache: everything is read again for each token
+        again = tokens + generated // 2
+        return Course((prompt, Call(batch, again, again)), (1, generated))
     if generates(shape):
         return Course((prompt, Call(batch, 1, tokens + generated // 2)), (1, generated))
     once = last.causal or tokens == 1 or not last.layers
@@ -145,7 +149,8 @@ def jobs_of(pieces: Pieces, ways: Ways, course: Course) -> Jobs:
     count = len(course.passes)
     passes = np.repeat(np.arange(count), len(uses))
     roles = np.full(len(passes), Role.WHOLE)
-    if course.counts[-1] and count > 1:  # who generates needs the logits after the prompt, not those of all its tokens
+    # Who generates with a cache needs the logits after the prompt, not those of all its tokens.
+    if course.counts[-1] and course.passes[-1].tokens == 1 and count > 1:
         around = np.array([isinstance(piece, Around) for piece in pieces.distinct])[pieces.used][ways.places]
         roles[: len(uses)][around] = Role.LAST
     return Jobs(passes, np.tile(uses, count), roles, none)
