@@ -16,6 +16,7 @@ from autolite.front import Candidate, write_json
 from autolite.inference import MANIFEST, SCHEMA
 from autolite.parts import embeddings_of, matrices_of
 from autolite.reload import save_student
+from autolite.runtime import genai
 from autolite.runtime.modelfile import read_inputs
 from autolite.runtime.requirements import CODES, SIGNED, metadata_of, required
 from autolite.runtime.sequences import BEFORE
@@ -65,12 +66,19 @@ def write_candidate(folder: Path, student: Student, candidate: Candidate, made: 
     """Write everything of a candidate but its artifact, which is in `folder` already.
 
     Leaves config.json, model.safetensors and the tokenizer (transformers), autolite.json (plan, shape, provenance,
-    versions, SHA-256 of every file) and README.md (the model card).
+    versions, SHA-256 of every file) and README.md (the model card); of decoders genai_config.json (onnxruntime-genai).
     """
     vocabulary = student.vocabulary
     tokenizer = made.tokenizer if vocabulary is None else trimmed(made.tokenizer, vocabulary)
     save_student(decoded(student), student.shape, folder, tokenizer)
-    inputs = [*inputs_of(student), *_caches(folder / candidate.artifacts[0]["files"][0])]
+    artifact = folder / candidate.artifacts[0]["files"][0]
+    caches = _caches(artifact)
+    if caches:
+        settings = getattr(student.model, "generation_config", None) or student.model.config
+        write_json(
+            folder / genai.FILE, genai.genai_config(student.shape, student.model.config, settings, artifact.name)
+        )
+    inputs = [*inputs_of(student), *caches]
     (folder / "README.md").write_text(_card(folder, candidate, made, inputs), encoding="utf-8")
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     manifest: dict[str, Any] = {

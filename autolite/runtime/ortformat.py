@@ -21,6 +21,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from autolite.errors import ModelError, StorageError
 from autolite.files import sha256, write_atomically
+from autolite.runtime import genai
 from autolite.runtime.requirements import overflowing, requirements
 
 FILE, OPERATORS = "model.ort", "required_operators.config"
@@ -77,12 +78,15 @@ def convert_folder(folder: Path) -> None:
         manifest["sha256"].pop(name, None)
     card = folder / "README.md"
     size, version = made[0].stat().st_size, onnxruntime.__version__
-    text = card.read_text(encoding="utf-8").replace(source.name, FILE)
+    settings = folder / genai.FILE
+    for file in (card, settings) if settings.is_file() else (card,):
+        file.write_text(file.read_text(encoding="utf-8").replace(source.name, FILE), encoding="utf-8")
     note = f"\n`{FILE}` ({size:,} bytes) was made from the ONNX model with onnxruntime {version}: load it with that "
     note += f"version or a newer one. `{OPERATORS}` lists its operators, for building a runtime with no others.\n"
-    card.write_text(text + note, encoding="utf-8")
+    with card.open("a", encoding="utf-8") as stream:
+        stream.write(note)
     artifact |= {"files": [FILE], "format": "ort", "requires": {"onnxruntime": f">={version}"}}
-    manifest["sha256"] |= {path.name: sha256(path) for path in (*made, card)}
+    manifest["sha256"] |= {path.name: sha256(path) for path in (*made, card, settings) if path.is_file()}
     write_atomically(folder / "autolite.json", json.dumps(manifest, indent=1, allow_nan=False).encode())
 
 
