@@ -74,10 +74,7 @@ def write_candidate(folder: Path, student: Student, candidate: Candidate, made: 
     artifact = folder / candidate.artifacts[0]["files"][0]
     caches = _caches(artifact)
     if caches:
-        settings = getattr(student.model, "generation_config", None) or student.model.config
-        write_json(
-            folder / genai.FILE, genai.genai_config(student.shape, student.model.config, settings, artifact.name)
-        )
+        write_json(folder / genai.FILE, genai.genai_config(student.model, student.shape, artifact.name))
     inputs = [*inputs_of(student), *caches]
     (folder / "README.md").write_text(_card(folder, candidate, made, inputs), encoding="utf-8")
     files = sorted(p for p in folder.rglob("*") if p.is_file())

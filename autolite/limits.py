@@ -39,8 +39,11 @@ class Limit:
         return f"--{self.name.replace('_', '-')}"
 
     def excess(self, value: float, limit: float) -> float:
-        """Return how far a value is beyond a limit, relative to that; <= 0 holds."""
-        return 1 - value / limit if self.at_least else value / limit - 1
+        """Return how far a value is beyond a limit, relative to that; <= 0 holds. Of a rate it is the time of one that
+        is compared, so that half of what is asked for is as far beyond as twice as long."""
+        if self.at_least:
+            return limit / value - 1 if value > 0 else float("inf")
+        return value / limit - 1
 
     def nearest(self, found: Measurement) -> float:
         """Return that end of an interval which comes nearest to meeting the limit."""
@@ -57,7 +60,7 @@ LIMITS = (
 OF_GENERATION = ("max_ttft", "min_tokens_per_second")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Constraints:
     """What the user asked for; None means no limit. `max_drop` 0.01 keeps 99 % of the teacher's quality (for
     perplexity: a loss at most 0.01 nats above the teacher's); `strict` asks it of the interval's lower bound. `ttft` is
@@ -133,6 +136,6 @@ class Constraints:
             )
         if self.min_tokens_per_second is not None and not workload.generated:
             raise InputError(
-                f"{given[-1]}: a call with {workload} generates nothing; say how much, as in --workload "
-                "tokens=128,generated=64"
+                f"{given[-1]}: a call with {workload} generates nothing; search or price with how much it shall, as in "
+                "--workload tokens=128,generated=64"
             )

@@ -42,13 +42,21 @@ def test_the_first_token_may_not_be_later_and_the_rate_not_lower(value: float, l
     late = Constraints(max_ttft_ms=limit).excesses(writer(first=value))
     slow = Constraints(min_tokens_per_second=limit).excesses(writer(rate=value))
     assert late == {"max_ttft": pytest.approx((value - limit) / limit)}
-    assert slow == {"min_tokens_per_second": pytest.approx((limit - value) / limit, abs=1e-9)}
-    assert bool(Constraints(min_tokens_per_second=limit).violations(writer(rate=value))) == (1 - value / limit > 1e-9)
+    assert slow == {"min_tokens_per_second": pytest.approx((1 / value - 1 / limit) * limit, abs=1e-9)}
+    assert bool(Constraints(min_tokens_per_second=limit).violations(writer(rate=value))) == (limit / value - 1 > 1e-9)
 
 
 def test_a_number_that_is_not_there_meets_no_limit() -> None:
     limits = Constraints(max_ttft_ms=1e9, min_tokens_per_second=1e-9)
     assert limits.violations(candidate()) == {"max_ttft": 1.0, "min_tokens_per_second": 1.0}
+
+
+def test_as_much_too_slow_is_as_far_beyond_both_limits() -> None:
+    limits = Constraints(max_ttft_ms=200, min_tokens_per_second=20)
+    assert limits.excesses(writer(first=600, rate=20 / 3)) == pytest.approx(
+        {"max_ttft": 2.0, "min_tokens_per_second": 2.0}
+    )
+    assert limits.excesses(writer(rate=0.0))["min_tokens_per_second"] == float("inf")
 
 
 def test_the_front_is_of_what_meets_them() -> None:
@@ -61,7 +69,7 @@ def test_the_front_is_of_what_meets_them() -> None:
     assert choose([late, slow, good], limits, objectives) == ([good], [])
     _, misses = choose([late, slow], limits, objectives)
     named = {each["id"]: each["blocked_by"] for each in blocked(misses, limits)}
-    assert named == {"late": {"max_ttft": 0.5}, "slow": {"min_tokens_per_second": 0.5}}
+    assert named == {"late": {"max_ttft": 0.5}, "slow": {"min_tokens_per_second": 1.0}}
 
 
 def test_only_what_the_whole_interval_is_beyond_is_surely_beyond() -> None:
@@ -73,7 +81,7 @@ def test_only_what_the_whole_interval_is_beyond_is_surely_beyond() -> None:
     assert Constraints(max_ttft_ms=100, min_tokens_per_second=10).hold(predicted)
     assert Constraints(max_ttft_ms=40, min_tokens_per_second=25).surely_violated(predicted) == {
         "max_ttft": pytest.approx(0.25),
-        "min_tokens_per_second": pytest.approx(0.2),
+        "min_tokens_per_second": pytest.approx(0.25),
     }
 
 

@@ -61,7 +61,7 @@ def ridge(known: NDArray[np.float64], values: NDArray[np.float64], asked: NDArra
     and Kennard 1970). What does not vary among the known has no coefficient.
     """
     mean, spread, level = known.mean(0), known.std(0), values.mean()
-    varied = spread > 0
+    varied = np.ptp(known, axis=0) > 0  # the spread of equal numbers may be their rounding
     scaled, wanted = ((each[:, varied] - mean[varied]) / spread[varied] for each in (known, asked))
     normal = scaled.T @ scaled + SHRINKAGE * np.eye(int(varied.sum()))
     predicted: NDArray[np.float64] = level + wanted @ np.linalg.solve(normal, scaled.T @ (values - level))

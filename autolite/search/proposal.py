@@ -46,7 +46,7 @@ def proposal(problem: Problem, study: StageStudy, effort: int) -> Params | None:
         seen += [predicted(frontier, costs, params) for params in running]
     limits = problem.settings.constraints
     # Another target may be as fast as is asked for where this one is not.
-    slowest = math.inf if problem.others else limits.max_latency_ms or math.inf
+    slowest = math.inf if problem.others else min(limits.max_latency_ms or math.inf, _prompt_limit(problem))
     within = slowest / latency, (limits.max_size_bytes or math.inf) / size
 
     def is_new(params: Params) -> bool:
@@ -57,11 +57,18 @@ def proposal(problem: Problem, study: StageStudy, effort: int) -> Params | None:
             return False
         if canonical(plan, problem.teacher.shape).digest in known:
             return False
-        return not beyond_on_all(problem.prices, shape, limits) and (
-            bool(problem.others) or limits.hold(price(problem, shape))
-        )
+        if problem.others:
+            return not beyond_on_all(problem.prices, shape, limits)
+        found = price(problem, shape)
+        return limits.hold(found) and not problem.prices[0].lack(found)
 
     columns = [OBJECTIVES.index(name) for name in problem.settings.objectives]
     rng = np.random.default_rng(study.next_seed())
     found = propose(frontier, seen, is_new, columns, within, rng, limits.max_drop or 0.0)
     return None if found is None else problem.space.complete(found)
+
+
+def _prompt_limit(problem: Problem) -> float:
+    """The limit of the time to the first token, where that is the whole call."""
+    most = problem.settings.constraints.max_ttft_ms
+    return math.inf if most is None or problem.workload.generated else most

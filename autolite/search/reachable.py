@@ -74,11 +74,13 @@ def _check_memory(problem: Problem, offers: _Offers) -> None:
 
 
 def _check(problem: Problem, limit: Limit, bound: float, offered: list[float]) -> None:
-    best = min(offered, key=lambda value: limit.excess(value, bound), default=float("inf"))
-    if offered and limit.excess(best, bound) <= 0:
+    where = " or ".join(prices.profile.name for prices in problem.prices)
+    if not offered:
+        raise InputError(f"no plan of space '{problem.space.name}' can run on {where}: use another --space or target")
+    best = min(offered, key=lambda value: limit.excess(value, bound))
+    if limit.excess(best, bound) <= 0:
         return
     most, change = ("most", "lower") if limit.at_least else ("least", "raise")
-    where = " or ".join(prices.profile.name for prices in problem.prices)
     raise InputError(
         f"{limit.option} {_plain(bound)} {limit.unit} cannot be met: the {most} that space '{problem.space.name}' "
         f"reaches on {where} is {_plain(best)} {limit.unit}; {change} the limit or use another --space"

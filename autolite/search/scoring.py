@@ -54,13 +54,15 @@ def compared(
     """Run artifacts over a split side by side, batch by batch, and return for each what the task says further of it
     beside the one that is the teacher."""
     found: dict[str, dict[str, Score]] = {name: {} for name in runners}
-    for batch in task.batches(split, BATCH, pad_id):
+    for batch in task.batches(split, BATCH // 2, pad_id):  # two of them are in memory at once
         said = runners[teacher].run(batch.inputs)["logits"]
         for name, runner in runners.items():
             logits = said if name == teacher else runner.run(batch.inputs)["logits"]
             for what, sums in task.further(logits, said, batch.labels).items():
                 scored = found[name].setdefault(what, Score(np.zeros((len(split), 2))))
                 scored.examples[batch.indices] = sums
+            del logits  # before the next are computed
+        del said
     return found
 
 

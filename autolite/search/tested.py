@@ -25,7 +25,7 @@ def tested(problem: Problem, front: Front, store: Store) -> Front:
     if isinstance(problem.task, Further):
         further = _further(problem, problem.task, front.candidates, store)
         teacher["further"] = further["teacher"]
-        found = {name: replace(c, further=intervals(further[c.plan.digest])) for name, c in found.items()}
+        found = {name: replace(c, further=intervals(further.get(c.plan.digest, {}))) for name, c in found.items()}
     return replace(front, teacher=teacher, candidates=tuple(found.values()))
 
 
@@ -35,7 +35,7 @@ def _quality(problem: Problem, candidate: Candidate, store: Store) -> Quality:
     if known is None:
         runner = problem.runtime.load(_artifact(problem, candidate), threads=scoring_threads())
         examples, pad_id = problem.data.test, problem.context.pad_id
-        if problem.shape(candidate.plan).vocab != problem.teacher.shape.vocab:
+        if not _reads_teachers_tokens(problem, candidate):
             tokenizer = AutoTokenizer.from_pretrained(problem.settings.out / candidate.path, local_files_only=True)
             examples, pad_id = problem.data_of(tokenizer).test, tokenizer.pad_token_id or 0
         scored = score(runner, problem.task, examples, pad_id)
@@ -45,9 +45,11 @@ def _quality(problem: Problem, candidate: Candidate, store: Store) -> Quality:
 
 
 def _further(problem: Problem, task: Further, candidates: Sequence[Candidate], store: Store) -> dict[str, Any]:
-    """Return the further numbers of the teacher and, by the digests of their plans, the candidates. As many artifacts
-    as memory has room for are run together, so that the teacher, the slowest of them, is run once for all of these."""
-    files = {"teacher": problem.baseline[0], **{c.plan.digest: _artifact(problem, c) for c in candidates}}
+    """Return the further numbers of the teacher and, by the digests of their plans, of those candidates that read the
+    teacher's tokens. As many artifacts as memory has room for are run together, so that the teacher, the slowest of
+    them, is run once for all of these."""
+    same = [c for c in candidates if _reads_teachers_tokens(problem, c)]
+    files = {"teacher": problem.baseline[0], **{c.plan.digest: _artifact(problem, c) for c in same}}
     known = {name: store.get(FURTHER + name) for name in files}
     for names in _together({name: files[name] for name in files if known[name] is None}):
         runners = {name: problem.runtime.load(files[name], threads=scoring_threads()) for name in {"teacher", *names}}
@@ -65,7 +67,7 @@ def _together(files: Mapping[str, Path]) -> Iterator[list[str]]:
     names: list[str] = []
     size = 0
     for name, file in files.items():
-        more = sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))  # weights may lie beside it
+        more = sum(part.stat().st_size for part in file.parent.glob(f"{file.stem}.*"))  # weights may lie beside it
         if names and size + more > room:
             yield names
             names, size = [], 0
@@ -73,6 +75,10 @@ def _together(files: Mapping[str, Path]) -> Iterator[list[str]]:
         size += more
     if names:
         yield names
+
+
+def _reads_teachers_tokens(problem: Problem, candidate: Candidate) -> bool:
+    return problem.shape(candidate.plan).vocab == problem.teacher.shape.vocab
 
 
 def _artifact(problem: Problem, candidate: Candidate) -> Path:

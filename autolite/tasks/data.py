@@ -323,10 +323,11 @@ def texts(table: Table, name: str) -> list[str]:
     for number, value in enumerate(values, 1):
         if not isinstance(value, str):
             raise DataError(f"row {number} of {table.origin}: '{name}' is {short(value)}, which is not a text")
-    return [_whole(value) for value in values]
+    return [whole(value) for value in values]
 
 
-def _whole(text: str) -> str:
+def whole(text: str) -> str:
+    """Return a text with what is half of a character, which nothing encodes, replaced."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -63,7 +63,8 @@ def columns(table: data.Table, spec: DataSpec) -> Columns | None:
     if spec.text is not None:
         name = data.column(table, spec.text, (), "text", "--text")
         return Columns(name) if any(isinstance(value, list) for value in table.columns[name]) else None
-    if (chats := data.find(table, MESSAGES)) is not None:
+    chats = data.find(table, MESSAGES)
+    if chats is not None and any(isinstance(value, list) for value in table.columns[chats]):
         return Columns(chats)
     found = [next(filter(None, (data.find(table, n) for n in names)), None) for names in (PROMPT, RESPONSE)]
     if not any(found) or (None in found and any(data.find(table, name) for name in data.TEXT)):
@@ -73,6 +74,13 @@ def columns(table: data.Table, spec: DataSpec) -> Columns | None:
 
 
 def _pairs(table: data.Table, prompt: str, response: str) -> Columns:
+    if prompt == response:
+        raise DataError(f"'{prompt}' cannot be the prompt (--text) and its response (--label): name two columns")
+    if any(isinstance(value, list) and value and all(map(is_message, value)) for value in table.columns[prompt]):
+        raise DataError(
+            f"{table.origin}: '{prompt}' holds lists of messages beside '{response}': put both into one column "
+            f"'{MESSAGES}', which ends with the message of the '{ASSISTANT}'"
+        )
     context = data.find(table, CONTEXT)
     return Columns(prompt, response, None if context in (prompt, response) else context)
 
@@ -150,14 +158,19 @@ def _examples(table: data.Table, names: Columns) -> Iterator[Example]:
 
 def _chat(value: Any, row: int, origin: str, column: str) -> Chat:
     """Return a chat, without what templates may not know."""
+    for each in value if isinstance(value, list) else ():
+        if isinstance(each, Mapping) and each.get("tool_calls"):
+            raise DataError(
+                f"row {row} of {origin}: a message of '{column}' calls a tool, which is not learnt: leave it out"
+            )
     if not isinstance(value, list) or not all(
         is_message(each) and isinstance(each["role"], str) and isinstance(each["content"], str) for each in value
     ):
         raise DataError(
             f"row {row} of {origin}: '{column}' is {data.short(value)}, which is not a list of "
-            '{"role": ..., "content": ...} with texts'
+            '{"role": ..., "content": ...} with texts: join the parts of each text, or leave the row out'
         )
-    return [{"role": each["role"], "content": each["content"]} for each in value]
+    return [{"role": each["role"], "content": data.whole(each["content"])} for each in value]
 
 
 def _turns(chat: Chat, row: int, origin: str) -> Iterator[Example]:
@@ -191,9 +204,9 @@ def _encoded(
             wanted = whole[len(given) :]
         else:
             wanted = list(tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"])
-        if end in wanted:  # a template may write more, which nobody generates
+        if chats and end in wanted:  # a template may write more, which nobody generates
             wanted = wanted[: len(wanted) - wanted[::-1].index(end)]
-        elif wanted and end is not None and not (chats and follows):  # a template may have an end of its own
+        elif wanted and end not in (None, wanted[-1]) and not (chats and follows):  # a template may have its own end
             wanted = [*wanted, end]
         if not wanted:
             raise DataError(f"row {example.row} of {origin}: the response {response!r:.80} has no tokens; leave it out")

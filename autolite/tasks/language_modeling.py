@@ -144,7 +144,7 @@ class LanguageModeling:
             best = own.argmax(-1)
             sums = (
                 (best == wanted[asked]).sum(),
-                (np.exp(said) * (said - own)).sum(dtype=np.float64),
+                _divergence(said, own),
                 (best == said.argmax(-1)).sum(),
             )
             for name, total in zip(FURTHER, sums, strict=True):
@@ -165,6 +165,15 @@ class LanguageModeling:
         shifted = np.exp(last - last.max())
         best = np.argsort(-last, kind="stable")[:5]
         return [{"token": int(i), "score": float(shifted[i] / shifted.sum())} for i in best]
+
+
+def _divergence(said: np.ndarray, own: np.ndarray) -> float:
+    """Return the sum of KL(said || own) in nats over rows of log probabilities; what both never say counts nothing, and
+    what only `own` never says as the least float32."""
+    told = np.exp(said)
+    with np.errstate(invalid="ignore"):
+        each = np.where(told > 0, told * (said - np.maximum(own, np.finfo(np.float32).min)), 0)
+    return float(each.sum(dtype=np.float64))
 
 
 def _log_probabilities(logits: np.ndarray) -> np.ndarray:

@@ -160,6 +160,9 @@ def test_language_models(family: str, config: dict[str, Any], tmp_path: Path) ->
         assert math.isclose(candidate.kept.value, 1 - rise, abs_tol=1e-9)
         assert candidate.ttft_ms is not None
         assert candidate.tokens_per_second is not None
+        # What has a cache runs in onnxruntime-genai; what is outside the map has none.
+        files = json.loads((result.path / candidate.path / "autolite.json").read_text(encoding="utf-8"))["sha256"]
+        assert ("genai_config.json" in files) == (family != "opt")
 
 
 def test_a_language_model_that_follows_instructions(tiny_space: Path, tmp_path: Path) -> None:

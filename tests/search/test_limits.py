@@ -82,7 +82,7 @@ def test_the_nearest_misses_say_by_how_much_they_are_too_slow(write: Write, best
         write(min_tokens_per_second=1.2 * best)  # predictions are not so sure that it were refused
     front = read_front(tried.path)
     assert next(each["blocked_by"] for each in front.nearest_misses) == {"min_tokens_per_second": pytest.approx(1 / 6)}
-    assert "min_tokens_per_second (16.7% beyond)" in shown(misses_table(front))
+    assert "min_tokens_per_second (20.0% beyond)" in shown(misses_table(front))
 
 
 @pytest.mark.parametrize(

@@ -300,3 +300,47 @@ def test_distillation_looks_at_the_responses_alone(tmp_path: Path) -> None:
     (batch,) = TASK.batches(train, 24, PAD)
     logits, labels = torch.randn(*batch.labels.shape, 7), torch.from_numpy(batch.labels)
     assert TASK.soft_targets(logits, labels).shape == (2 * 24, 7)
+
+
+def test_an_end_inside_a_response_is_text_like_any_other(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {i}. ", "response": f"one<end>two {i}"} for i in range(40)]
+    assert examples(load(tmp_path, rows)) == sorted((row["prompt"], row["response"] + "<end>") for row in rows)
+    ended = [{"prompt": f"Say {i}. ", "response": f"two {i}<end>"} for i in range(40)]
+    assert examples(load(tmp_path, ended)) == sorted((row["prompt"], row["response"]) for row in ended)
+
+
+def test_half_of_a_character_is_replaced_in_chats_as_in_texts(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"{i}\ud83d"}, *chat(i)[2:3]]} for i in range(40)]
+    assert ("user: 7\ufffd\nassistant:", " 8<end>") in examples(load(tmp_path, rows))
+
+
+def test_a_column_of_no_chats_that_is_called_messages_is_nothing_special(tmp_path: Path) -> None:
+    rows = [{"text": f"A text of some words, number {i}. " * 20, "messages": i} for i in range(60)]
+    assert not len(load(tmp_path, rows).train.labels)
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+PARTS = [{"type": "text", "text": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "spec", "message"),
+    [
+        (
+            {"messages": [*chat(1)[:2], CALL]},
+            {},
+            "row 1 of .*: a message of 'messages' calls a tool, which is not learnt",
+        ),
+        (
+            {"messages": [{"role": "user", "content": PARTS}, *chat(1)[2:3]]},
+            {},
+            "join the parts of each text",
+        ),
+        ({"ask": "a", "say": "b"}, {"text": "ask", "label": "ask"}, "'ask' cannot be the prompt .* and its response"),
+        ({"prompt": chat(1)[:2], "completion": chat(1)[2:3]}, {}, "put both into one column 'messages'"),
+    ],
+    ids=["tool", "parts", "twice", "lists"],
+)
+def test_what_cannot_be_learnt_says_what_to_do(tmp_path: Path, row: Any, spec: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, [row] * 20, **spec)

@@ -243,6 +243,13 @@ def test_what_is_said_further_of_a_student_is_what_torch_computes() -> None:
     assert all(sums[:, 1].tolist() == [4, 8, 11] for sums in found.values())
     itself = TASK.further(theirs.numpy(), theirs.numpy(), batch.labels)
     assert itself["kl_to_teacher_nats"][:, 0].tolist() == [0, 0, 0]
+    # What the teacher never says adds nothing, what the student alone never says very much, and neither is no number.
+    never = theirs.clone()
+    never[..., 7] = -torch.inf
+    assert TASK.further(never.numpy(), never.numpy(), batch.labels)["kl_to_teacher_nats"][:, 0].tolist() == [0, 0, 0]
+    unsaid = TASK.further(never.numpy(), theirs.numpy(), batch.labels)["kl_to_teacher_nats"]
+    assert np.isfinite(unsaid).all()
+    assert (unsaid[:, 0] > 1e30).all()
 
 
 def test_a_uniform_model_has_the_vocabulary_as_its_perplexity() -> None:
