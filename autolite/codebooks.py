@@ -245,3 +245,8 @@ class CodebookGrid:
         scales = scales if self.format.group else scales.flatten()
         found = {"codes": pack(codes, self.format.bits), "scales": scales}
         return {**found, "codebook": self.levels.half()} if isinstance(self.format, KMeans) else found
+
+    def rows(self, chosen: Tensor) -> CodebookGrid:
+        """Return the grid of some rows, by their numbers, int64 [m]."""
+        levels = self.levels if len(self.levels) == 1 else self.levels[chosen]
+        return replace(self, levels=levels, scales=self.scales[chosen])

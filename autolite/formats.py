@@ -53,6 +53,10 @@ class Grid(Protocol):
         """Return what is stored for the codes [n, k] of all columns."""
         ...
 
+    def rows(self, chosen: Tensor) -> Grid:
+        """Return the grid of some rows, by their numbers, int64 [m]."""
+        ...
+
 
 class Layout(Protocol):
     """How a kind of format fits its grids and stores them."""
@@ -123,6 +127,10 @@ class Float:
     def tensors(self, codes: Tensor) -> dict[str, Tensor]:
         """Return what is stored."""
         return {"values": codes}
+
+    def rows(self, chosen: Tensor) -> Float:
+        """Return itself."""
+        return self
 
     def read(self, tensors: Mapping[str, Tensor], k: int) -> tuple[Float, Tensor]:
         """Return itself and the values."""

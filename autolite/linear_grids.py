@@ -175,6 +175,10 @@ class LinearGrid:
             found["zeros"] = zeros if self.format.group else zeros.flatten()
         return found
 
+    def rows(self, chosen: Tensor) -> LinearGrid:
+        """Return the grid of some rows, by their numbers, int64 [m]."""
+        return self if self.format.whole else replace(self, scales=self.scales[chosen], zeros=self.zeros[chosen])
+
     @property
     def _numbers(self) -> tuple[Tensor, Tensor]:
         return self.scales, self.zeros

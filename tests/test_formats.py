@@ -65,6 +65,18 @@ def test_encoding_a_decoded_matrix_changes_nothing(name: str, weight: torch.Tens
     assert ((twice - once).abs() <= tolerance).all()
 
 
+@names
+@settings(max_examples=12, deadline=None)
+@given(weight=matrices, data=st.data())
+def test_some_rows_are_rounded_as_they_are_among_all(name: str, weight: torch.Tensor, data: st.DataObject) -> None:
+    chosen = torch.tensor(data.draw(st.lists(st.integers(0, len(weight) - 1), max_size=6)), dtype=torch.int64)
+    grid = FORMATS[name].fit(weight)
+    some = grid.rows(chosen)
+    codes = some.quantize(weight[chosen])
+    assert torch.equal(codes, grid.quantize(weight)[chosen])
+    assert torch.equal(some.dequantize(codes), grid.dequantize(grid.quantize(weight))[chosen])
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_groups_of_zeros_take_no_level_from_the_others(bits: int) -> None:
     """As many values as there are levels, 2^-i in each row, are exact beside rows that were pruned."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import nn
+from torch.nn.functional import embedding
 from torch.nn.utils import parametrize
 
 from autolite import formats, plan
@@ -166,6 +168,16 @@ class _Rounding(nn.Module):
             rounded = (rounded.T if self.transposed else rounded).reshape(master.shape).to(master.device)
         return master + (rounded - master).detach()
 
+    def look_up(self, table: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+        """Return the rows of a table that tokens have, rounded. Of the others none is: a table is large, and a batch
+        has few of its tokens."""
+        found = embedding(ids, table.weight, table.padding_idx)
+        with torch.no_grad():
+            numbers, places = torch.unique(ids, return_inverse=True)
+            grid = self.fitted(table.weight.cpu()).rows(numbers.cpu())
+            rounded = grid.dequantize(grid.quantize(table.weight[numbers].cpu())).to(found.device)[places]
+        return found + (rounded - found).detach()
+
 
 def _matrices(model: PreTrainedModel, keys: Collection[str]) -> Iterator[tuple[str, Matrix]]:
     for group in matrices_of(model).values():
@@ -208,11 +220,17 @@ def _rounded(model: PreTrainedModel, roundings: Mapping[str, _Rounding]) -> Iter
         for module in model.modules()
         if id(module._parameters.get("weight")) in keys
     ]
+    tables: list[tuple[Any, str]] = [each for each in owners if type(each[0]) is nn.Embedding]
+    owners = [each for each in owners if each not in tables]
+    for table, key in tables:
+        table.forward = partial(roundings[key].look_up, table)
     for module, key in owners:
         parametrize.register_parametrization(module, "weight", roundings[key], unsafe=True)
     try:
         yield
     finally:
+        for table, _ in tables:
+            del table.forward
         for module, _ in owners:
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
             for name in [name for name in module._parameters if name != "weight"]:  # the weight comes first again

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from autolite import contracts, formats
 from autolite.architecture import shape_of
@@ -109,6 +111,28 @@ def test_large_tables_are_only_trained_in_few_bits() -> None:
         found = Recover().apply(student, SHORT, context)
         name = "bert.embeddings.word_embeddings.weight"
         assert torch.equal(found.model.get_parameter(name), student.model.get_parameter(name)) is not moves
+
+
+class Whole(nn.Embedding):
+    """A table that is rounded as any other matrix is, all of it in each step."""
+
+
+@pytest.mark.parametrize("form", ["int3", "int2-asym", "kmeans4"])
+@pytest.mark.parametrize("family", ["bert", "llama"])  # a table of its own, and one that is the head too
+def test_tables_are_rounded_where_they_are_read_and_that_is_all_the_same(family: str, form: str) -> None:
+    context, student = prepared(family, attention="int4", ffn="int4", embedding=form)
+    other = deepcopy(student.model)
+    for module in other.modules():
+        if type(module) is nn.Embedding:
+            module.__class__ = Whole
+    config = RecoverConfig(steps=25, batch_size=4, learning_rate=2e-3)  # scales are fitted again on the way
+    found, whole = (Recover().apply(replace(student, model=m), config, context) for m in (student.model, other))
+    before = student.encoded
+    for key, encoded in found.encoded.items():
+        for name, tensor in encoded.tensors.items():
+            assert torch.equal(tensor, whole.encoded[key].tensors[name])
+    (table,) = (key for key in before if key.endswith(("word_embeddings.weight", "embed_tokens.weight")))
+    assert not torch.equal(found.encoded[table].tensors["codes"], before[table].tensors["codes"]), "it is trained"
 
 
 def test_it_fails_in_words() -> None:
