@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -32,7 +33,8 @@ def test_options_and_fields_go_by_the_names_of_limits() -> None:
         "--max-size",
         "--max-memory",
     }
-    every = Constraints(**{limit.field: 1.0 for limit in LIMITS})  # type: ignore[arg-type]
+    ones: dict[str, Any] = {limit.field: 1.0 for limit in LIMITS}
+    every = Constraints(**ones)
     assert [limit for limit, _ in every.asked] == list(LIMITS)
 
 

@@ -157,7 +157,14 @@ def search(
         space=space or ("quick" if model is None else registry.get("task", task).default_space),
         budget=parse_budget(budget or (DEMO_BUDGET if model is None else DEFAULT_BUDGET)),
         constraints=replace(
-            parse_limits(max_drop, max_latency, max_ttft, min_tokens_per_second, max_size, max_memory),
+            parse_limits(
+                max_drop=max_drop,
+                max_latency=max_latency,
+                max_ttft=max_ttft,
+                min_tokens_per_second=min_tokens_per_second,
+                max_size=max_size,
+                max_memory=max_memory,
+            ),
             min_quality=min_quality,
             strict=strict,
         ),

@@ -88,7 +88,14 @@ def reprice(
         InputError: for a workload or a limit that cannot be understood, or that do not go together.
         RunError: if there is no such run, it has no study, or nothing in it has been evaluated.
     """
-    given = parse_limits(max_drop, max_latency, max_ttft, min_tokens_per_second, max_size, max_memory)
+    given = parse_limits(
+        max_drop=max_drop,
+        max_latency=max_latency,
+        max_ttft=max_ttft,
+        min_tokens_per_second=min_tokens_per_second,
+        max_size=max_size,
+        max_memory=max_memory,
+    )
     folder = run.path if isinstance(run, Result) else Path(run)
     before = read_front(folder)
     if target != LOCAL:  # a wrong name or file is told first; "local" may have to be measured

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autolite.errors import InputError, unknown
-from autolite.limits import Constraints
+from autolite.limits import LIMITS, Constraints
 from autolite.store import storage_url
 from autolite.tasks.base import Augment, DataSpec
 from autolite.tasks.custom import Loss, Metric
@@ -152,29 +152,22 @@ def parse_rate(text: str | float, name: str) -> float:
     return rate
 
 
-def parse_limits(
-    max_drop: str | float | None = None,
-    max_latency: str | float | None = None,
-    max_ttft: str | float | None = None,
-    min_tokens_per_second: str | float | None = None,
-    max_size: str | float | None = None,
-    max_memory: str | float | None = None,
-) -> Constraints:
-    """Read limits as a user writes them.
+def parse_limits(**given: str | float | None) -> Constraints:
+    """Read limits as a user writes them, by the names of their options: max_drop="1%", max_latency="5ms".
 
     Raises:
         InputError: naming the option and the value that is not understood.
     """
-    return Constraints(
-        max_drop=None if max_drop is None else parse_fraction(max_drop, "--max-drop"),
-        max_latency_ms=None if max_latency is None else parse_milliseconds(max_latency, "--max-latency"),
-        max_ttft_ms=None if max_ttft is None else parse_milliseconds(max_ttft, "--max-ttft"),
-        min_tokens_per_second=None
-        if min_tokens_per_second is None
-        else parse_rate(min_tokens_per_second, "--min-tokens-per-second"),
-        max_size_bytes=None if max_size is None else parse_bytes(max_size, "--max-size"),
-        max_memory_bytes=None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
-    )
+    parsers = {"ms": parse_milliseconds, "bytes": parse_bytes, "tokens/s": parse_rate}
+    known = {limit.name: (limit.field, parsers[limit.unit]) for limit in LIMITS} | {
+        "max_drop": ("max_drop", parse_fraction)
+    }
+    found: dict[str, Any] = {}
+    for name, text in given.items():
+        if text is not None:
+            field, parse = known[name]
+            found[field] = parse(text, f"--{name.replace('_', '-')}")
+    return Constraints(**found)
 
 
 @dataclass(frozen=True)

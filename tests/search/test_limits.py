@@ -135,7 +135,7 @@ def test_plans_that_are_predicted_to_be_too_slow_are_not_proposed(
     assert slow.value < fast.value < 2 * slow.high, "the intervals overlap, so that nothing is surely beyond"
     if limits == "between":
         limits = Constraints(min_tokens_per_second=min(math.sqrt(slow.value * fast.value), slow.high))
-    problem = SimpleNamespace(
+    problem: Any = SimpleNamespace(
         frontier=None,
         workload=prices.workload,
         teacher=SimpleNamespace(shape=shape),
@@ -146,13 +146,12 @@ def test_plans_that_are_predicted_to_be_too_slow_are_not_proposed(
         shape=lambda plan: shape_after(plan, shape),
         space=SimpleNamespace(complete=dict),
     )
-    study = SimpleNamespace(trials=list, asked=list, next_seed=lambda: 0)
+    study: Any = SimpleNamespace(trials=list, asked=list, next_seed=lambda: 0)
     offered = [{"form": form} for form in plans]
     monkeypatch.setattr(
         proposal, "propose", lambda frontier, seen, is_new, *more: next(filter(is_new, offered), {"form": "none"})
     )
-    found: Any = proposal.proposal(problem, study, 1)  # type: ignore[arg-type]
-    assert found == {"form": expected}
+    assert proposal.proposal(problem, study, 1) == {"form": expected}
 
 
 def board(folder: Path, limit: float) -> str:

@@ -76,7 +76,14 @@ def test_an_impossible_rate_names_the_option_and_an_example(text: str) -> None:
 
 def test_limits_are_read_by_their_units() -> None:
     assert parse_limits() == Constraints()
-    assert parse_limits("1%", 5, "0.2s", "20", "6MB", "1GB") == Constraints(
+    assert parse_limits(
+        max_drop="1%",
+        max_latency=5,
+        max_ttft="0.2s",
+        min_tokens_per_second="20",
+        max_size="6MB",
+        max_memory="1GB",
+    ) == Constraints(
         max_drop=0.01,
         max_latency_ms=5,
         max_ttft_ms=200,
